@@ -1,0 +1,66 @@
+"""Head-wise representation alignment for fine-tuning vision-language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .config import HeRAConfig
+    from .features import add_teacher_features
+    from .heads.capture import HeadCapture
+    from .heads.head import AttentionHead
+    from .heads.ranking import HeadRanking, rank_heads
+    from .heads.registry import HeadAccessor, get_head_accessor, register_head_accessor
+    from .loss import HeRALoss
+    from .metrics import mutual_knn, nearest_neighbors
+    from .teacher import VisionTeacher
+    from .trainer import HeRATrainer
+
+# Imported when first used: the loss and the metrics need torch only, and should not cost the import of TRL.
+_HOMES = {
+    "AttentionHead": "heads.head",
+    "HeRAConfig": "config",
+    "HeRALoss": "loss",
+    "HeRATrainer": "trainer",
+    "HeadAccessor": "heads.registry",
+    "HeadCapture": "heads.capture",
+    "HeadRanking": "heads.ranking",
+    "VisionTeacher": "teacher",
+    "add_teacher_features": "features",
+    "get_head_accessor": "heads.registry",
+    "mutual_knn": "metrics",
+    "nearest_neighbors": "metrics",
+    "rank_heads": "heads.ranking",
+    "register_head_accessor": "heads.registry",
+}
+
+__all__ = [
+    "AttentionHead",
+    "HeRAConfig",
+    "HeRALoss",
+    "HeRATrainer",
+    "HeadAccessor",
+    "HeadCapture",
+    "HeadRanking",
+    "VisionTeacher",
+    "__version__",
+    "add_teacher_features",
+    "get_head_accessor",
+    "mutual_knn",
+    "nearest_neighbors",
+    "rank_heads",
+    "register_head_accessor",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,106 @@
+"""What an aligned run adds to checkpoints, and how it is read back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import CONFIG_NAME
+
+from .config import HeRAConfig
+from .contrast import Contrast
+from .heads.head import AttentionHead
+from .heads.ranking import HeadRanking
+from .loss import HeRALoss
+from .temperature import TemperatureCallback
+
+RANKING_FILE = "head_ranking.json"
+STATE_FILE = "hera_state.json"
+QUEUE_FILE = "hera_queue.safetensors"
+
+# The mixin calls on to a Trainer: type checkers must see it, the class hierarchy must not repeat it.
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
+    """Loads a checkpoint that `save_pretrained` wrote into a model in memory.
+
+    `save_pretrained` writes parameters under the names of the published checkpoints, which for LLaVA, Qwen-VL and
+    others are not those of the modules. `Trainer` looks for the modules' names when it resumes (transformers 5.23),
+    finds none, warns, and goes on with the weights it has. `from_pretrained` knows both.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, on any device.
+        checkpoint (`str`): Folder of the checkpoint.
+
+    Raises:
+        `RuntimeError`: If a weight of the model is not in the checkpoint.
+    """
+    loaded, report = type(model).from_pretrained(checkpoint, config=model.config, output_loading_info=True)
+    if report["missing_keys"]:
+        raise RuntimeError(
+            f"Checkpoint {str(checkpoint)!r} lacks weights of this model, such as {min(report['missing_keys'])!r}. "
+            "Resume with the model that wrote it."
+        )
+    model.load_state_dict(loaded.state_dict())
+
+
+class CheckpointMixin(_Base):
+    """Saves and restores the head ranking, the temperature and the queue beside a trainer's checkpoints."""
+
+    args: HeRAConfig
+    model: Any
+    criterion: HeRALoss | None
+    aligned_heads: list[AttentionHead] | None
+    head_ranking: HeadRanking | None
+    _contrast: Contrast
+    _temperature: TemperatureCallback
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self._save_ranking(output_dir or self.args.output_dir)
+
+    def _save_ranking(self, directory: str | None) -> None:
+        if self.head_ranking is not None and self.args.should_save and directory is not None:
+            self.head_ranking.save(os.path.join(directory, RANKING_FILE))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.criterion is not None and self.args.should_save:
+            self._temperature.save(os.path.join(output_dir, STATE_FILE), self.aligned_heads or [])
+            if self._contrast.queue is not None:
+                self._contrast.queue.save(os.path.join(output_dir, QUEUE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._loads_whole_model and Path(resume_from_checkpoint, CONFIG_NAME).is_file():
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._loads_whole_model and self.state.best_model_checkpoint is not None:
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    @property
+    def _loads_whole_model(self) -> bool:
+        """Whether a checkpoint holds all weights of an unsharded model, which `Trainer` may fail to find there."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.criterion is not None and not sharded and isinstance(self.model, PreTrainedModel)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.criterion is None or checkpoint is None:
+            return
+        state, queue = Path(checkpoint, STATE_FILE), Path(checkpoint, QUEUE_FILE)
+        if state.is_file():
+            self._temperature.load(state, self.aligned_heads or [])
+        if self._contrast.queue is not None and queue.is_file():
+            self._contrast.queue.load(queue, self.args.device)

@@ -1,0 +1,161 @@
+"""What of a sample is pooled, and how its teacher vector reaches the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .features import TEACHER_COLUMN
+
+# Names under which configs and processors keep the ids of tokens that stand for image or video features.
+_PLACEHOLDER_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def placeholder_token_ids(config: Any, processing_class: Any = None) -> list[int]:
+    """Ids of the tokens that stand for image or video features in a model's input."""
+    ids = {getattr(owner, name, None) for owner in (config, processing_class) for name in _PLACEHOLDER_NAMES}
+    return sorted(i for i in ids if isinstance(i, int))
+
+
+def pooling_mask(labels: Tensor, input_ids: Tensor, placeholder_ids: Sequence[int]) -> Tensor:
+    """Positions that head representations are pooled over: those with a label of their own (unshifted), without the
+    image placeholders, which carry labels too in plain `messages` data.
+
+    Args:
+        labels (`LongTensor` of shape `[B, T]`): -100 where there is no loss.
+        input_ids (`LongTensor` of shape `[B, T]`): Token ids.
+        placeholder_ids (sequence of `int`): See [`placeholder_token_ids`].
+
+    Returns:
+        `BoolTensor` of shape `[B, T]`.
+    """
+    placeholders = torch.tensor(list(placeholder_ids), dtype=input_ids.dtype, device=input_ids.device)
+    return (labels != -100) & ~torch.isin(input_ids, placeholders)
+
+
+def answer_text(row: Mapping[str, Any]) -> str:
+    """The answer or caption of a row: its `completion`, the assistant turns of its `messages`, or its `text`."""
+    for column in ("completion", "messages", "text"):
+        value = row.get(column)
+        if isinstance(value, str):
+            return value
+        if value is not None:
+            return "\n".join(_content_text(turn["content"]) for turn in value if turn["role"] == "assistant")
+    return ""
+
+
+def _content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """Text of a message's content, which is a string or a list of typed parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.get("text") or "" for part in content)
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Tensor, Tensor]:
+    """Token ids of a text with the tokenizer's special tokens, and which of them are the text's own.
+
+    Returns:
+        `tuple` of a `LongTensor` and a `BoolTensor`, both of shape `[T]`.
+    """
+    encoded = tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True)
+    special = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
+    return torch.tensor(encoded["input_ids"], dtype=torch.long), ~special
+
+
+@dataclass
+class TeacherBatch:
+    """Teacher vectors of one batch.
+
+    Args:
+        vectors (`Tensor` of shape `[B, d_teacher]`): Float32; zeros for samples without an image.
+        present (`BoolTensor` of shape `[B]`): Samples that have an image.
+    """
+
+    vectors: Tensor
+    present: Tensor
+
+    def valid(self, mask: Tensor) -> Tensor:
+        """Samples that can take part in the alignment loss, `[B]` bool: those that have an image and, in `mask`
+        (`[B, T]` bool), a position to pool."""
+        return self.present & mask.any(1)
+
+
+class TeacherCollator:
+    """Wraps a data collator so that each sample's teacher vector reaches the batch beside it.
+
+    The vector is taken out before the inner collator sees the rows and put back under `teacher_features` as
+    `[B, d_teacher]` float32, rows of NaN for samples without an image (no teacher vector is ever NaN).
+
+    Args:
+        inner (`Callable`): The collator that makes the batch.
+        width (`int`): Width of the teacher vectors.
+    """
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], width: int) -> None:
+        self.inner = inner
+        self.width = width
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        vectors = torch.full((len(examples), self.width), torch.nan)
+        rows = []
+        for i, example in enumerate(examples):
+            row = dict(example)
+            vector = row.pop(TEACHER_COLUMN, None)
+            if vector is not None:
+                if len(vector) != self.width:  # would be stretched where it is one number
+                    raise ValueError(
+                        f"A vector in column `{TEACHER_COLUMN}` has {len(vector)} numbers, the training data has "
+                        f"{self.width}. Compute all of them with the same teacher."
+                    )
+                vectors[i] = torch.as_tensor(vector, dtype=torch.float32)
+            rows.append(row)
+        batch = self.inner(rows)
+        batch[TEACHER_COLUMN] = vectors
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        # Trainers read and set attributes of their collator. Underscored names are left out: copying and unpickling
+        # (data loader workers) look for them before `inner` exists.
+        if name.startswith("_") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def check_collator(collator: TeacherCollator, rows: list[dict[str, Any]]) -> None:
+    """Collates a few rows and checks that their teacher vectors can ride along.
+
+    Raises:
+        `ValueError`: If the collator returns no mapping, no labels, or another number of samples.
+    """
+    batch: Any = collator.inner([{k: v for k, v in row.items() if k != TEACHER_COLUMN} for row in rows])
+    problem = None
+    if not isinstance(batch, Mapping):
+        problem = f"it returns a {type(batch).__name__} instead of a dictionary"
+    elif "labels" not in batch or "input_ids" not in batch:
+        problem = "its batches have no `labels` or no `input_ids`"
+    elif not all(torch.is_tensor(batch[name]) for name in ("labels", "input_ids")):
+        problem = "its `labels` or `input_ids` are no tensors"
+    elif batch["labels"].shape != batch["input_ids"].shape or len(batch["labels"]) != len(rows):
+        problem = (
+            f"it makes labels of shape {list(batch['labels'].shape)} and input ids of shape "
+            f"{list(batch['input_ids'].shape)} from {len(rows)} rows"
+        )
+    if problem is not None:
+        raise ValueError(
+            f"Teacher vectors cannot ride through this `data_collator`: {problem}. Return a dictionary with "
+            "`input_ids` and `labels` of one row a sample, in order, or set `alignment_weight=0`."
+        )
+
+
+def pop_teacher(inputs: dict[str, Any]) -> TeacherBatch | None:
+    """Takes the teacher vectors out of a batch, or returns `None` where it carries none."""
+    vectors = inputs.pop(TEACHER_COLUMN, None)
+    if vectors is None:
+        return None
+    present = ~vectors.isnan().any(-1)
+    return TeacherBatch(vectors.nan_to_num(0.0), present)

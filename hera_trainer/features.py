@@ -1,0 +1,181 @@
+"""Teacher vectors as a column of the data set: computed once, cached on disk, memory-mapped ever after."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+from accelerate.utils.memory import clear_device_cache
+from datasets.utils import tqdm
+
+from .feature_cache import Entry, is_key, write_atomically
+from .image_column import ImageColumn, Images, underlying
+from .teacher import VisionTeacher, teacher_identity
+from .teacher_column import TEACHER_COLUMN, check_teacher_features
+
+__all__ = ["TEACHER_COLUMN", "add_teacher_features", "cache_root", "check_teacher_features"]
+
+
+def cache_root() -> Path:
+    """The folder of all that this package caches: `hera_trainer` in the Hugging Face cache (`HF_HOME`)."""
+    return Path(datasets.config.HF_CACHE_HOME) / "hera_trainer"
+
+
+def add_teacher_features(
+    dataset: datasets.Dataset,
+    teacher: VisionTeacher | str | os.PathLike,
+    *,
+    batch_size: int = 32,
+    chunk_size: int = 512,
+    cache_dir: str | os.PathLike | None = None,
+    desc: str = "Teacher vectors",
+) -> datasets.Dataset:
+    """Adds the column `teacher_features`: the teacher's vector of each row's image, a list of float32, or null.
+
+    The image column is `image` (one image or null) or `images` (a list, may be empty or null). One image gives the
+    teacher's own vector; several give the mean of their L2-normalised vectors; none gives null. Equal images are
+    encoded once and get equal vectors, bit for bit.
+
+    Results are cached on disk and memory-mapped. An entry is found by the images' content (sha256), in order, and the
+    teacher's identity. For a data set backed by files, its fingerprint together with the size and time of all files it
+    refers to spares reading the images again. While vectors are computed they are saved in chunks, so that a run that
+    was killed loses at most one.
+
+    A data set that already has the column is checked and returned as it is; the teacher is not even looked up.
+
+    Args:
+        dataset (`datasets.Dataset`): The data set. Selections, shuffles and formats are kept, nothing is copied.
+        teacher ([`VisionTeacher`] or `str`): A teacher, which stays yours; or the name or path of one, which is loaded
+            only if a vector is missing in the cache, and freed before this function returns.
+        batch_size (`int`, *optional*, defaults to `32`): Images a forward pass of the teacher.
+        chunk_size (`int`, *optional*, defaults to `512`): Vectors saved at a time while computing.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where the cache lies. Default: `hera_trainer/teacher_features`
+            in the Hugging Face cache (`HF_HOME`).
+        desc (`str`, *optional*): Text beside the progress bar.
+
+    Returns:
+        `datasets.Dataset`: The data set with one more column.
+
+    Raises:
+        ValueError: If the existing column is faulty (see [`check_teacher_features`]), no row has an image, an image
+            can't be read (its row is named), the teacher can't be loaded or returns NaN, or the data set is streaming
+            or has a custom transform.
+    """
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise ValueError(f"Expected a `datasets.Dataset`, got {type(dataset).__name__}. Pass each split by itself.")
+    if isinstance(dataset, datasets.IterableDataset):
+        if TEACHER_COLUMN not in (dataset.column_names or next(iter(dataset), {})):
+            raise ValueError(
+                "Streaming data sets (`IterableDataset`) are not supported yet without teacher vectors. Add a column "
+                f"`{TEACHER_COLUMN}` (one list of numbers a row) yourself, or load the data set without streaming."
+            )
+        return dataset
+    if TEACHER_COLUMN in dataset.column_names:
+        check_teacher_features(dataset)
+        return dataset
+    if min(batch_size, chunk_size) < 1:
+        raise ValueError(f"`batch_size` and `chunk_size` must be at least 1, not {batch_size} and {chunk_size}.")
+
+    column = ImageColumn(dataset)
+    source = _TeacherSource(teacher)
+    directory = Path(cache_dir or cache_root() / "teacher_features")
+    directory.mkdir(parents=True, exist_ok=True)
+
+    fast_key = column.fast_key(source.identity)
+    alias = directory / f"{fast_key}.key" if fast_key else None
+    key = alias.read_text(errors="replace") if alias and alias.exists() else ""
+    features = Entry(directory, key, len(column)).load() if is_key(key) else None
+    if features is None:
+        images = column.scan(desc)
+        key = images.key(source.identity)
+        entry = Entry(directory, key, len(column))
+        features = entry.load()
+        if features is None:
+            try:
+                features = _compute(entry, column, images, source, batch_size, chunk_size, desc)
+            finally:
+                source.release()
+        if alias:
+            write_atomically(alias, lambda path: path.write_text(key))
+    return _attach(dataset, features, key)
+
+
+def _attach(dataset: datasets.Dataset, features: datasets.Dataset, key: str) -> datasets.Dataset:
+    # `concatenate_datasets(axis=1)` first rewrites a data set that has an indices mapping (shuffle, select, split),
+    # images and all. The features are laid out like the rows underneath it, so both share it and nothing is copied.
+    joined = datasets.concatenate_datasets([underlying(dataset), features], axis=1)
+    fingerprint = hashlib.sha256(f"{dataset._fingerprint} {key}".encode()).hexdigest()[:16]
+    result = datasets.Dataset(
+        joined.data, info=joined.info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint
+    )
+    style = dataset.format
+    if style["type"] is None and style["columns"] == dataset.column_names:
+        return result
+    columns = [*style["columns"], TEACHER_COLUMN]
+    return result.with_format(style["type"], columns, style["output_all_columns"], **style["format_kwargs"])
+
+
+class _TeacherSource:
+    """The teacher of one call: a given one, or a name that is loaded when the first vector is missing."""
+
+    def __init__(self, teacher: VisionTeacher | str | os.PathLike):
+        self._name: str | os.PathLike | None = None
+        self._teacher: VisionTeacher | None = None
+        if isinstance(teacher, (str, os.PathLike)):
+            self._name = teacher
+            self.identity = teacher_identity(teacher)
+        else:
+            self._teacher = teacher
+            self.identity = teacher.identity
+
+    def get(self) -> VisionTeacher:
+        if self._teacher is None:
+            assert self._name is not None  # a teacher that was given is never released
+            self._teacher = VisionTeacher.from_pretrained(self._name)
+            if self._teacher.identity != self.identity:
+                raise ValueError(f"The vision teacher {str(self._name)!r} changed while it was loaded. Run again.")
+        return self._teacher
+
+    def release(self) -> None:
+        if self._name is not None and self._teacher is not None:
+            self._teacher = None
+            clear_device_cache(garbage_collection=True)
+
+
+def _compute(
+    entry: Entry,
+    column: ImageColumn,
+    images: Images,
+    source: _TeacherSource,
+    batch_size: int,
+    chunk_size: int,
+    desc: str,
+) -> datasets.Dataset:
+    """Encodes the distinct images, chunk by chunk, writes the finished entry and loads it."""
+    total, width = len(images.digests), 0
+    # A nameless file: the vectors need not fit into memory, and nothing is left behind if the process is killed.
+    with tempfile.TemporaryFile(dir=entry.directory) as scratch, tqdm(total=total, desc=desc, unit="image") as progress:
+        for start in range(0, total, chunk_size):
+            stop = min(start + chunk_size, total)
+            chunk = entry.load_chunk(start, stop)
+            if chunk is None:
+                batches = []
+                for batch in column.encode(images.places[start:stop], source.get(), batch_size):
+                    batches.append(batch)
+                    progress.update(len(batch))
+                chunk = np.concatenate(batches)
+                entry.save_chunk(start, stop, chunk)
+            else:
+                progress.update(len(chunk))
+            scratch.write(chunk.tobytes())
+            width = chunk.shape[1]
+        scratch.flush()
+        entry.save(images, np.memmap(scratch, dtype=np.float32, mode="r", shape=(total, width)))
+    features = entry.load()
+    if features is None:
+        raise ValueError(f"The teacher vectors written to {entry.path} can't be read back. Set another `cache_dir`.")
+    return features

@@ -1,0 +1,1 @@
+"""Attention heads: where they are, what they say, how well they agree with a teacher."""

@@ -1,0 +1,246 @@
+"""Reading pooled head representations out of a running forward pass, and feeding their gradient back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .head import AttentionHead
+from .modes import without_autocast
+from .projection import project_heads
+from .registry import HeadAccessor
+
+
+def pool_heads(x: Tensor, mask: Tensor, num_heads: int, heads: Sequence[int] | None = None) -> Tensor:
+    """Mean of heads' slices over the positions of each sample that count.
+
+    Args:
+        x (`Tensor` of shape `[B, T, num_heads * d_head]`): Input of an output projection.
+        mask (`BoolTensor` of shape `[B, T]`): Positions to pool over.
+        num_heads (`int`): Number of heads that share the last dimension.
+        heads (sequence of `int`, *optional*): Heads to pool, all by default.
+
+    Returns:
+        `Tensor` of shape `[B, h, d_head]`, float32; zeros for a sample without such a position.
+    """
+    if x.ndim != 3 or x.shape[:2] != mask.shape:
+        raise ValueError(
+            f"The language model runs on hidden states of shape {list(x.shape)}, but the batch has labels of shape "
+            f"{list(mask.shape)}: its tokens cannot be matched. Packing, padding-free batches, sequence parallelism "
+            "and prompt-learning adapters (prefix, prompt tuning) do this. Turn them off, or set `alignment_weight=0`."
+        )
+    x = x.unflatten(-1, (num_heads, -1))  # [B, T, H, d_head]
+    if heads is not None:
+        x = x[:, :, list(heads)]
+    count = mask.sum(1).clamp(min=1)
+    with without_autocast(x):
+        # Masked before the sum: attention may leave NaN at padding positions, and 0 * NaN is NaN.
+        total = x.float().masked_fill(~mask[:, :, None, None], 0.0).sum(1)
+    return total / count[:, None, None]
+
+
+@dataclass
+class _Slot:
+    """What one layer's tap keeps between forward and backward."""
+
+    leaf: Tensor | None = None  # [B, h, d_model], the loss is built on it
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on the projection's output; its backward hands the leaf's gradient to the head vectors.
+
+    The loss on the leaves is younger in the graph than any layer, so its backward has filled `leaf.grad` before a
+    layer's backward reaches the tap. Recomputation under activation checkpointing builds the tap anew on the
+    recomputed tensors, while the leaf stays the one of the first forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, vectors: Tensor, slot: _Slot) -> Tensor:
+        ctx.slot = slot
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        leaf = ctx.slot.leaf
+        if leaf is None or leaf.grad is None:
+            raise RuntimeError(
+                "The alignment loss gave no gradient to an attention head before the layer's backward. It must be part "
+                "of the loss that is given to `backward`. If you override `compute_loss`, add to the loss it returns."
+            )
+        return grads[0], leaf.grad, None
+
+
+@dataclass
+class _Record:
+    """One forward pass under observation."""
+
+    mask: Tensor
+    train: bool
+    last_layer: int | None = None  # the forward is left after this layer's projection
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    forward_done: bool = False
+
+
+class _ForwardDone(Exception):
+    """Leaves a forward pass of which nothing more is needed."""
+
+
+class HeadCapture:
+    """Reads the pooled representations of chosen heads from a model's forward pass.
+
+    Between `start` and `stop`, the first pass through each chosen layer is read; every other forward of the model is
+    left alone. In training, the representations are leaves of the autograd graph: a loss built on `vectors()` and
+    added to the loss of that forward pass gets its gradient to the model through the tap in the layer, under any kind
+    of activation checkpointing.
+
+    Args:
+        accessor ([`~heads.registry.HeadAccessor`]): The model's attention heads.
+        heads (sequence of [`AttentionHead`]): Heads to read, in the order of `vectors()`.
+        model_type (`str`): Named in error messages.
+
+    Example:
+
+    ```python
+    >>> capture = HeadCapture(get_head_accessor(model), [AttentionHead(3, 4)], "llava")
+    >>> with capture.attached():
+    ...     capture.start(mask)
+    ...     loss = model(**batch).loss
+    ...     loss = loss + 0.01 * criterion(capture.vectors(), teacher)
+    ...     loss.backward()
+    ...     capture.stop()
+    ```
+    """
+
+    def __init__(self, accessor: HeadAccessor, heads: Sequence[AttentionHead], model_type: str) -> None:
+        known = set(accessor.heads())
+        for head in heads:
+            if head not in known:
+                raise ValueError(
+                    f"Attention head {head} does not exist in this {model_type!r} model, which has layers "
+                    f"{accessor.layers_with_heads[0]} to {accessor.layers_with_heads[-1]} with "
+                    f"{accessor.num_heads(accessor.layers_with_heads[0])} heads each. Correct `aligned_heads`."
+                )
+        if len(set(heads)) != len(heads):
+            raise ValueError("`aligned_heads` names an attention head twice.")
+        self.accessor = accessor
+        self.heads = list(heads)
+        self.model_type = model_type
+        self._by_layer: dict[int, list[int]] = {}
+        for head in self.heads:
+            self._by_layer.setdefault(head.layer, []).append(head.head)
+        self._record: _Record | None = None
+        self._attached = 0
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers with a chosen head, ascending."""
+        return sorted(self._by_layer)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return self._attached > 0
+
+    @contextmanager
+    def attached(self) -> Iterator[HeadCapture]:
+        """Hooks in place inside, none of them left afterwards, also after an error. May be nested."""
+        handles = []
+        if not self._attached:
+            for layer in self.layers:
+                hook = partial(self._on_projection, layer)
+                handles.append(self.accessor.projection(layer).register_forward_hook(hook))
+        self._attached += 1
+        try:
+            yield self
+        finally:
+            self._attached -= 1
+            for handle in handles:
+                handle.remove()
+            if not self._attached:
+                self.stop()
+
+    def start(self, mask: Tensor, train: bool = True) -> None:
+        """Observe the next forward pass.
+
+        Args:
+            mask (`BoolTensor` of shape `[B, T]`): Positions to pool over.
+            train (`bool`, *optional*, defaults to `True`): Whether a loss on `vectors()` will be backpropagated.
+        """
+        self._record = _Record(mask, train)
+
+    def read(
+        self, forward: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], mask: Tensor, stop_early: bool
+    ) -> Tensor:
+        """Runs a forward pass for its head representations alone, to be called without gradients.
+
+        Args:
+            forward (`Callable`): Runs the model on `inputs`.
+            inputs (`dict`): Its inputs.
+            mask (`BoolTensor` of shape `[B, T]`): Positions to pool over.
+            stop_early (`bool`): Leave the forward pass after the deepest chosen head.
+
+        Returns:
+            `Tensor` of shape `[m, B, d_model]`, as `vectors` gives it.
+        """
+        self._record = _Record(mask, train=False, last_layer=self.layers[-1] if stop_early else None)
+        try:
+            with suppress(_ForwardDone):
+                forward(inputs)
+            return self.vectors()
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Forget the observed pass. To be called after its backward, which may recompute activations."""
+        self._record = None
+
+    def vectors(self) -> Tensor:
+        """Head representations z of the observed forward pass, and the end of that pass.
+
+        Returns:
+            `Tensor` of shape `[m, B, d_model]`, float32, in the order of `heads`.
+
+        Raises:
+            `RuntimeError`: If the forward pass did not go through the output projection of a chosen layer.
+        """
+        record = self._record
+        missing = [layer for layer in self.layers if record is None or layer not in record.slots]
+        if record is None or missing:
+            raise RuntimeError(
+                f"The forward pass of this {self.model_type!r} model did not go through the attention output "
+                f"projection of layer {missing[0]}, so its heads cannot be aligned. A patched forward (Unsloth, fused "
+                "kernels, torch.compile) does this: use the model as transformers ships it, or set "
+                "`alignment_weight=0` to train without alignment."
+            )
+        record.forward_done = True
+        vectors = []
+        for head in self.heads:
+            leaf = record.slots[head.layer].leaf
+            assert leaf is not None  # filled when the slot is made
+            vectors.append(leaf[:, self._by_layer[head.layer].index(head.head)])
+        return torch.stack(vectors)
+
+    def _on_projection(self, layer: int, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        """Post-forward hook: the first firing reads, recomputation during backward repeats the same arithmetic."""
+        record = self._record
+        if record is None:
+            return None
+        slot = record.slots.get(layer)
+        first = slot is None
+        if not first and not (record.forward_done and torch.is_grad_enabled()):
+            return None  # a further forward (label smoothing, metrics): the loss was built on the first one
+        num_heads, heads = self.accessor.num_heads(layer), self._by_layer[layer]
+        with without_autocast(out):
+            vectors = project_heads(module, pool_heads(args[0], record.mask, num_heads, heads), heads)
+        if slot is None:
+            # The leaf needs a gradient also where grad mode is off: reentrant checkpointing runs the first forward so.
+            slot = record.slots[layer] = _Slot(vectors.detach().requires_grad_(record.train))
+            if layer == record.last_layer:
+                raise _ForwardDone
+        return _Tap.apply(out, vectors, slot) if torch.is_grad_enabled() else None

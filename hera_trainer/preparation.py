@@ -1,0 +1,216 @@
+"""What is checked and chosen before the first training step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from .config import HeRAConfig
+from .features import TEACHER_COLUMN, add_teacher_features, cache_root, check_teacher_features
+from .heads.head import AttentionHead
+from .heads.modes import without_adapters
+from .heads.ranking import HeadRanking, rank_heads
+from .heads.registry import HeadAccessor, unwrap_model
+from .teacher import VisionTeacher
+
+_RANKING_FORMAT = 1
+
+
+def check_pool(args: HeRAConfig, micro_batch_size: int | None = None) -> None:
+    """Refuses settings under which too few samples are compared: with no more than `num_neighbors + 1`, every other
+    sample is a neighbour and the alignment loss carries nothing.
+
+    Args:
+        args ([`HeRAConfig`]): The settings.
+        micro_batch_size (`int`, *optional*): The batch size in force, if it is not the configured one.
+
+    Raises:
+        `ValueError`: Naming the smallest setting that passes.
+    """
+    batch = micro_batch_size or args.per_device_train_batch_size
+    pool = args.pool_size(micro_batch_size) + args.queue_size
+    least = args.num_neighbors + 2
+    if pool >= least:
+        return
+    missing = least - args.queue_size
+    if args.contrast_scope == "step":
+        made_of = "`per_device_train_batch_size` x `gradient_accumulation_steps` x processes + `queue_size`"
+        numbers = f"{batch} x {args.gradient_accumulation_steps} x {args.world_size} + {args.queue_size}"
+        cure = f"gradient_accumulation_steps={-(-missing // (batch * args.world_size))}"
+    else:
+        made_of = "`per_device_train_batch_size` x processes + `queue_size`"
+        numbers = f"{batch} x {args.world_size} + {args.queue_size}"
+        cure = f"per_device_train_batch_size={-(-missing // args.world_size)}"
+    raise ValueError(
+        f"Too few samples are compared for `num_neighbors` ({args.num_neighbors}): {pool} ({made_of} = {numbers}), but "
+        f"{least} are needed, or every other sample is a neighbour. Set `{cure}` or more, or lower `num_neighbors`."
+    )
+
+
+def check_arguments(args: HeRAConfig) -> None:
+    """Refuses settings under which the alignment loss would mean nothing.
+
+    Raises:
+        `ValueError`: Naming the setting and the value that passes.
+    """
+    check_pool(args)
+    for name in ("packing", "padding_free"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}=True` mixes several samples in one sequence, so head representations cannot be pooled by "
+                f"sample. Set `{name}=False`, or `alignment_weight=0`."
+            )
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Refuses data that cannot have teacher vectors.
+
+    Raises:
+        `ValueError`: Naming the cure.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__}, but head alignment needs a map-style `datasets.Dataset`, whose "
+            "teacher vectors are computed before training. Load it without `streaming=True`, or set "
+            "`alignment_weight=0`."
+        )
+    if not {"image", "images", TEACHER_COLUMN} & set(dataset.column_names):
+        raise ValueError(
+            f"`{name}` has no column `image`, `images` or `{TEACHER_COLUMN}`, so there is nothing to align with. Add "
+            "one, or set `alignment_weight=0` to train as SFTTrainer does."
+        )
+
+
+def with_teacher_features(
+    dataset: Any, name: str, teacher: VisionTeacher | str, batch_size: int, width: int | None = None
+) -> Dataset:
+    """A data set with teacher vectors, computed, read from the cache, or brought along.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The data set.
+        name (`str`): What the trainer calls it, for messages.
+        teacher ([`VisionTeacher`] or `str`): The teacher.
+        batch_size (`int`): Images encoded at a time.
+        width (`int`, *optional*): Width that the vectors must have.
+
+    Raises:
+        `ValueError`: If the data or the teacher cannot be used, or the vectors have another width.
+    """
+    check_dataset(dataset, name)
+    dataset = add_teacher_features(dataset, teacher, batch_size=batch_size, desc=f"Teacher vectors of {name}")
+    if width is not None and check_teacher_features(dataset) != width:
+        raise ValueError(
+            f"The teacher vectors of `{name}` have {check_teacher_features(dataset)} dimensions, those of "
+            f"`train_dataset` {width}. Compute both with the same teacher."
+        )
+    return dataset
+
+
+def check_device_map(model: nn.Module) -> None:
+    """Refuses a model that is split over several devices: gradients of heads have not been proven there."""
+    devices = {str(device) for device in getattr(unwrap_model(model), "hf_device_map", {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The model is split over several devices ({', '.join(sorted(devices))}), which head alignment does not "
+            "support yet. Load it on one device (`device_map=None`), train with several processes, or set "
+            "`alignment_weight=0`."
+        )
+
+
+def check_ranking(ranking: HeadRanking, accessor: HeadAccessor, model_type: str) -> None:
+    """Refuses a ranking of another model.
+
+    Raises:
+        `ValueError`: If the layers and heads of the ranking are not those of the model.
+    """
+    if len(ranking.scores) != accessor.num_layers or ranking.heads() != accessor.heads():
+        raise ValueError(
+            f"The head ranking was computed for {ranking.model or 'another model'!r} with {len(ranking.scores)} layers "
+            f"and {len(ranking.heads())} heads; this {model_type!r} model has {accessor.num_layers} layers and "
+            f"{len(accessor.heads())} heads. Use the ranking of this model, or leave `head_ranking_path` and "
+            "`head_ranking` at `None` to compute it."
+        )
+
+
+def weights_digest(accessor: HeadAccessor) -> str:
+    """Digest of a text decoder's weights: names, shapes, dtypes and a sample of 64 numbers of each tensor, so that a
+    ranking is never reused for a model that was trained in between. Adapter weights are left out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(accessor.decoder.state_dict().items()):
+        if "lora_" in name or not torch.is_tensor(tensor):
+            continue
+        name = name.replace(".base_layer", "")
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64]
+        digest.update(str(sample.cpu().double().tolist()).encode())
+    return digest.hexdigest()
+
+
+def cached_ranking(
+    model: nn.Module,
+    processing_class: Any,
+    dataset: Dataset,
+    args: HeRAConfig,
+    accessor: HeadAccessor,
+    precision: str,
+    teacher_name: str,
+) -> HeadRanking:
+    """The ranking of the model's heads without adapters, from the cache where the same one was computed before.
+
+    Args:
+        model (`nn.Module`): The model.
+        processing_class: Its processor.
+        dataset ([`~datasets.Dataset`]): Rows with teacher vectors.
+        args ([`HeRAConfig`]): Settings of the ranking.
+        accessor ([`~heads.registry.HeadAccessor`]): The model's heads.
+        precision (`str`): Mixed precision that the forward runs in, part of the cache key.
+        teacher_name (`str`): Kept in the ranking.
+    """
+    settings = {
+        "format": _RANKING_FORMAT,
+        "weights": weights_digest(accessor),
+        "dataset": dataset._fingerprint,
+        "precision": precision,
+        "k": args.num_neighbors,
+        "num_samples": args.ranking_num_samples,
+        "normalize": args.normalize,
+        "seed": args.seed,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    path = cache_root() / "head_rankings" / f"{key}.json"
+    if path.is_file():
+        return HeadRanking.load(path)
+    with without_adapters(model):
+        ranking = rank_heads(
+            model,
+            processing_class,
+            dataset,
+            k=args.num_neighbors,
+            num_samples=args.ranking_num_samples,
+            batch_size=args.per_device_eval_batch_size,
+            seed=args.seed,
+            normalize=args.normalize,
+            teacher_name=teacher_name,
+            progress=not args.disable_tqdm,
+        )
+    ranking.save(path)
+    return ranking
+
+
+def choose_heads(args: HeRAConfig, ranking: HeadRanking) -> list[AttentionHead]:
+    """The heads that the configuration picks from a ranking."""
+    return ranking.select(args.head_selection, args.num_aligned_heads, args.seed)
+
+
+def checkpoint_ranking(checkpoint: str | os.PathLike | None, file_name: str) -> HeadRanking | None:
+    """The ranking that a checkpoint carries, if it carries one."""
+    path = None if checkpoint is None else Path(checkpoint, file_name)
+    return HeadRanking.load(path) if path is not None and path.is_file() else None

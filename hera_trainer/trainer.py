@@ -1,0 +1,442 @@
+"""[`HeRATrainer`]: SFTTrainer plus head-wise representation alignment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from .checkpoints import RANKING_FILE, CheckpointMixin
+from .config import HeRAConfig
+from .contrast import AlignmentMeter, Contrast, EvalPools
+from .data import TEACHER_COLUMN, TeacherCollator, check_collator, placeholder_token_ids, pooling_mask, pop_teacher
+from .features import check_teacher_features
+from .heads.capture import HeadCapture
+from .heads.checks import check_projections, check_trainable
+from .heads.head import AttentionHead
+from .heads.quantized import check_not_packed, frozen_packing
+from .heads.ranking import HeadRanking
+from .heads.registry import get_head_accessor, unwrap_model
+from .loss import HeRALoss
+from .memory import SampleQueue
+from .preparation import (
+    cached_ranking,
+    check_arguments,
+    check_dataset,
+    check_device_map,
+    check_pool,
+    check_ranking,
+    checkpoint_ranking,
+    choose_heads,
+    with_teacher_features,
+)
+from .teacher import VisionTeacher
+from .temperature import CompanionOptimizer, TemperatureCallback
+from .window import StepWindow
+
+logger = get_logger(__name__)
+
+
+class HeRATrainer(CheckpointMixin, SFTTrainer):
+    """
+    Trainer for supervised fine-tuning of vision-language models with Head-Wise Representation Alignment (HeRA).
+
+    Before training, the images' vectors are computed once with a frozen vision encoder, the attention heads of the
+    language model are ranked by how well their neighbourhoods agree with it, and the least aligned are chosen. While
+    training, a contrastive loss beside the language-model loss pulls the representations of these heads towards the
+    teacher's neighbourhoods. The result is an ordinary model or PEFT adapter.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As in [`~trl.SFTTrainer`].
+        args ([`HeRAConfig`], *optional*):
+            Configuration. An [`~trl.SFTConfig`] or [`~transformers.TrainingArguments`] is completed with the defaults
+            of [`HeRAConfig`].
+        data_collator (`Callable`, *optional*):
+            As in [`~trl.SFTTrainer`]. It is wrapped, so that teacher vectors ride beside what it returns.
+        train_dataset ([`~datasets.Dataset`]):
+            Any vision data set that [`~trl.SFTTrainer`] takes. A column `teacher_features` (one vector a row), if it
+            has one, is used instead of a teacher.
+        teacher ([`VisionTeacher`] or `str`, *optional*):
+            Teacher, instead of `args.teacher_model_name_or_path`.
+        head_ranking ([`HeadRanking`] or path, *optional*):
+            Ready ranking. No ranking runs.
+        **kwargs:
+            All other arguments of [`~trl.SFTTrainer`].
+
+    Attributes:
+        aligned_heads (`list[AttentionHead]` or `None`): The chosen heads, once they are known.
+        head_ranking ([`HeadRanking`] or `None`): The ranking they were chosen from.
+        criterion ([`HeRALoss`] or `None`): The alignment loss, `None` with `alignment_weight=0`.
+
+    Example:
+
+    ```python
+    >>> from hera_trainer import HeRAConfig, HeRATrainer
+    >>> trainer = HeRATrainer(
+    ...     model="Qwen/Qwen2.5-VL-3B-Instruct",
+    ...     args=HeRAConfig(output_dir="out", per_device_train_batch_size=16),
+    ...     train_dataset=dataset,
+    ...     peft_config=LoraConfig(),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    args: HeRAConfig
+    model: Any
+    _signature_columns: Any
+
+    _tag_names = ["trl", "sft", "hera"]
+    _name = "HeRA"
+    _paper = {
+        "title": "Mind the Heads: Topological Representation Alignment for Multimodal LLMs",
+        "id": "2606.23885",
+        # docstyle-ignore
+        "citation": (
+            "@article{caffagni2026mind,\n"
+            "    title        = {{Mind the Heads: Topological Representation Alignment for Multimodal LLMs}},\n"
+            "    author       = {Davide Caffagni and others},\n"
+            "    year         = 2026,\n"
+            "    journal      = {arXiv preprint arXiv:2606.23885}\n"
+            "}"
+        ),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: HeRAConfig | SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        *sft_args: Any,
+        teacher: VisionTeacher | str | None = None,
+        head_ranking: HeadRanking | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = _as_hera_config(model, args)
+        self.aligned_heads: list[AttentionHead] | None = None
+        self.head_ranking: HeadRanking | None = None
+        self.criterion: HeRALoss | None = None
+        self._teacher: VisionTeacher | str = args.teacher_model_name_or_path if teacher is None else teacher
+        self._capture: HeadCapture | None = None
+        self._eval_pools: EvalPools | None = None
+        self._pending_batches: list[dict[str, Any]] | None = None
+        self._window: StepWindow | None = None
+        if args.alignment_weight > 0:  # what can be known without the model is said before it is loaded
+            check_arguments(args)
+            check_dataset(train_dataset, "train_dataset")
+        super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
+        if args.alignment_weight > 0:
+            self._init_alignment(head_ranking)
+
+    def _init_alignment(self, head_ranking: HeadRanking | str | os.PathLike | None) -> None:
+        """Everything about alignment that needs the model but neither teacher nor ranking."""
+        args = self.args
+        check_device_map(self.model)
+        accessor = get_head_accessor(self.model)
+        if args.aligned_heads is not None:
+            heads = [AttentionHead.parse(head) for head in args.aligned_heads]
+            HeadCapture(accessor, heads, self._model_type)  # says now if one does not exist
+        elif args.num_aligned_heads > len(accessor.heads()):
+            raise ValueError(
+                f"`num_aligned_heads` ({args.num_aligned_heads}) exceeds the {len(accessor.heads())} attention heads "
+                f"of this {self._model_type!r} model. Lower it."
+            )
+        ready = args.head_ranking_path if head_ranking is None else head_ranking
+        self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
+        self._placeholder_ids = placeholder_token_ids(unwrap_model(self.model).config, self.processing_class)
+        self.criterion = HeRALoss(args.num_neighbors, args.temperature, args.learn_temperature, args.normalize)
+        self.criterion.to(args.device)
+        queue = SampleQueue(args.queue_size) if args.queue_size else None
+        self._contrast = Contrast(self.criterion, self.accelerator, queue)
+        self._meter = AlignmentMeter()
+        self._temperature = TemperatureCallback(self.criterion, self.accelerator)
+        self.add_callback(self._temperature)
+
+    @property
+    def _model_type(self) -> str:
+        return unwrap_model(self.model).config.model_type
+
+    # Preparation: teacher vectors, then heads
+
+    def prepare_alignment(self, resume_from_checkpoint: str | None = None) -> None:
+        """Computes (or loads) the teacher's vectors and the head ranking, and chooses the heads to align.
+
+        `train`, `evaluate` and `predict` call it when it has not been called. Call it yourself to look at
+        `aligned_heads` and `head_ranking` before training.
+
+        Args:
+            resume_from_checkpoint (`str`, *optional*):
+                Checkpoint whose ranking is taken instead of a new one.
+
+        Raises:
+            `ValueError`: If the data, the teacher or the heads cannot be used; the message names the cure.
+        """
+        if self.criterion is None or self._capture is not None:
+            return
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        # A run must draw the same random numbers whether teacher and ranking come from a cache or not.
+        with torch.random.fork_rng(devices=devices):
+            check_not_packed(self.model)
+            self._attach_teacher_features()
+            self._choose_heads(resume_from_checkpoint)
+
+    def _attach_teacher_features(self) -> None:
+        # Own columns first: a fault in one of them is said before the teacher has worked for hours on another.
+        self.train_dataset = self._with_teacher_features(self.train_dataset, "train_dataset")
+        self._teacher_width = check_teacher_features(self.train_dataset)
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._with_teacher_features(self.eval_dataset, "eval_dataset", self._teacher_width)
+        collator = TeacherCollator(self.data_collator, self._teacher_width)
+        rows: Any = self.train_dataset
+        check_collator(collator, [rows[i] for i in range(min(2, len(rows)))])
+        self.data_collator = collator
+
+    def _with_teacher_features(self, dataset: Any, name: str, width: int | None = None) -> Any:
+        if isinstance(dataset, dict):
+            return {
+                key: self._with_teacher_features(value, f"{name}[{key!r}]", width) for key, value in dataset.items()
+            }
+        with self.accelerator.main_process_first():  # the others find the cache
+            return with_teacher_features(dataset, name, self._teacher, self.args.teacher_batch_size, width)
+
+    def _choose_heads(self, checkpoint: str | None) -> None:
+        args = self.args
+        accessor = get_head_accessor(self.model)
+        if args.aligned_heads is not None:
+            heads = [AttentionHead.parse(head) for head in args.aligned_heads]
+        else:
+            self.head_ranking = checkpoint_ranking(checkpoint, RANKING_FILE) or self.head_ranking
+            if self.head_ranking is None:
+                with self.accelerator.autocast():
+                    self.head_ranking = cached_ranking(
+                        self.model,
+                        self.processing_class,
+                        self.train_dataset,
+                        args,
+                        accessor,
+                        precision=self.accelerator.mixed_precision,
+                        teacher_name=self._teacher if isinstance(self._teacher, str) else self._teacher.name,
+                    )
+            check_ranking(self.head_ranking, accessor, self._model_type)
+            heads = choose_heads(args, self.head_ranking)
+        check_projections(self.model, accessor, sorted({head.layer for head in heads}))
+        check_trainable(self.model, accessor, heads)
+        self._capture = HeadCapture(accessor, heads, self._model_type)
+        self.aligned_heads = heads
+        self._save_ranking(self.args.output_dir)
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.criterion is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.prepare_alignment(checkpoint)
+        assert self._capture is not None
+        with self._capture.attached():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.criterion is not None:
+            check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        if self.criterion is not None and TEACHER_COLUMN not in columns:
+            self._signature_columns = [*columns, TEACHER_COLUMN]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # DeepSpeed casts floating-point inputs to the model's dtype; teacher vectors stay float32.
+        vectors = inputs.pop(TEACHER_COLUMN, None)
+        inputs = super()._prepare_inputs(inputs)
+        if vectors is not None:
+            inputs[TEACHER_COLUMN] = vectors.to(self.args.device)
+        return inputs
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._window = None
+        # With one micro-batch, the training forward itself collects all there is to compare.
+        whole_step = self.criterion is not None and self.args.contrast_scope == "step" and len(batches) > 1
+        self._pending_batches = batches if whole_step else None
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._pending_batches is not None:  # not in `get_batch_samples`: resuming restores random states after it
+            self._window = self._first_pass(model, self._pending_batches)
+            self._pending_batches = None
+        try:
+            return super().training_step(model, *args, **kwargs)
+        finally:
+            if self._capture is not None:
+                self._capture.stop()  # only now: activation checkpointing runs layers again during backward
+
+    def _first_pass(self, model: nn.Module, batches: list[dict[str, Any]]) -> StepWindow:
+        assert self._capture is not None
+        model.train()
+        # Sharded parameters are gathered by the forward of the whole model only.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        runs = model if sharded else unwrap_model(self.model).base_model
+
+        def forward(inputs: dict[str, Any]) -> None:
+            no_logits = {"logits_to_keep": 1} if sharded else {}
+            with self.accelerator.autocast():
+                runs(**inputs, use_cache=False, **no_logits)
+
+        prepared = []
+        for batch in batches:
+            inputs = self._prepare_inputs(dict(batch))
+            teacher = pop_teacher(inputs)
+            mask = pooling_mask(inputs.pop("labels"), inputs["input_ids"], self._placeholder_ids)
+            assert teacher is not None
+            prepared.append((inputs, teacher, mask))
+        window = StepWindow(self._capture, self._contrast, prepared, forward, not sharded, self.args.device)
+        self._meter.add_pool(window.pool)
+        return window
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        teacher = pop_teacher(inputs)
+        if self._capture is None or teacher is None or not self._capture.is_attached:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mask = pooling_mask(inputs["labels"], inputs["input_ids"], self._placeholder_ids)
+        window = self._window if self.model.training else None
+        self._capture.start(mask, train=self.model.training)
+        with nullcontext() if window is None else window.same_randomness():
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        heads = self._capture.vectors()
+        if not self.model.training:
+            self._capture.stop()
+            if self._eval_pools is not None:
+                self._eval_pools.add(heads, teacher, mask)
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        loss = self._with_alignment(loss, heads, teacher.vectors, teacher.valid(mask), num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _with_alignment(
+        self, loss: torch.Tensor, heads: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, num_items: Any
+    ) -> torch.Tensor:
+        """The language-model loss of a micro-batch plus its part of the alignment loss."""
+        assert self.criterion is not None
+        steps = self.current_gradient_accumulation_steps
+        divided = self._trainer_divides_loss(num_items)
+        self._meter.add_micro_batch(lm_loss=loss / steps if divided else loss, share=1.0 / steps)
+        log_temperature = self.criterion.log_temperature
+        if self._window is not None:  # its parts add up to the loss of the step
+            part = self._window.carrier(heads, log_temperature)
+        else:  # the mean over micro-batches
+            pool = self._contrast(heads, teacher, valid)
+            self._meter.add_pool(pool)
+            part = pool.carrier(heads, log_temperature, start=0, share=1.0) / steps
+        return loss + self.args.alignment_weight * (steps if divided else 1) * part
+
+    def _trainer_divides_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether `Trainer.training_step` divides the returned loss by the number of accumulation steps. Each
+        micro-batch's alignment loss must be divided by it exactly once."""
+        if self.loss_is_scaled_for_ga is not None:
+            return not self.loss_is_scaled_for_ga
+        scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func
+        return not scaled
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        ours = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.criterion is not None and self.args.learn_temperature and not self._temperature.is_optimized:
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            if ours and not sharded and type(optimizer).add_param_group is torch.optim.Optimizer.add_param_group:
+                optimizer.add_param_group({"params": [self.criterion.log_temperature], "weight_decay": 0.0})
+            else:
+                self._temperature.companion = CompanionOptimizer(self.criterion, self.args)
+            self._temperature.is_optimized = True
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.criterion is not None and self.model.training:
+            sums = self.accelerator.reduce(self._meter.as_tensor(self.args.device), reduction="sum")
+            metrics = self._meter.drain(sums, self.accelerator.num_processes)
+            if metrics.get("alignment_not_finite"):
+                logger.warning_once(
+                    "The alignment loss or its gradient was NaN or infinite in some steps; it was left out of them "
+                    "(`alignment_not_finite` counts them)."
+                )
+            if metrics:
+                logs.update(metrics, temperature=self.criterion.temperature)
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.prepare_alignment()
+        if self.criterion is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._with_teacher_features(eval_dataset, "eval_dataset", self._teacher_width)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        self.prepare_alignment()
+        return super().predict(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        loop_args = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._capture is None or self.criterion is None:
+            return super().evaluation_loop(*loop_args)
+        pools = self._eval_pools = EvalPools(self.criterion, self.args.pool_size())
+        try:
+            with self._capture.attached():
+                output = super().evaluation_loop(*loop_args)
+        finally:
+            self._eval_pools = None
+        local = torch.tensor([pools.total, pools.pools, pools.left_out], device=self.args.device)
+        total, count, left_out = self.accelerator.reduce(local, reduction="sum").tolist()
+        assert output.metrics is not None
+        if count:
+            output.metrics[f"{metric_key_prefix}_alignment_loss"] = total / count
+        output.metrics[f"{metric_key_prefix}_alignment_left_out"] = left_out
+        return output
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.criterion is None:
+            return super().prediction_step(*args, **kwargs)
+        with frozen_packing(self.model):
+            return super().prediction_step(*args, **kwargs)
+
+
+def _as_hera_config(model: Any, args: TrainingArguments | None) -> HeRAConfig:
+    """The arguments as a [`HeRAConfig`], as [`~trl.SFTTrainer`] makes an [`~trl.SFTConfig`] of others."""
+    if isinstance(args, HeRAConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config.name_or_path
+        return HeRAConfig(f"{name.split('/')[-1] or 'model'}-HeRA")
+    values = args.to_dict()
+    tokens = {name: getattr(args, name) for name in values if name.endswith("_token")}  # to_dict hides them
+    return HeRAConfig(**{**values, **tokens})

@@ -1,0 +1,304 @@
+"""The vision teacher: which vector is read, preprocessing, and images of all kinds."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny_teachers import PATCH, PICTURES, SIZE, SQUARE, TOWER, VIT, crop, picture, randomize, save_dinov2
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+    ViTModel,
+)
+
+from hera_trainer.teacher import TeacherOutputError, TeacherReadout, VisionTeacher, teacher_identity, to_rgb
+
+TEXT = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "vocab_size": 20,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# Name: model, image processor, whether a class token is read, and where the whole model keeps its vision encoder.
+TEACHERS = {
+    "dinov2": (lambda: Dinov2Model(Dinov2Config(**VIT)), lambda: crop(BitImageProcessor), True, ""),
+    "dinov2_registers": (
+        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**VIT, num_register_tokens=3)),
+        lambda: crop(BitImageProcessor),
+        True,
+        "",
+    ),
+    "dinov3_vit": (
+        lambda: DINOv3ViTModel(DINOv3ViTConfig(**VIT, num_register_tokens=4)),
+        lambda: ViTImageProcessor(size=SQUARE),
+        True,
+        "",
+    ),
+    "dinov3_convnext": (
+        lambda: DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[4, 8, 8, 12], depths=[1, 1, 1, 1])),
+        lambda: ViTImageProcessor(size={"height": 64, "width": 64}),
+        False,
+        "",
+    ),
+    "vit": (lambda: ViTModel(ViTConfig(**VIT)), lambda: ViTImageProcessor(size=SQUARE), True, ""),
+    "vit_classifier": (
+        lambda: ViTForImageClassification(ViTConfig(**VIT)),
+        lambda: ViTImageProcessor(size=SQUARE),
+        True,
+        "vit",
+    ),
+    "dinov2_classifier": (
+        lambda: Dinov2ForImageClassification(Dinov2Config(**VIT)),
+        lambda: crop(BitImageProcessor),
+        True,
+        "dinov2",
+    ),
+    "clip": (
+        lambda: CLIPModel(CLIPConfig(vision_config=VIT, text_config=TEXT)),
+        lambda: crop(CLIPImageProcessor),
+        True,
+        "vision_model",
+    ),
+    "clip_vision": (lambda: CLIPVisionModel(CLIPVisionConfig(**VIT)), lambda: crop(CLIPImageProcessor), True, ""),
+    "siglip": (
+        lambda: SiglipModel(SiglipConfig(vision_config=VIT, text_config=TEXT)),
+        lambda: SiglipImageProcessor(size=SQUARE),
+        False,
+        "vision_model",
+    ),
+    "siglip_vision": (
+        lambda: SiglipVisionModel(SiglipVisionConfig(**VIT)),
+        lambda: SiglipImageProcessor(size=SQUARE),
+        False,
+        "",
+    ),
+    "siglip2": (
+        lambda: Siglip2Model(Siglip2Config(vision_config={**TOWER, "num_patches": 16}, text_config=TEXT)),
+        lambda: Siglip2ImageProcessor(patch_size=PATCH, max_num_patches=16),
+        False,
+        "vision_model",
+    ),
+}
+
+
+@pytest.fixture
+def dinov2(tmp_path) -> Path:
+    return save_dinov2(tmp_path / "dinov2")
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_reads_the_documented_vector(name, tmp_path):
+    make_model, make_processor, has_class_token, tower = TEACHERS[name]
+    whole = randomize(make_model())
+    whole.save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    encoder = whole.get_submodule(tower)
+    with torch.no_grad():
+        outputs = encoder(**AutoImageProcessor.from_pretrained(tmp_path)(images=PICTURES, return_tensors="pt"))
+    expected = outputs.last_hidden_state[:, 0] if has_class_token else outputs.pooler_output
+
+    teacher = VisionTeacher.from_pretrained(tmp_path, device="cpu")
+    vectors = teacher.encode(PICTURES, batch_size=2)
+    assert vectors.dtype == torch.float32 and vectors.device.type == "cpu" and not vectors.requires_grad
+    assert vectors.shape == (len(PICTURES), teacher.hidden_size)
+    torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-5)
+    assert (vectors - vectors.mean(0)).abs().max() > 1e-3  # the vectors do depend on the image
+    assert type(teacher.model) is type(encoder)  # no text tower, no head
+    assert teacher.identity == teacher_identity(tmp_path)
+
+    in_memory = VisionTeacher(whole, AutoImageProcessor.from_pretrained(tmp_path))
+    torch.testing.assert_close(in_memory.encode(PICTURES, batch_size=2), vectors, rtol=1e-5, atol=1e-5)
+
+
+def test_vit_mae_sees_the_whole_image_and_draws_no_random_number(tmp_path):
+    config = {**VIT, "mask_ratio": 0.75, "decoder_num_hidden_layers": 1, "decoder_hidden_size": 8}
+    config |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 8}
+    randomize(ViTMAEForPreTraining(ViTMAEConfig(**config))).save_pretrained(tmp_path)
+    ViTImageProcessor(size=SQUARE).save_pretrained(tmp_path)
+
+    reference = ViTMAEModel.from_pretrained(tmp_path, mask_ratio=0.0).eval()
+    pixels = AutoImageProcessor.from_pretrained(tmp_path)(images=PICTURES, return_tensors="pt")
+    with torch.no_grad():
+        expected = reference(**pixels).last_hidden_state
+    assert expected.shape[1] == 1 + (SIZE // PATCH) ** 2
+
+    teacher = VisionTeacher.from_pretrained(tmp_path, device="cpu")
+    state = torch.get_rng_state()
+    vectors = teacher.encode(PICTURES)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(vectors, expected[:, 0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(teacher.encode(PICTURES), vectors)
+
+
+def test_encoder_without_class_token_and_pooling_is_refused():
+    model = SiglipVisionModel(SiglipVisionConfig(**VIT, vision_use_head=False))
+    teacher = VisionTeacher(model, SiglipImageProcessor(size=SQUARE))
+    assert not TeacherReadout(model).uses_class_token
+    with pytest.raises(ValueError, match=r"neither a class token nor a pooled output.*teacher_model_name_or_path"):
+        teacher.encode(PICTURES[:1])
+
+
+def test_plain_rgb_goes_through_the_image_processor_untouched(dinov2):
+    teacher = VisionTeacher.from_pretrained(dinov2, device="cpu")
+    seen = []
+    teacher.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    teacher.encode(PICTURES)
+    expected = AutoImageProcessor.from_pretrained(dinov2)(images=PICTURES, return_tensors="pt")
+    assert seen[0].keys() == expected.keys()
+    assert torch.equal(seen[0]["pixel_values"], expected["pixel_values"])
+
+
+def test_teacher_is_frozen_and_in_eval_mode():
+    model = randomize(ViTModel(ViTConfig(**VIT, hidden_dropout_prob=0.5))).train()
+    teacher = VisionTeacher(model, ViTImageProcessor(size=SQUARE))
+    expected = teacher.encode(PICTURES)
+    assert torch.equal(teacher.encode(PICTURES), expected)
+    teacher.model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # someone else's autocast must not reach it
+        assert torch.equal(teacher.encode(PICTURES), expected)
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_dtype_device_and_batches(dinov2):
+    teacher = VisionTeacher.from_pretrained(dinov2, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
+    vectors = teacher.encode(PICTURES)
+    assert vectors.dtype == torch.float32 and torch.equal(vectors, vectors.bfloat16().float())
+    assert teacher.identity == teacher_identity(dinov2, dtype=torch.bfloat16) != teacher_identity(dinov2)
+    assert teacher.to("cpu") is teacher
+    assert teacher.encode([]).shape == (0, 16)
+    with pytest.raises(ValueError, match="batch_size"):
+        teacher.encode(PICTURES, batch_size=0)
+    with pytest.raises(ValueError, match="Item 1 is a str"):
+        teacher.encode([PICTURES[0], "picture.png"])
+
+
+def test_vector_that_is_not_finite_names_the_image(dinov2):
+    teacher = VisionTeacher.from_pretrained(dinov2, device="cpu")
+    calls = []
+
+    def poison(module, args, outputs):
+        calls.append(len(outputs.last_hidden_state))
+        if len(calls) == 2:
+            outputs.last_hidden_state[1, 0, 3] = float("nan")
+
+    teacher.model.register_forward_hook(poison)
+    with pytest.raises(ValueError, match="image 3 of the list") as caught:
+        teacher.encode(PICTURES, batch_size=2)
+    assert isinstance(caught.value, TeacherOutputError) and caught.value.index == 3
+
+
+def test_loading_and_encoding_leave_random_states_alone(tmp_path):
+    # this checkpoint has no pooling layer, so loading initialises one at random
+    ViTForImageClassification(ViTConfig(**VIT)).save_pretrained(tmp_path)
+    ViTImageProcessor(size=SQUARE).save_pretrained(tmp_path)
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    VisionTeacher.from_pretrained(tmp_path, device="cpu").encode(PICTURES)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.array_equal(np.random.get_state()[1], before[2])
+
+
+# Images of all kinds
+
+
+def colours(image: PIL.Image.Image) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
+
+
+def test_to_rgb_applies_exif_orientation():
+    image = picture(0, (6, 4))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    turned = to_rgb(PIL.Image.open(file))
+    assert turned.size == (4, 6)
+    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(image), k=-1))
+    assert np.array_equal(np.asarray(to_rgb(turned)), np.asarray(turned))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_to_rgb_scales_16_bit_greyscale(mode):
+    levels = np.array([[0, 128, 257, 32768, 65535]])
+    expected = np.round(levels * 255 / 65535)
+    stored = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    image = PIL.Image.frombytes(mode, (5, 1), levels.astype(stored).tobytes())
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert np.array_equal(np.asarray(rgb), np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_to_rgb_16_bit_png_file():
+    levels = np.array([[0, 32768, 65535]], dtype=np.uint16)
+    file = io.BytesIO()
+    PIL.Image.fromarray(levels).save(file, "PNG")
+    assert np.asarray(to_rgb(PIL.Image.open(file)))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_to_rgb_composites_transparency_on_white():
+    rgba = PIL.Image.new("RGBA", (3, 1))
+    rgba.putdata([(200, 100, 0, 255), (200, 100, 0, 0), (200, 100, 0, 51)])
+    # 20 % of the colour over 80 % of white
+    assert colours(to_rgb(rgba)) == [(200, 100, 0), (255, 255, 255), (244, 224, 204)]
+
+    grey = PIL.Image.new("LA", (2, 1))
+    grey.putdata([(10, 255), (10, 0)])
+    assert colours(to_rgb(grey)) == [(10, 10, 10), (255, 255, 255)]
+
+    palette = PIL.Image.new("P", (2, 1))
+    palette.putpalette([9, 8, 7, 6, 5, 4])
+    palette.putdata([0, 1])
+    assert colours(to_rgb(palette)) == [(9, 8, 7), (6, 5, 4)]
+    file = io.BytesIO()
+    palette.save(file, "PNG", transparency=1)
+    assert colours(to_rgb(PIL.Image.open(file))) == [(9, 8, 7), (255, 255, 255)]
+
+
+def test_to_rgb_other_modes_and_plain_rgb():
+    cmyk = PIL.Image.new("CMYK", (1, 1), (0, 255, 255, 0))
+    assert colours(to_rgb(cmyk)) == [(255, 0, 0)]
+    assert colours(to_rgb(PIL.Image.new("L", (1, 1), 77))) == [(77, 77, 77)]
+    assert colours(to_rgb(PIL.Image.new("1", (1, 1), 1))) == [(255, 255, 255)]
+    plain = picture(5)
+    assert np.array_equal(np.asarray(to_rgb(plain)), np.asarray(plain))
