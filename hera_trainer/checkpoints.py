@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
+from .completion import make_room, mark_complete, rotate
 from .config import HeRAConfig
 from .contrast import Contrast
 from .heads.head import AttentionHead
@@ -61,10 +63,33 @@ class CheckpointMixin(_Base):
     head_ranking: HeadRanking | None
     _contrast: Contrast
     _temperature: TemperatureCallback
+    _rotates_itself = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         self._save_ranking(output_dir or self.args.output_dir)
+        if self._rotates_itself:  # only now: `training_args.bin` tells the limit that was set
+            self.args.save_total_limit = None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.criterion is None:
+            return super()._save_checkpoint(model, trial)
+        output_dir = self._get_output_dir(trial=trial)
+        checkpoint = Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            make_room(checkpoint)
+        self.accelerator.wait_for_everyone()
+        # `Trainer` would delete older checkpoints before this one is marked, when they may be the only complete ones.
+        limit, self._rotates_itself = self.args.save_total_limit, True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._rotates_itself = limit, False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(checkpoint, self.state.global_step)
+            best = self.state.best_model_checkpoint
+            rotate(output_dir, limit, {checkpoint, *([] if best is None else [Path(best)])})
 
     def _save_ranking(self, directory: str | None) -> None:
         if self.head_ranking is not None and self.args.should_save and directory is not None:

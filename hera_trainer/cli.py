@@ -27,10 +27,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--output-dir", default="hera-demo", help="folder for the model, the adapter and the results")
-    demo.add_argument("--steps", type=int, default=None, help="optimizer steps (default: what takes about 6 minutes)")
-    demo.add_argument(
-        "--alignment-weight", type=float, default=None, help="weight of the alignment loss; 0 trains without it"
-    )
+    demo.add_argument("--steps", type=int, default=None, help="optimizer steps of 16 samples; 120 by default")
+    demo.add_argument("--alignment-weight", type=float, default=0.01, help="weight of the alignment loss; 0: none")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, adapter and training")
     demo.set_defaults(run=_demo)
     return parser

@@ -192,5 +192,5 @@ class HeRAConfig(SFTConfig):
 
     def _check_at_least(self, name: str, least: float) -> None:
         value = getattr(self, name)
-        if not value >= least:  # also refuses NaN
+        if value is None or not value >= least:  # also refuses NaN
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")

@@ -78,7 +78,7 @@ class Contrast:
         """Number of processes that share a pool."""
         return 1 if self.accelerator is None else self.accelerator.num_processes
 
-    def __call__(self, heads: Tensor, teacher: Tensor, valid: Tensor) -> PoolLoss:
+    def __call__(self, heads: Tensor, teacher: Tensor, valid: Tensor, turns: Tensor | None = None) -> PoolLoss:
         """Loss and gradients of the pool to which this process contributes B samples. To be called by all processes
         alike; B may differ between them.
 
@@ -86,9 +86,14 @@ class Contrast:
             heads (`Tensor` of shape `[m, B, d_model]`): Head representations.
             teacher (`Tensor` of shape `[B, d_teacher]`): Teacher vectors.
             valid (`BoolTensor` of shape `[B]`): Samples that have a teacher vector and a token to pool.
+            turns (`LongTensor` of shape `[B]`, *optional*):
+                Number of the micro-batch that each sample belongs to. The queue takes samples in the order of these
+                numbers, then of processes, so that it does not depend on how the step is cut.
         """
         own = heads.shape[1]
-        pool_heads, pool_teacher, pool_valid, start = self._gather(heads.detach().float(), teacher, valid)
+        turns = torch.zeros_like(valid, dtype=torch.long) if turns is None else turns
+        columns = [heads.detach().float(), teacher, valid, turns]
+        (pool_heads, pool_teacher, pool_valid, pool_turns), start = self._gather(*columns)
         log_temperature = self.criterion.log_temperature
         with torch.enable_grad():
             leaves = pool_heads.requires_grad_()
@@ -102,7 +107,9 @@ class Contrast:
         taken = finite & (samples >= self.criterion.num_neighbors + 2)
         if self.queue is not None:
             usable = pool_valid & pool_heads.detach().isfinite().all(-1).all(0)
-            self.queue.push(pool_heads[:, usable], pool_teacher[usable])
+            order = pool_turns.argsort(stable=True)
+            order = order[usable[order]]
+            self.queue.push(pool_heads[:, order], pool_teacher[order])
         return PoolLoss(
             value=torch.where(taken, loss.detach(), 0.0),
             heads_grad=torch.where(taken, heads_grad[:, start : start + own] * self.num_processes, 0.0),
@@ -113,16 +120,16 @@ class Contrast:
             not_finite=1.0 - finite.float(),
         )
 
-    def _gather(self, heads: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _gather(self, heads: Tensor, teacher: Tensor, valid: Tensor, turns: Tensor) -> tuple[list[Tensor], int]:
         """The samples of all processes, and where this process's own begin. Shorter contributions are padded with
         samples that are not valid."""
         if self.accelerator is None or self.num_processes == 1:
-            return heads, teacher, valid, 0
-        columns = [heads.transpose(0, 1).contiguous(), teacher, valid.long()]
+            return [heads, teacher, valid, turns], 0
+        columns = [heads.transpose(0, 1).contiguous(), teacher, valid.long(), turns]
         padded = [self.accelerator.pad_across_processes(column, dim=0) for column in columns]
         start = self.accelerator.process_index * len(padded[0])
         gathered = [self.accelerator.gather(column) for column in padded]
-        return gathered[0].transpose(0, 1), gathered[1], gathered[2].bool(), start
+        return [gathered[0].transpose(0, 1), gathered[1], gathered[2].bool(), gathered[3]], start
 
 
 class EvalPools:
@@ -132,11 +139,14 @@ class EvalPools:
     Args:
         criterion ([`HeRALoss`]): The loss.
         pool_size (`int`): Samples in a pool.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            Gathers the batches of all processes, so that the pools are those of one process.
     """
 
-    def __init__(self, criterion: HeRALoss, pool_size: int) -> None:
+    def __init__(self, criterion: HeRALoss, pool_size: int, accelerator: Accelerator | None = None) -> None:
         self.criterion = criterion
         self.pool_size = pool_size
+        self.accelerator = accelerator
         self.total = 0.0
         self.pools = 0
         self._heads: list[Tensor] = []
@@ -151,9 +161,14 @@ class EvalPools:
             teacher ([`~data.TeacherBatch`]): Teacher vectors of the same samples.
             mask (`BoolTensor` of shape `[B, T]`): Positions that were pooled.
         """
-        valid = teacher.valid(mask)
+        vectors, valid = teacher.vectors, teacher.valid(mask)
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            # Leaves out the samples that the last batch repeats to serve all processes alike.
+            gather = self.accelerator.gather_for_metrics
+            heads = gather(heads.transpose(0, 1).contiguous()).transpose(0, 1)
+            vectors, valid = gather(vectors), gather(valid.long()).bool()
         self._heads.append(heads[:, valid])
-        self._teacher.append(teacher.vectors[valid])
+        self._teacher.append(vectors[valid])
         while self.left_out >= self.pool_size:
             all_heads, all_teacher = torch.cat(self._heads, dim=1), torch.cat(self._teacher)
             self.total += self.criterion(all_heads[:, : self.pool_size], all_teacher[: self.pool_size]).item()
@@ -172,6 +187,7 @@ class AlignmentMeter:
     _NAMES = ("windows", "lm_loss", "pools", "alignment_loss", "samples", "skipped", "left_out", "not_finite")
 
     def __init__(self) -> None:
+        self.has_warned = False  # the trainer's: values that are not finite are said once a run
         self.reset()
 
     def reset(self) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .files import write_atomically
 from .image_column import Images
 from .teacher_column import TEACHER_COLUMN, check_teacher_features
 
@@ -74,6 +72,9 @@ class Entry:
     def _chunk_path(self, start: int, stop: int) -> Path:
         return self.directory / f"{self.key}-{start}-{stop}.safetensors"
 
+    def has_chunk(self, start: int, stop: int) -> bool:
+        return self._chunk_path(start, stop).exists()
+
     def load_chunk(self, start: int, stop: int) -> np.ndarray | None:
         path = self._chunk_path(start, stop)
         if not path.exists():
@@ -93,15 +94,6 @@ class Entry:
     def save_chunk(self, start: int, stop: int, vectors: np.ndarray) -> None:
         content = {"vectors": np.ascontiguousarray(vectors)}
         write_atomically(self._chunk_path(start, stop), lambda path: save_file(content, path, {"key": self.key}))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def discard(path: Path, error: Exception) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -12,8 +13,10 @@ import numpy as np
 from accelerate.utils.memory import clear_device_cache
 from datasets.utils import tqdm
 
-from .feature_cache import Entry, is_key, write_atomically
+from .feature_cache import Entry, is_key
+from .files import write_atomically
 from .image_column import ImageColumn, Images, underlying
+from .processes import Team
 from .teacher import VisionTeacher, teacher_identity
 from .teacher_column import TEACHER_COLUMN, check_teacher_features
 
@@ -33,6 +36,7 @@ def add_teacher_features(
     chunk_size: int = 512,
     cache_dir: str | os.PathLike | None = None,
     desc: str = "Teacher vectors",
+    distributed: bool = False,
 ) -> datasets.Dataset:
     """Adds the column `teacher_features`: the teacher's vector of each row's image, a list of float32, or null.
 
@@ -56,6 +60,9 @@ def add_teacher_features(
         cache_dir (`str` or `os.PathLike`, *optional*): Where the cache lies. Default: `hera_trainer/teacher_features`
             in the Hugging Face cache (`HF_HOME`).
         desc (`str`, *optional*): Text beside the progress bar.
+        distributed (`bool`, *optional*, defaults to `False`): Divide the missing images among all processes of the run,
+            each of which must then call this function alike. All get the same column. Processes that do not share a
+            file system work for their own cache each.
 
     Returns:
         `datasets.Dataset`: The data set with one more column.
@@ -85,22 +92,28 @@ def add_teacher_features(
     directory = Path(cache_dir or cache_root() / "teacher_features")
     directory.mkdir(parents=True, exist_ok=True)
 
-    fast_key = column.fast_key(source.identity)
-    alias = directory / f"{fast_key}.key" if fast_key else None
-    key = alias.read_text(errors="replace") if alias and alias.exists() else ""
-    features = Entry(directory, key, len(column)).load() if is_key(key) else None
-    if features is None:
-        images = column.scan(desc)
-        key = images.key(source.identity)
-        entry = Entry(directory, key, len(column))
-        features = entry.load()
-        if features is None:
+    team = Team(distributed)
+    sharers = team.sharers(directory)
+    with team.together():
+        fast_key = column.fast_key(source.identity)
+        alias = directory / f"{fast_key}.key" if fast_key else None
+        key = alias.read_text(errors="replace") if alias and alias.exists() else ""
+        features = Entry(directory, key, len(column)).load() if is_key(key) else None
+    if team.any(features is None):
+        with team.together():
+            images = column.scan(desc)
+            key = images.key(source.identity)
+            entry = Entry(directory, key, len(column))
+            features = entry.load()
+        if team.any(features is None):
+            encoder = _Encoder(entry, column, images, source, batch_size, chunk_size, desc)
             try:
-                features = _compute(entry, column, images, source, batch_size, chunk_size, desc)
+                features = encoder.run(team, sharers, done=features is not None)
             finally:
                 source.release()
-        if alias:
+        if alias and team.index == sharers[0]:
             write_atomically(alias, lambda path: path.write_text(key))
+    assert features is not None
     return _attach(dataset, features, key)
 
 
@@ -146,36 +159,77 @@ class _TeacherSource:
             clear_device_cache(garbage_collection=True)
 
 
-def _compute(
-    entry: Entry,
-    column: ImageColumn,
-    images: Images,
-    source: _TeacherSource,
-    batch_size: int,
-    chunk_size: int,
-    desc: str,
-) -> datasets.Dataset:
+@dataclass
+class _Encoder:
     """Encodes the distinct images, chunk by chunk, writes the finished entry and loads it."""
-    total, width = len(images.digests), 0
-    # A nameless file: the vectors need not fit into memory, and nothing is left behind if the process is killed.
-    with tempfile.TemporaryFile(dir=entry.directory) as scratch, tqdm(total=total, desc=desc, unit="image") as progress:
-        for start in range(0, total, chunk_size):
-            stop = min(start + chunk_size, total)
-            chunk = entry.load_chunk(start, stop)
-            if chunk is None:
-                batches = []
-                for batch in column.encode(images.places[start:stop], source.get(), batch_size):
-                    batches.append(batch)
-                    progress.update(len(batch))
-                chunk = np.concatenate(batches)
-                entry.save_chunk(start, stop, chunk)
-            else:
-                progress.update(len(chunk))
-            scratch.write(chunk.tobytes())
-            width = chunk.shape[1]
-        scratch.flush()
-        entry.save(images, np.memmap(scratch, dtype=np.float32, mode="r", shape=(total, width)))
-    features = entry.load()
-    if features is None:
-        raise ValueError(f"The teacher vectors written to {entry.path} can't be read back. Set another `cache_dir`.")
-    return features
+
+    entry: Entry
+    column: ImageColumn
+    images: Images
+    source: _TeacherSource
+    batch_size: int
+    chunk_size: int
+    desc: str
+
+    def run(self, team: Team, sharers: list[int], done: bool) -> datasets.Dataset:
+        """The finished column. To be called by all processes of the team alike.
+
+        Args:
+            team ([`~processes.Team`]): The processes.
+            sharers (list of `int`): Those that share the cache's folder with this one.
+            done (`bool`): Whether these have the column already.
+        """
+        several, leads = len(sharers) > 1, team.index == sharers[0]
+        chunks = self._chunks(len(sharers))
+        missing = [chunk for chunk in chunks if several and not done and not self.entry.has_chunk(*chunk)]
+        own = missing[sharers.index(team.index) :: len(sharers)]
+        team.wait()  # all have looked what is missing before one begins to write
+        with team.together(), self._progress(sum(stop - start for start, stop in own), shown=several and leads) as bar:
+            for start, stop in own:
+                self.entry.save_chunk(start, stop, self._encode(start, stop, bar))
+        with team.together():
+            if leads and not done:
+                self._assemble(chunks, shown=not several)
+        features = self.entry.load()
+        if features is None:
+            raise ValueError(
+                f"The teacher vectors written to {self.entry.path} can't be read back. Set another `cache_dir`."
+            )
+        return features
+
+    def _chunks(self, sharers: int) -> list[tuple[int, int]]:
+        """Where each chunk of distinct images begins and ends. Shared, there are equally many for each process, cut
+        between two batches: an image's vector can depend, in its last bits, on the batch that it is encoded in."""
+        total, size = len(self.images.digests), self.chunk_size
+        if sharers > 1:
+            rounds = -(-total // (size * sharers))
+            size = -(-total // (rounds * sharers))
+            size = -(-size // self.batch_size) * self.batch_size
+        return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+    def _progress(self, total: int, shown: bool) -> tqdm:
+        return tqdm(total=total, desc=self.desc, unit="image", disable=not shown)
+
+    def _encode(self, start: int, stop: int, progress: tqdm) -> np.ndarray:
+        batches = []
+        for batch in self.column.encode(self.images.places[start:stop], self.source.get(), self.batch_size):
+            batches.append(batch)
+            progress.update(len(batch))
+        return np.concatenate(batches)
+
+    def _assemble(self, chunks: list[tuple[int, int]], shown: bool) -> None:
+        """Writes the finished entry. Chunks that are missing, or not usable, are encoded."""
+        total, width = len(self.images.digests), 0
+        # A nameless file: the vectors need not fit into memory, and nothing is left behind if the process is killed.
+        with tempfile.TemporaryFile(dir=self.entry.directory) as scratch, self._progress(total, shown) as progress:
+            for start, stop in chunks:
+                chunk = self.entry.load_chunk(start, stop)
+                if chunk is None:
+                    chunk = self._encode(start, stop, progress)
+                    self.entry.save_chunk(start, stop, chunk)
+                else:
+                    progress.update(len(chunk))
+                scratch.write(chunk.tobytes())
+                width = chunk.shape[1]
+            scratch.flush()
+            self.entry.save(self.images, np.memmap(scratch, dtype=np.float32, mode="r", shape=(total, width)))

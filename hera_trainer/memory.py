@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .files import write_atomically
 
 
 def image_keys(teacher: Tensor) -> Tensor:
@@ -61,10 +62,9 @@ class SampleQueue:
         """Writes the queue as safetensors, atomically. Writes nothing while it is empty."""
         if self.heads is None or self.teacher is None or self.keys is None:
             return
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
         tensors = {"heads": self.heads, "teacher": self.teacher, "keys": self.keys}
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        write_atomically(path, lambda temporary: save_file(content, temporary))
 
     def load(self, path: str | os.PathLike, device: torch.device) -> None:
         """Reads what `save` wrote. The last `size` samples are kept."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 
@@ -18,6 +19,8 @@ from .heads.head import AttentionHead
 from .heads.modes import without_adapters
 from .heads.ranking import HeadRanking, rank_heads
 from .heads.registry import HeadAccessor, unwrap_model
+from .heads.sharded import gathered
+from .processes import Team
 from .teacher import VisionTeacher
 
 _RANKING_FORMAT = 1
@@ -91,7 +94,8 @@ def check_dataset(dataset: Any, name: str) -> None:
 def with_teacher_features(
     dataset: Any, name: str, teacher: VisionTeacher | str, batch_size: int, width: int | None = None
 ) -> Dataset:
-    """A data set with teacher vectors, computed, read from the cache, or brought along.
+    """A data set with teacher vectors, computed, read from the cache, or brought along. To be called by all processes
+    alike, which divide the work.
 
     Args:
         dataset ([`~datasets.Dataset`]): The data set.
@@ -104,7 +108,9 @@ def with_teacher_features(
         `ValueError`: If the data or the teacher cannot be used, or the vectors have another width.
     """
     check_dataset(dataset, name)
-    dataset = add_teacher_features(dataset, teacher, batch_size=batch_size, desc=f"Teacher vectors of {name}")
+    dataset = add_teacher_features(
+        dataset, teacher, batch_size=batch_size, desc=f"Teacher vectors of {name}", distributed=True
+    )
     if width is not None and check_teacher_features(dataset) != width:
         raise ValueError(
             f"The teacher vectors of `{name}` have {check_teacher_features(dataset)} dimensions, those of "
@@ -121,6 +127,20 @@ def check_device_map(model: nn.Module) -> None:
             f"The model is split over several devices ({', '.join(sorted(devices))}), which head alignment does not "
             "support yet. Load it on one device (`device_map=None`), train with several processes, or set "
             "`alignment_weight=0`."
+        )
+
+
+def check_loss_scaling(args: HeRAConfig, accelerator: Accelerator) -> None:
+    """Refuses to learn the temperature under DeepSpeed in fp16: its engine scales the loss by a factor of its own, and
+    takes it out of the gradients of the model's parameters only.
+
+    Raises:
+        `ValueError`: Naming the settings that pass.
+    """
+    if args.learn_temperature and accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "The temperature cannot be learned under DeepSpeed in fp16, whose loss scale is taken out of the model's "
+            "gradients only. Use bf16, or set `learn_temperature=False`."
         )
 
 
@@ -143,14 +163,15 @@ def weights_digest(accessor: HeadAccessor) -> str:
     """Digest of a text decoder's weights: names, shapes, dtypes and a sample of 64 numbers of each tensor, so that a
     ranking is never reused for a model that was trained in between. Adapter weights are left out."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(accessor.decoder.state_dict().items()):
+    for name, tensor in sorted(accessor.decoder.state_dict(keep_vars=True).items()):
         if "lora_" in name or not torch.is_tensor(tensor):
             continue
         name = name.replace(".base_layer", "")
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64]
-        digest.update(str(sample.cpu().double().tolist()).encode())
+        with gathered([tensor]):
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64]
+            digest.update(str(sample.cpu().double().tolist()).encode())
     return digest.hexdigest()
 
 
@@ -163,7 +184,8 @@ def cached_ranking(
     precision: str,
     teacher_name: str,
 ) -> HeadRanking:
-    """The ranking of the model's heads without adapters, from the cache where the same one was computed before.
+    """The ranking of the model's heads without adapters, from the cache where the same one was computed before. To be
+    called by all processes alike, which divide the work.
 
     Args:
         model (`nn.Module`): The model.
@@ -186,7 +208,8 @@ def cached_ranking(
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = cache_root() / "head_rankings" / f"{key}.json"
-    if path.is_file():
+    team = Team(distributed=True)
+    if not team.any(not path.is_file()):  # unless all processes have it, all compute it
         return HeadRanking.load(path)
     with without_adapters(model):
         ranking = rank_heads(
@@ -200,8 +223,11 @@ def cached_ranking(
             normalize=args.normalize,
             teacher_name=teacher_name,
             progress=not args.disable_tqdm,
+            distributed=True,
         )
-    ranking.save(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if team.index == team.sharers(path.parent)[0]:  # one process writes it, on each file system
+        ranking.save(path)
     return ranking
 
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .files import write_atomically
 from .heads.head import AttentionHead
 from .loss import HeRALoss
 
@@ -80,9 +81,7 @@ class TemperatureCallback(TrainerCallback):
             "log_temperature": self.criterion.log_temperature.item(),
             "companion_optimizer": None if self.companion is None else self.companion.state_dict(),
         }
-        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(state, indent=1))
-        os.replace(temporary, path)
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
 
     def load(self, path: str | os.PathLike, heads: Sequence[AttentionHead]) -> None:
         """Takes what `save` wrote. Warns if other heads were aligned then."""

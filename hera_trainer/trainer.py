@@ -12,10 +12,10 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from .checkpoints import RANKING_FILE, CheckpointMixin
+from .completion import find_checkpoint
 from .config import HeRAConfig
 from .contrast import AlignmentMeter, Contrast, EvalPools
 from .data import TEACHER_COLUMN, TeacherCollator, check_collator, placeholder_token_ids, pooling_mask, pop_teacher
@@ -33,6 +33,7 @@ from .preparation import (
     check_arguments,
     check_dataset,
     check_device_map,
+    check_loss_scaling,
     check_pool,
     check_ranking,
     checkpoint_ranking,
@@ -143,6 +144,7 @@ class HeRATrainer(CheckpointMixin, SFTTrainer):
         """Everything about alignment that needs the model but neither teacher nor ranking."""
         args = self.args
         check_device_map(self.model)
+        check_loss_scaling(args, self.accelerator)
         accessor = get_head_accessor(self.model)
         if args.aligned_heads is not None:
             heads = [AttentionHead.parse(head) for head in args.aligned_heads]
@@ -207,8 +209,7 @@ class HeRATrainer(CheckpointMixin, SFTTrainer):
             return {
                 key: self._with_teacher_features(value, f"{name}[{key!r}]", width) for key, value in dataset.items()
             }
-        with self.accelerator.main_process_first():  # the others find the cache
-            return with_teacher_features(dataset, name, self._teacher, self.args.teacher_batch_size, width)
+        return with_teacher_features(dataset, name, self._teacher, self.args.teacher_batch_size, width)
 
     def _choose_heads(self, checkpoint: str | None) -> None:
         args = self.args
@@ -241,11 +242,7 @@ class HeRATrainer(CheckpointMixin, SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self.criterion is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
-        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         self.prepare_alignment(checkpoint)
         assert self._capture is not None
         with self._capture.attached():
@@ -296,9 +293,13 @@ class HeRATrainer(CheckpointMixin, SFTTrainer):
         runs = model if sharded else unwrap_model(self.model).base_model
 
         def forward(inputs: dict[str, Any]) -> None:
-            no_logits = {"logits_to_keep": 1} if sharded else {}
+            # The way of the training forward: ZeRO-3 expects to see each parameter used the same way every time. No
+            # position has a label, so no logits are computed.
+            like_training: dict[str, Any] = {}
+            if sharded:
+                like_training = {"labels": torch.full_like(inputs["input_ids"], -100), "fused_lm_head": True}
             with self.accelerator.autocast():
-                runs(**inputs, use_cache=False, **no_logits)
+                runs(**inputs, **like_training, use_cache=False)
 
         prepared = []
         for batch in batches:
@@ -377,8 +378,9 @@ class HeRATrainer(CheckpointMixin, SFTTrainer):
         if self.criterion is not None and self.model.training:
             sums = self.accelerator.reduce(self._meter.as_tensor(self.args.device), reduction="sum")
             metrics = self._meter.drain(sums, self.accelerator.num_processes)
-            if metrics.get("alignment_not_finite"):
-                logger.warning_once(
+            if metrics.get("alignment_not_finite") and not self._meter.has_warned:
+                self._meter.has_warned = True  # `warning_once` would be silent in the next run of the same process
+                logger.warning(
                     "The alignment loss or its gradient was NaN or infinite in some steps; it was left out of them "
                     "(`alignment_not_finite` counts them)."
                 )
@@ -409,18 +411,16 @@ class HeRATrainer(CheckpointMixin, SFTTrainer):
         loop_args = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._capture is None or self.criterion is None:
             return super().evaluation_loop(*loop_args)
-        pools = self._eval_pools = EvalPools(self.criterion, self.args.pool_size())
+        pools = self._eval_pools = EvalPools(self.criterion, self.args.pool_size(), self.accelerator)
         try:
             with self._capture.attached():
                 output = super().evaluation_loop(*loop_args)
         finally:
             self._eval_pools = None
-        local = torch.tensor([pools.total, pools.pools, pools.left_out], device=self.args.device)
-        total, count, left_out = self.accelerator.reduce(local, reduction="sum").tolist()
         assert output.metrics is not None
-        if count:
-            output.metrics[f"{metric_key_prefix}_alignment_loss"] = total / count
-        output.metrics[f"{metric_key_prefix}_alignment_left_out"] = left_out
+        if pools.pools:
+            output.metrics[f"{metric_key_prefix}_alignment_loss"] = pools.total / pools.pools
+        output.metrics[f"{metric_key_prefix}_alignment_left_out"] = pools.left_out
         return output
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -61,6 +61,9 @@ class StepWindow:
             torch.cat(heads, dim=1),
             torch.cat([teacher.vectors for _, teacher, _ in batches]),
             torch.cat([teacher.valid(mask) for _, teacher, mask in batches]),
+            torch.arange(len(batches), device=device).repeat_interleave(
+                torch.tensor([len(mask) for _, _, mask in batches], device=device)
+            ),
         )
 
     def __len__(self) -> int:

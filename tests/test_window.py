@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.data import TEACHER_COLUMN
+from hera_trainer.heads import capture
 
 WEIGHT = 5.0
 CUTS = [(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)]  # batch x accumulation
@@ -225,6 +226,46 @@ def test_loss_that_is_not_finite_is_left_out(tmp_path, scope, caplog):
     assert counts == [0, 1 if scope == "step" else 2, 0]
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert trainer.state.log_history[1]["loss"] == pytest.approx(trainer.state.log_history[1]["lm_loss"], rel=1e-6)
+    assert sum("was NaN or infinite" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("scope", "queue"), [("step", 0), ("step", 8), ("micro_batch", 0)])
+def test_representation_that_overflows_is_left_out(tmp_path, scope, queue, caplog, monkeypatch):
+    """One sample's z is infinite in the second step, in both passes: no alignment term in that step, training goes on,
+    and no later step meets it again in the queue."""
+    project, broken = capture.project_heads, []
+
+    def overflow(projection, pooled, heads):
+        vectors = project(projection, pooled, heads)
+        if trainer.model.training and trainer.state.global_step == 1:
+            scale = torch.ones(len(vectors), 1, 1)
+            scale[0] = 3e38  # finite, as overgrown weights are, so that a gradient of zero stays zero on the way back
+            vectors = vectors * scale * scale
+            broken.append(not vectors[0].isfinite().any() and vectors[1:].isfinite().all())
+        return vectors
+
+    monkeypatch.setattr(capture, "project_heads", overflow)
+    trainer = make_trainer(
+        tmp_path,
+        "llava",
+        (8, 2),
+        lora_config(),
+        data=dataset(n=48),
+        max_steps=3,
+        contrast_scope=scope,
+        queue_size=queue,
+    )
+    trainer.train()
+    assert broken and all(broken)
+    logs = trainer.state.log_history[:3]
+    assert [entry["alignment_not_finite"] for entry in logs] == [0, 1 if scope == "step" else 2, 0]
+    assert [entry["alignment_skipped"] for entry in logs] == [entry["alignment_not_finite"] for entry in logs]
+    assert logs[1]["loss"] == pytest.approx(logs[1]["lm_loss"], rel=1e-6)
+    assert math.isfinite(logs[1]["grad_norm"]) and logs[1]["temperature"] == pytest.approx(logs[2]["temperature"], 0.05)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert trainer.criterion.log_temperature.isfinite()
+    if queue:
+        assert len(trainer._contrast.queue) == queue and trainer._contrast.queue.heads.isfinite().all()
     assert sum("was NaN or infinite" in record.message for record in caplog.records) == 1
 
 

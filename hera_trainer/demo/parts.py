@@ -159,13 +159,13 @@ def save_teacher(path: str | Path) -> None:
     processor.save_pretrained(path)
 
 
-def build_llava(image_size: int = 84, seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build_llava(image_size: int = 56, seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Joins SmolLM2 and DINOv2 to a LLaVA whose projector is random: it has never seen an image.
 
     Both are saved and loaded in the ordinary way (`save_pretrained`, `AutoModelForImageTextToText`, `AutoProcessor`).
 
     Args:
-        image_size (`int`, defaults to `84`):
+        image_size (`int`, defaults to `56`):
             Height and width to which every image is brought, a multiple of 14. Each 14 x 14 patch is one token.
         seed (`int`, defaults to `0`): Seed of the projector's weights.
 

@@ -12,6 +12,7 @@ from .head import AttentionHead
 from .modes import evaluating
 from .projection import contributions_add_up
 from .registry import HeadAccessor, unwrap_model
+from .sharded import gathered, gathered_in_forward
 
 
 def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence[int]) -> None:
@@ -33,9 +34,10 @@ def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence
 
     handles = [watch(layer) for layer in layers]
     embeddings = accessor.decoder.get_input_embeddings().weight
-    tokens = torch.arange(8, device=embeddings.device).remainder(embeddings.shape[0])[None]
     try:
-        with evaluating(model):
+        with gathered([embeddings]):
+            tokens = torch.arange(8, device=embeddings.device).remainder(embeddings.shape[0])[None]
+        with evaluating(model), gathered_in_forward(model):
             accessor.decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         for handle in handles:
@@ -46,7 +48,7 @@ def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence
                 f"The text decoder of this {model_type!r} model does not call the output projection of layer {layer}: "
                 "its forward is patched. Use the model as transformers ships it, or set `alignment_weight=0`."
             )
-        with evaluating(model):
+        with evaluating(model), gathered(accessor.projection(layer).parameters()):
             if not contributions_add_up(accessor.projection(layer), accessor.num_heads(layer), *seen[layer]):
                 raise ValueError(
                     f"In layer {layer} of this {model_type!r} model, the contributions of the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import TEACHER_COLUMN, answer_text, placeholder_token_ids, pooling_mask, text_tokens
+from ..data import TEACHER_COLUMN, answer_text, placeholder_token_ids, text_tokens
 from ..features import check_teacher_features
+from ..files import write_atomically
 from ..metrics import nearest_neighbors, neighbor_overlap
+from ..processes import Team
 from ..version import __version__
-from .capture import pool_heads
 from .head import AttentionHead
 from .modes import evaluating, without_autocast
+from .observer import Observer, run_text, run_with_images
 from .projection import projection_blocks
 from .registry import HeadAccessor, get_head_accessor, unwrap_model
+from .sharded import gathered, gathered_in_forward
 
 
 def _versions() -> dict[str, str]:
@@ -103,9 +105,7 @@ class HeadRanking:
         content["layer_scores"] = _to_json(self.layer_scores)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1))
-        os.replace(temporary, path)
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> HeadRanking:
@@ -139,40 +139,6 @@ def _from_json(scores: Any) -> Any:
     return float("nan" if scores is None else scores)
 
 
-class _Observer:
-    """Collects pooled projection inputs and pooled layer outputs of all layers, one forward pass a batch."""
-
-    def __init__(self, accessor: HeadAccessor) -> None:
-        self.accessor = accessor
-        self.mask: Tensor | None = None
-        self.pooled: dict[int, list[Tensor]] = {layer: [] for layer in accessor.layers_with_heads}
-        self.hidden: list[list[Tensor]] = [[] for _ in accessor.layers]
-
-    def attach(self) -> list[Any]:
-        handles = []
-        for layer in self.accessor.layers_with_heads:
-            handles.append(self.accessor.projection(layer).register_forward_pre_hook(self._heads_hook(layer)))
-        for layer, module in enumerate(self.accessor.layers):
-            handles.append(module.register_forward_hook(self._hidden_hook(layer)))
-        return handles
-
-    def _heads_hook(self, layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            assert self.mask is not None
-            pooled = pool_heads(args[0], self.mask, self.accessor.num_heads(layer))
-            self.pooled[layer].append(pooled[self.mask.any(1)].cpu())
-
-        return hook
-
-    def _hidden_hook(self, layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            assert self.mask is not None
-            hidden = out[0] if isinstance(out, tuple) else out
-            self.hidden[layer].append(pool_heads(hidden, self.mask, 1)[self.mask.any(1), 0].cpu())
-
-        return hook
-
-
 def rank_heads(
     model: nn.Module,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
@@ -185,6 +151,7 @@ def rank_heads(
     data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     teacher_name: str = "",
     progress: bool = True,
+    distributed: bool = False,
 ) -> HeadRanking:
     """Scores all attention heads of a language model by mutual k-NN with a vision teacher (eq. 3 of the
     [HeRA paper](https://huggingface.co/papers/2606.23885)).
@@ -218,6 +185,9 @@ def rank_heads(
             Kept in the ranking.
         progress (`bool`, *optional*, defaults to `True`):
             Show a progress bar.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Divide the forward passes among all processes of the run, each of which must then call this function alike.
+            All get the same ranking, the one that a single process computes.
 
     Returns:
         [`HeadRanking`]. The same for the same seed, model and data.
@@ -231,23 +201,28 @@ def rank_heads(
     if num_samples < k + 2:
         raise ValueError(f"`num_samples` ({num_samples}) must be at least k + 2 = {k + 2}.")
     rows, teacher = _draw_samples(dataset, tokenizer, k, num_samples, seed)
-    observer = _Observer(accessor)
+    team = Team(distributed)
+    observer = Observer(accessor, team)
     handles = observer.attach()
     try:
         with evaluating(model):
-            if data_collator is None:
-                order = _run_text(observer, tokenizer, [answer_text(row) for row in rows], batch_size, progress)
-            else:
-                ids = placeholder_token_ids(base.config, processing_class)
-                indices = [row["index"] for row in rows]
-                order = _run_with_images(observer, model, dataset, indices, data_collator, ids, batch_size, progress)
-            if len(order) < k + 2:
+            with team.together(), gathered_in_forward(model):
+                if data_collator is None:
+                    run_text(observer, tokenizer, [answer_text(row) for row in rows], batch_size, progress)
+                else:
+                    ids = placeholder_token_ids(base.config, processing_class)
+                    indices = [row["index"] for row in rows]
+                    run_with_images(observer, model, dataset, indices, data_collator, ids, batch_size, progress)
+            samples, layers = observer.gather()
+            if len(samples) < k + 2:
                 raise ValueError(
-                    f"Only {len(order)} samples have a label outside of their images, but {k + 2} are needed for {k} "
+                    f"Only {len(samples)} samples have a label outside of their images, but {k + 2} are needed for {k} "
                     "neighbours. Use more data, or a smaller k."
                 )
             with without_autocast(teacher):
-                scores, layer_scores = _score(observer, teacher[order], k, normalize)
+                scores, layer_scores = _score(accessor, layers, teacher[samples].to(observer.device), k, normalize)
+            # Another device may round a tie to the other side, and all processes must choose the same heads.
+            scores, layer_scores = team.same(scores), team.same(layer_scores)
     finally:
         for handle in handles:
             handle.remove()
@@ -255,7 +230,7 @@ def rank_heads(
         scores=scores,
         layer_scores=layer_scores,
         k=k,
-        num_samples=len(order),
+        num_samples=len(samples),
         seed=seed,
         context="text" if data_collator is None else "image",
         model=base.config.name_or_path,
@@ -306,70 +281,27 @@ def _draw_samples(
     return rows, torch.from_numpy(np.stack(vectors))
 
 
-def _batches(lengths: Sequence[int], batch_size: int, progress: bool) -> Any:
-    """Batches of indices, longest first: little padding, and memory is short in the first batch or never."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return tqdm(batches, desc="Ranking attention heads", disable=not progress)
-
-
-def _run_text(
-    observer: _Observer, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int, progress: bool
-) -> list[int]:
-    """Runs the text decoder on each text alone. Returns the order in which samples were observed."""
-    encoded = [text_tokens(tokenizer, text) for text in texts]
-    device = observer.accessor.decoder.get_input_embeddings().weight.device
-    order: list[int] = []
-    for batch in _batches([len(ids) for ids, _ in encoded], batch_size, progress):
-        ids = nn.utils.rnn.pad_sequence([encoded[i][0] for i in batch], batch_first=True).to(device)
-        attention = nn.utils.rnn.pad_sequence([torch.ones_like(encoded[i][0]) for i in batch], batch_first=True)
-        observer.mask = nn.utils.rnn.pad_sequence([encoded[i][1] for i in batch], batch_first=True).to(device)
-        observer.accessor.decoder(input_ids=ids, attention_mask=attention.to(device), use_cache=False)
-        order += batch
-    return order
-
-
-def _run_with_images(
-    observer: _Observer,
-    model: nn.Module,
-    dataset: Dataset,
-    indices: list[int],
-    data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    placeholder_ids: Sequence[int],
-    batch_size: int,
-    progress: bool,
-) -> list[int]:
-    """Runs the whole model on collated batches. Returns the order in which samples were observed."""
-    device = observer.accessor.decoder.get_input_embeddings().weight.device
-    order: list[int] = []
-    for batch in _batches([0] * len(indices), batch_size, progress):
-        inputs = dict(data_collator([dataset[indices[i]] for i in batch]))
-        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-        observer.mask = pooling_mask(inputs.pop("labels"), inputs["input_ids"], placeholder_ids)
-        inputs.pop(TEACHER_COLUMN, None)
-        model(**inputs, use_cache=False)
-        order += [i for i, pooled in zip(batch, observer.mask.any(1).tolist(), strict=True) if pooled]
-    return order
-
-
-def _score(observer: _Observer, teacher: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Scores `[L, largest H]` and layer scores `[L]` of what was observed, in the teacher's order of samples."""
-    accessor = observer.accessor
-    device = accessor.decoder.get_input_embeddings().weight.device
-    targets = nearest_neighbors(teacher.to(device), k, normalize)
+def _score(
+    accessor: HeadAccessor,
+    layers: Iterable[tuple[int, Tensor, Tensor | None]],
+    teacher: Tensor,
+    k: int,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scores `[L, largest H]` and layer scores `[L]` of what was observed (see [`~heads.observer.Observer.gather`])."""
+    targets = nearest_neighbors(teacher, k, normalize)
     widest = max(accessor.num_heads(layer) for layer in accessor.layers_with_heads)
     scores = torch.full((accessor.num_layers, widest), torch.nan)
     layer_scores = torch.full((accessor.num_layers,), torch.nan)
-    for layer in range(accessor.num_layers):
-        hidden = torch.cat(observer.hidden[layer]).to(device)
+    for layer, hidden, pooled in layers:
         if hidden.isfinite().all():
             layer_scores[layer] = neighbor_overlap(nearest_neighbors(hidden, k, normalize), targets)
-        if layer not in observer.pooled:
+        if pooled is None:
             continue
-        pooled = torch.cat(observer.pooled[layer]).to(device)  # [N, H, d_head]
         if not pooled.isfinite().all():
             raise ValueError(f"The attention heads of layer {layer} give NaN or inf. Rank them in bf16 or float32.")
-        factors = _gram_factors(projection_blocks(accessor.projection(layer), accessor.num_heads(layer)))
+        with gathered(accessor.projection(layer).parameters()):
+            factors = _gram_factors(projection_blocks(accessor.projection(layer), accessor.num_heads(layer)))
         for head in range(accessor.num_heads(layer)):
             vectors = pooled[:, head] @ factors[head]
             scores[layer, head] = neighbor_overlap(nearest_neighbors(vectors, k, normalize), targets)

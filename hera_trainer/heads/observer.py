@@ -1,0 +1,144 @@
+"""Forward passes of which every attention head and every layer is observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..data import TEACHER_COLUMN, pooling_mask, text_tokens
+from ..processes import Team
+from .capture import pool_heads
+from .registry import HeadAccessor
+
+
+class Observer:
+    """Collects pooled projection inputs and pooled layer outputs of all layers, one forward pass a batch.
+
+    Args:
+        accessor ([`~heads.registry.HeadAccessor`]): The model's attention heads.
+        team ([`~processes.Team`]): The processes that divide the batches.
+    """
+
+    def __init__(self, accessor: HeadAccessor, team: Team) -> None:
+        self.accessor = accessor
+        self.team = team
+        self.mask: Tensor | None = None
+        self._pooled: dict[int, list[Tensor]] = {layer: [] for layer in accessor.layers_with_heads}
+        self._hidden: list[list[Tensor]] = [[] for _ in accessor.layers]
+        self._samples: list[int] = []  # of this process, in the order of the rows; -1 for those that do not count
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.accessor.decoder.get_input_embeddings().weight.device
+
+    def attach(self) -> list[Any]:
+        """Places the hooks and returns their handles."""
+        handles = []
+        for layer in self.accessor.layers_with_heads:
+            handles.append(self.accessor.projection(layer).register_forward_pre_hook(self._heads_hook(layer)))
+        for layer, module in enumerate(self.accessor.layers):
+            handles.append(module.register_forward_hook(self._hidden_hook(layer)))
+        return handles
+
+    def _heads_hook(self, layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            assert self.mask is not None
+            pooled = pool_heads(args[0], self.mask, self.accessor.num_heads(layer))
+            self._pooled[layer].append(pooled[self.mask.any(1)].cpu())
+
+        return hook
+
+    def _hidden_hook(self, layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            assert self.mask is not None
+            hidden = out[0] if isinstance(out, tuple) else out
+            self._hidden[layer].append(pool_heads(hidden, self.mask, 1)[self.mask.any(1), 0].cpu())
+
+        return hook
+
+    def batches(self, lengths: Sequence[int], batch_size: int, progress: bool) -> Iterator[list[int]]:
+        """This process's batches of samples, longest first: little padding, and memory is short in the first batch or
+        never. To be called once, with `mask` set and one forward pass run for each batch.
+
+        Args:
+            lengths (sequence of `int`): Length of each sample.
+            batch_size (`int`): Samples in a batch.
+            progress (`bool`): Show a progress bar.
+        """
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        rounds = -(-len(batches) // self.team.count)
+        for turn in tqdm(range(rounds), desc="Ranking attention heads", disable=not (progress and self.team.is_main)):
+            number = turn * self.team.count + self.team.index
+            # A sharded model runs in all processes or not at all: one that is left without a batch repeats the last.
+            batch = batches[min(number, len(batches) - 1)]
+            yield batch
+            assert self.mask is not None
+            pooled = self.mask.any(1).tolist()
+            seen = [sample for sample, any_token in zip(batch, pooled, strict=True) if any_token]
+            self._samples += seen if number < len(batches) else [-1] * len(seen)
+
+    def gather(self) -> tuple[list[int], Iterator[tuple[int, Tensor, Tensor | None]]]:
+        """What all processes observed, the same in each of them.
+
+        Returns:
+            The samples that had a position to pool, ascending; and, layer by layer, its number, the hidden states of
+            these samples `[N, d_model]`, and their pooled heads `[N, H, d_head]` or `None` where it has none.
+        """
+        samples = self.team.gather_rows(torch.tensor(self._samples, dtype=torch.long)).cpu()
+        # In the order of samples, not of batches, which depends on the number of processes.
+        places = samples.argsort(stable=True)[(samples < 0).sum() :]
+
+        def rows(parts: list[Tensor]) -> Tensor:
+            gathered = self.team.gather_rows(torch.cat(parts))
+            return gathered[places.to(gathered.device)].to(self.device)
+
+        def layers() -> Iterator[tuple[int, Tensor, Tensor | None]]:
+            for layer in range(self.accessor.num_layers):
+                yield (
+                    layer,
+                    rows(self._hidden[layer]),
+                    rows(self._pooled[layer]) if layer in self._pooled else None,
+                )
+
+        return samples[places].tolist(), layers()
+
+
+def run_text(
+    observer: Observer, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int, progress: bool
+) -> None:
+    """Runs the text decoder on each text alone."""
+    encoded = [text_tokens(tokenizer, text) for text in texts]
+    device = observer.device
+    for batch in observer.batches([len(ids) for ids, _ in encoded], batch_size, progress):
+        ids = nn.utils.rnn.pad_sequence([encoded[i][0] for i in batch], batch_first=True).to(device)
+        attention = nn.utils.rnn.pad_sequence([torch.ones_like(encoded[i][0]) for i in batch], batch_first=True)
+        observer.mask = nn.utils.rnn.pad_sequence([encoded[i][1] for i in batch], batch_first=True).to(device)
+        observer.accessor.decoder(input_ids=ids, attention_mask=attention.to(device), use_cache=False)
+
+
+def run_with_images(
+    observer: Observer,
+    model: nn.Module,
+    dataset: Dataset,
+    indices: list[int],
+    data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    placeholder_ids: Sequence[int],
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Runs the whole model on collated batches."""
+    device = observer.device
+    for batch in observer.batches([0] * len(indices), batch_size, progress):
+        inputs = dict(data_collator([dataset[indices[i]] for i in batch]))
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        observer.mask = pooling_mask(inputs.pop("labels"), inputs["input_ids"], placeholder_ids)
+        inputs.pop(TEACHER_COLUMN, None)
+        model(**inputs, use_cache=False)

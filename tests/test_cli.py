@@ -1,0 +1,99 @@
+"""The command line and the pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hera_trainer import AttentionHead, HeadRanking, __version__
+from hera_trainer.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--help"], ["demo"]), (["demo", "--help"], ["--output-dir", "--steps", "hera-demo", "hera-trainer[demo]"])],
+)
+def test_help(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in words)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"hera-trainer {__version__}"
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["demo", "--steps", "many"]])
+def test_wrong_arguments(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_errors_are_one_line(monkeypatch, capsys):
+    import hera_trainer.demo.run
+
+    def fail(*args, **kwargs):
+        raise ImportError("The demo needs the package x. Install its parts with: y")
+
+    monkeypatch.setattr(hera_trainer.demo.run, "run_demo", fail)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == "hera demo: error: The demo needs the package x. Install its parts with: y\n"
+
+
+def test_help_and_light_names_do_not_import_trl():
+    """The loss and the metrics serve people without TRL, and help comes at once."""
+    code = (
+        "import sys, hera_trainer.cli\n"
+        "from hera_trainer import HeRALoss, mutual_knn\n"
+        "assert 'trl' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def ranking():
+    scores = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    scores[2] = torch.nan  # a layer without heads
+    return HeadRanking(scores, torch.rand(6), k=5, num_samples=100)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_heat_map(tmp_path, ranking, ending):
+    from hera_trainer.plots import plot_head_scores
+
+    path = tmp_path / f"heads.{ending}"
+    plot_head_scores(ranking, path, ranking.select("worst", 2), title="Scores")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG") if ending == "png" else b"<svg" in content
+
+
+def test_heat_map_draws_scores_and_outlines(tmp_path, ranking, monkeypatch):
+    """What is drawn are the scores, on one scale for all panels, with an outline where the heads are."""
+    import matplotlib.figure
+
+    from hera_trainer.plots import plot_head_scores
+
+    figures = []
+    original = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k))
+    )
+    other = HeadRanking(ranking.scores / 2, ranking.layer_scores, k=5, num_samples=100)
+    plot_head_scores({"before": ranking, "after": other}, tmp_path / "x.png", [AttentionHead(3, 1)])
+    axes = [axis for axis in figures[0].axes if axis.images]
+    assert [axis.get_title() for axis in axes] == ["before", "after"]
+    for axis, drawn in zip(axes, (ranking, other), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(axis.images[0].get_array().filled(float("nan"))), drawn.scores, equal_nan=True
+        )
+        assert axis.images[0].get_clim() == axes[0].images[0].get_clim()
+        (outline,) = axis.patches
+        assert outline.get_xy() == (0.5, 2.5)
