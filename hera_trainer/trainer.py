@@ -19,11 +19,12 @@ from .completion import find_checkpoint
 from .config import HeRAConfig
 from .contrast import AlignmentMeter, Contrast, EvalPools
 from .data import TEACHER_COLUMN, TeacherCollator, check_collator, placeholder_token_ids, pooling_mask, pop_teacher
+from .evaluation import EvaluationMixin
 from .features import check_teacher_features
 from .heads.capture import HeadCapture
 from .heads.checks import check_projections, check_trainable
 from .heads.head import AttentionHead
-from .heads.quantized import check_not_packed, frozen_packing
+from .heads.quantized import check_not_packed
 from .heads.ranking import HeadRanking
 from .heads.registry import get_head_accessor, unwrap_model
 from .loss import HeRALoss
@@ -47,7 +48,7 @@ from .window import StepWindow
 logger = get_logger(__name__)
 
 
-class HeRATrainer(CheckpointMixin, SFTTrainer):
+class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
     """
     Trainer for supervised fine-tuning of vision-language models with Head-Wise Representation Alignment (HeRA).
 
@@ -387,47 +388,6 @@ class HeRATrainer(CheckpointMixin, SFTTrainer):
             if metrics:
                 logs.update(metrics, temperature=self.criterion.temperature)
         super().log(logs, start_time)
-
-    # Evaluation
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self.prepare_alignment()
-        if self.criterion is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._with_teacher_features(eval_dataset, "eval_dataset", self._teacher_width)
-        return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        self.prepare_alignment()
-        return super().predict(*args, **kwargs)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        loop_args = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._capture is None or self.criterion is None:
-            return super().evaluation_loop(*loop_args)
-        pools = self._eval_pools = EvalPools(self.criterion, self.args.pool_size(), self.accelerator)
-        try:
-            with self._capture.attached():
-                output = super().evaluation_loop(*loop_args)
-        finally:
-            self._eval_pools = None
-        assert output.metrics is not None
-        if pools.pools:
-            output.metrics[f"{metric_key_prefix}_alignment_loss"] = pools.total / pools.pools
-        output.metrics[f"{metric_key_prefix}_alignment_left_out"] = pools.left_out
-        return output
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self.criterion is None:
-            return super().prediction_step(*args, **kwargs)
-        with frozen_packing(self.model):
-            return super().prediction_step(*args, **kwargs)
 
 
 def _as_hera_config(model: Any, args: TrainingArguments | None) -> HeRAConfig:

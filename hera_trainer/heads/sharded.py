@@ -6,25 +6,25 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Whole parameters inside, in all processes, which must enter together. They are read only: nothing that is written
     to them stays. Nothing happens for parameters that are not divided, or are whole already.
 
     Args:
-        parameters (iterable of `nn.Parameter`): Parameters of any model.
+        parameters (iterable of `Tensor`): Parameters of any model, or other tensors.
     """
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus, is_zero_param
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
     # What is whole already belongs to someone who would find it divided again.
-    missing = [p for p in parameters if is_zero_param(p) and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    missing = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
     with GatheredParameters(missing, enabled=bool(missing)):
         yield
 

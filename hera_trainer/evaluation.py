@@ -1,0 +1,71 @@
+"""Evaluating an aligned model: the language-model loss as SFTTrainer has it, the alignment loss beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from .config import HeRAConfig
+from .contrast import EvalPools
+from .heads.capture import HeadCapture
+from .heads.quantized import frozen_packing
+from .loss import HeRALoss
+
+# The mixin calls on to a Trainer: type checkers must see it, the class hierarchy must not repeat it.
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class EvaluationMixin(_Base):
+    """Gives evaluation data its teacher vectors and reports the alignment loss over pools as large as in training."""
+
+    args: HeRAConfig
+    model: Any
+    criterion: HeRALoss | None
+    prepare_alignment: Any
+    _with_teacher_features: Any
+    _teacher_width: int
+    _capture: HeadCapture | None
+    _eval_pools: EvalPools | None
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.prepare_alignment()
+        if self.criterion is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._with_teacher_features(eval_dataset, "eval_dataset", self._teacher_width)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        self.prepare_alignment()
+        return super().predict(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        loop_args = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._capture is None or self.criterion is None:
+            return super().evaluation_loop(*loop_args)
+        pools = self._eval_pools = EvalPools(self.criterion, self.args.pool_size(), self.accelerator)
+        try:
+            with self._capture.attached():
+                output = super().evaluation_loop(*loop_args)
+        finally:
+            self._eval_pools = None
+        assert output.metrics is not None
+        if pools.pools:
+            output.metrics[f"{metric_key_prefix}_alignment_loss"] = pools.total / pools.pools
+        output.metrics[f"{metric_key_prefix}_alignment_left_out"] = pools.left_out
+        return output
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.criterion is None:
+            return super().prediction_step(*args, **kwargs)
+        with frozen_packing(self.model):
+            return super().prediction_step(*args, **kwargs)
