@@ -80,12 +80,17 @@ def recorded_projections(model: nn.Module) -> Iterator[dict[int, _Recording]]:
 
 
 def effective_weight(projection: nn.Module) -> Tensor:
-    """Weight `[d_model, in_features]` of a linear layer, its LoRA update added by hand."""
+    """Weight `[d_model, in_features]` of a linear layer, its LoRA update added and 4-bit weights unpacked by hand."""
     if not hasattr(projection, "lora_A"):
         return projection.weight
     (name,) = projection.active_adapters
-    update = projection.lora_B[name].weight @ projection.lora_A[name].weight
-    return projection.base_layer.weight + projection.scaling[name] * update
+    update = projection.lora_B[name].weight.float() @ projection.lora_A[name].weight.float()
+    base = projection.base_layer.weight
+    if getattr(base, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        base = dequantize_4bit(base.data, base.quant_state).float()
+    return base + projection.scaling[name] * update
 
 
 def pooled_positions(batch: dict[str, Any], model: nn.Module) -> Tensor:
