@@ -117,8 +117,12 @@ class CheckpointMixin(_Base):
     @property
     def _loads_whole_model(self) -> bool:
         """Whether a checkpoint holds all weights of an unsharded model, which `Trainer` may fail to find there."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return self.criterion is not None and not sharded and isinstance(self.model, PreTrainedModel)
+        return self.criterion is not None and not self._is_sharded and isinstance(self.model, PreTrainedModel)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether an engine (FSDP, DeepSpeed) holds the parameters and the optimizer."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -290,7 +290,7 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
         assert self._capture is not None
         model.train()
         # Sharded parameters are gathered by the forward of the whole model only.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        sharded = self._is_sharded
         runs = model if sharded else unwrap_model(self.model).base_model
 
         def forward(inputs: dict[str, Any]) -> None:
@@ -367,8 +367,8 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
         ours = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.criterion is not None and self.args.learn_temperature and not self._temperature.is_optimized:
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            if ours and not sharded and type(optimizer).add_param_group is torch.optim.Optimizer.add_param_group:
+            plain = type(optimizer).add_param_group is torch.optim.Optimizer.add_param_group
+            if ours and plain and not self._is_sharded:
                 optimizer.add_param_group({"params": [self.criterion.log_temperature], "weight_decay": 0.0})
             else:
                 self._temperature.companion = CompanionOptimizer(self.criterion, self.args)
