@@ -10,10 +10,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import HeRAConfig
     from .features import add_teacher_features
+    from .heads.accessor import HeadAccessor
     from .heads.capture import HeadCapture
     from .heads.head import AttentionHead
+    from .heads.layouts import decoder_accessor
     from .heads.ranking import HeadRanking, rank_heads
-    from .heads.registry import HeadAccessor, get_head_accessor, register_head_accessor
+    from .heads.registry import get_head_accessor, register_head_accessor
     from .loss import HeRALoss
     from .metrics import mutual_knn, nearest_neighbors
     from .teacher import VisionTeacher
@@ -25,11 +27,12 @@ _HOMES = {
     "HeRAConfig": "config",
     "HeRALoss": "loss",
     "HeRATrainer": "trainer",
-    "HeadAccessor": "heads.registry",
+    "HeadAccessor": "heads.accessor",
     "HeadCapture": "heads.capture",
     "HeadRanking": "heads.ranking",
     "VisionTeacher": "teacher",
     "add_teacher_features": "features",
+    "decoder_accessor": "heads.layouts",
     "get_head_accessor": "heads.registry",
     "mutual_knn": "metrics",
     "nearest_neighbors": "metrics",
@@ -48,6 +51,7 @@ __all__ = [
     "VisionTeacher",
     "__version__",
     "add_teacher_features",
+    "decoder_accessor",
     "get_head_accessor",
     "mutual_knn",
     "nearest_neighbors",

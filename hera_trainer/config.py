@@ -56,7 +56,7 @@ class HeRAConfig(SFTConfig):
             Explicit heads such as `["L3H4", "L5H11"]` (layer and query head, both from 0). No ranking runs, and
             `num_aligned_heads` and `head_selection` are ignored.
         ranking_num_samples (`int`, *optional*, defaults to `1000`):
-            Number of samples with distinct images on which heads are ranked.
+            Number of samples with distinct images on which heads are ranked; of a stream, the first that come.
         head_ranking_path (`str`, *optional*):
             JSON file of a ready ranking (see [`HeadRanking.save`]). No ranking runs.
 
@@ -66,7 +66,7 @@ class HeRAConfig(SFTConfig):
             Frozen vision encoder whose neighbourhoods are aligned with. Not looked up for data sets that bring a
             `teacher_features` column.
         teacher_batch_size (`int`, *optional*, defaults to `32`):
-            Number of images the teacher encodes at a time, before training.
+            Number of images the teacher encodes at a time, before training or, for a stream, before each step.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -144,7 +144,11 @@ class HeRAConfig(SFTConfig):
         },
     )
     ranking_num_samples: int = field(
-        default=1000, metadata={"help": "Number of samples with distinct images on which heads are ranked."}
+        default=1000,
+        metadata={
+            "help": "Number of samples with distinct images on which heads are ranked; of a stream, the first that "
+            "come."
+        },
     )
     head_ranking_path: str | None = field(
         default=None, metadata={"help": "JSON file of a ready head ranking. No ranking runs."}
@@ -157,7 +161,11 @@ class HeRAConfig(SFTConfig):
         },
     )
     teacher_batch_size: int = field(
-        default=32, metadata={"help": "Number of images the teacher encodes at a time, before training."}
+        default=32,
+        metadata={
+            "help": "Number of images the teacher encodes at a time, before training or, for a stream, before each "
+            "step."
+        },
     )
 
     def __post_init__(self) -> None:

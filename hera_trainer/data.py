@@ -11,6 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .features import TEACHER_COLUMN
+from .rows import collatable
+
+# What rows and batches of streamed data carry besides: where a row stands, for messages, and images that are prepared
+# for the teacher but not yet encoded.
+ROW_PLACE = "stream_place"
+TEACHER_IMAGES = "teacher_images"
 
 # Names under which configs and processors keep the ids of tokens that stand for image or video features.
 _PLACEHOLDER_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -39,13 +45,15 @@ def pooling_mask(labels: Tensor, input_ids: Tensor, placeholder_ids: Sequence[in
 
 
 def answer_text(row: Mapping[str, Any]) -> str:
-    """The answer or caption of a row: its `completion`, the assistant turns of its `messages`, or its `text`."""
+    """The answer or caption of a row: its `completion`, the assistant turns of its `messages`, or its `text`.
+    Calls of tools are no words and are left out."""
     for column in ("completion", "messages", "text"):
         value = row.get(column)
         if isinstance(value, str):
             return value
         if value is not None:
-            return "\n".join(_content_text(turn["content"]) for turn in value if turn["role"] == "assistant")
+            turns = [_content_text(turn.get("content")) for turn in value if turn["role"] == "assistant"]
+            return "\n".join(filter(None, turns))  # a turn that only calls tools has no words
     return ""
 
 
@@ -94,28 +102,36 @@ class TeacherCollator:
     Args:
         inner (`Callable`): The collator that makes the batch.
         width (`int`): Width of the teacher vectors.
+        prepare (`Callable`, *optional*):
+            Makes, of rows of streamed data, what the teacher needs to compute those vectors that are not there yet
+            (see [`~streaming.ImagePreparer`]). It rides under `teacher_images`.
     """
 
-    def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], width: int) -> None:
+    def __init__(
+        self,
+        inner: Callable[[list[dict[str, Any]]], Any],
+        width: int,
+        prepare: Callable[[list[dict[str, Any]]], Any] | None = None,
+    ) -> None:
         self.inner = inner
         self.width = width
+        self.prepare = prepare
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         vectors = torch.full((len(examples), self.width), torch.nan)
         rows = []
         for i, example in enumerate(examples):
             row = dict(example)
+            place = row.pop(ROW_PLACE, "A row")
             vector = row.pop(TEACHER_COLUMN, None)
             if vector is not None:
-                if len(vector) != self.width:  # would be stretched where it is one number
-                    raise ValueError(
-                        f"A vector in column `{TEACHER_COLUMN}` has {len(vector)} numbers, the training data has "
-                        f"{self.width}. Compute all of them with the same teacher."
-                    )
-                vectors[i] = torch.as_tensor(vector, dtype=torch.float32)
+                vectors[i] = checked_vector(vector, place, self.width)
             rows.append(row)
-        batch = self.inner(rows)
+        images = None if self.prepare is None else self.prepare(examples)
+        batch = self.inner([collatable(row, self.inner) for row in rows])
         batch[TEACHER_COLUMN] = vectors
+        if images is not None:
+            batch[TEACHER_IMAGES] = images
         return batch
 
     def __getattr__(self, name: str) -> Any:
@@ -126,13 +142,43 @@ class TeacherCollator:
         return getattr(self.inner, name)
 
 
+def checked_vector(vector: Any, place: str, width: int | None = None) -> Tensor:
+    """A row's own teacher vector, `[d_teacher]` float32.
+
+    Args:
+        vector (sequence of `float`): What the row has in column `teacher_features`.
+        place (`str`): Which row it is, for messages.
+        width (`int`, *optional*): Numbers that it must have.
+
+    Raises:
+        `ValueError`: If it is no list of finite numbers, or has another width.
+    """
+    try:
+        values = torch.as_tensor(vector, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{place}: column `{TEACHER_COLUMN}` holds no list of numbers ({error}).") from error
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{place}: column `{TEACHER_COLUMN}` holds no list of numbers. Store one vector, or null.")
+    if width is not None and len(values) != width:  # would be stretched where it is one number
+        raise ValueError(
+            f"{place}: the vector in column `{TEACHER_COLUMN}` has {len(values)} numbers, the training data has "
+            f"{width}. Compute all of them with the same teacher."
+        )
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{place}: the vector in column `{TEACHER_COLUMN}` has NaN or infinity. Repair it, or set it to null."
+        )
+    return values
+
+
 def check_collator(collator: TeacherCollator, rows: list[dict[str, Any]]) -> None:
     """Collates a few rows and checks that their teacher vectors can ride along.
 
     Raises:
         `ValueError`: If the collator returns no mapping, no labels, or another number of samples.
     """
-    batch: Any = collator.inner([{k: v for k, v in row.items() if k != TEACHER_COLUMN} for row in rows])
+    own = [{k: v for k, v in row.items() if k not in (TEACHER_COLUMN, ROW_PLACE)} for row in rows]
+    batch: Any = collator.inner([collatable(row, collator.inner) for row in own])
     problem = None
     if not isinstance(batch, Mapping):
         problem = f"it returns a {type(batch).__name__} instead of a dictionary"

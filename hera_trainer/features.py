@@ -40,9 +40,13 @@ def add_teacher_features(
 ) -> datasets.Dataset:
     """Adds the column `teacher_features`: the teacher's vector of each row's image, a list of float32, or null.
 
-    The image column is `image` (one image or null) or `images` (a list, may be empty or null). One image gives the
-    teacher's own vector; several give the mean of their L2-normalised vectors; none gives null. Equal images are
-    encoded once and get equal vectors, bit for bit.
+    A row's images are those of its column `image` (one image or null) or else `images` (a list, may be empty or null),
+    those inside its messages (`{"type": "image", "image": ...}`), and frames of its videos: of a column `video` (a list
+    of frames) or else `videos` (a list of such lists), and of `{"type": "video", "video": ...}`. Of a video with more
+    than eight frames, eight are taken at equal distances, the first and the last included.
+
+    One image gives the teacher's own vector; several, images and frames alike, give the mean of their L2-normalised
+    vectors; none gives null. Equal images are encoded once and get equal vectors, bit for bit.
 
     Results are cached on disk and memory-mapped. An entry is found by the images' content (sha256), in order, and the
     teacher's identity. For a data set backed by files, its fingerprint together with the size and time of all files it
@@ -77,8 +81,9 @@ def add_teacher_features(
     if isinstance(dataset, datasets.IterableDataset):
         if TEACHER_COLUMN not in (dataset.column_names or next(iter(dataset), {})):
             raise ValueError(
-                "Streaming data sets (`IterableDataset`) are not supported yet without teacher vectors. Add a column "
-                f"`{TEACHER_COLUMN}` (one list of numbers a row) yourself, or load the data set without streaming."
+                "Streaming data sets (`IterableDataset`) cannot have a column added. Give the data set to HeRATrainer "
+                f"as it is, which computes the vectors as rows come, bring a column `{TEACHER_COLUMN}` (one list of "
+                "numbers a row), or load the data set without streaming."
             )
         return dataset
     if TEACHER_COLUMN in dataset.column_names:

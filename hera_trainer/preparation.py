@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 
 from .config import HeRAConfig
 from .features import TEACHER_COLUMN, add_teacher_features, cache_root, check_teacher_features
 from .heads.head import AttentionHead
 from .heads.modes import without_adapters
+from .heads.quantized import plain_tensors
 from .heads.ranking import HeadRanking, rank_heads
 from .heads.registry import HeadAccessor, unwrap_model
 from .heads.sharded import gathered
 from .processes import Team
+from .stream_start import column_names
 from .teacher import VisionTeacher
 
 _RANKING_FORMAT = 1
@@ -73,21 +75,34 @@ def check_arguments(args: HeRAConfig) -> None:
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """Refuses data that cannot have teacher vectors.
+    """Refuses data that cannot have teacher vectors. Of a stream, one row is read.
 
     Raises:
         `ValueError`: Naming the cure.
     """
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
-            f"`{name}` is a {type(dataset).__name__}, but head alignment needs a map-style `datasets.Dataset`, whose "
-            "teacher vectors are computed before training. Load it without `streaming=True`, or set "
-            "`alignment_weight=0`."
+            f"`{name}` is a {type(dataset).__name__}, but head alignment needs a `datasets.Dataset` or a streamed "
+            "`datasets.IterableDataset`. Convert it, or set `alignment_weight=0`."
         )
-    if not {"image", "images", TEACHER_COLUMN} & set(dataset.column_names):
+    if not {"image", "images", TEACHER_COLUMN} & column_names(dataset, name):
         raise ValueError(
             f"`{name}` has no column `image`, `images` or `{TEACHER_COLUMN}`, so there is nothing to align with. Add "
-            "one, or set `alignment_weight=0` to train as SFTTrainer does."
+            "one, or set `alignment_weight=0` to train as SFTTrainer does. If all images lie in videos or inside of "
+            "messages, let it be a column `images` of empty lists: that is how SFTTrainer knows vision data."
+        )
+
+
+def check_steps(dataset: Any, args: HeRAConfig) -> None:
+    """Refuses a stream without `max_steps`, which `Trainer` would do after the model is loaded.
+
+    Raises:
+        `ValueError`: Naming the setting.
+    """
+    if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            "`max_steps` must be set: `train_dataset` is a stream (`IterableDataset`), whose length is not known, and "
+            "the learning-rate schedule needs the number of steps."
         )
 
 
@@ -98,7 +113,7 @@ def with_teacher_features(
     alike, which divide the work.
 
     Args:
-        dataset ([`~datasets.Dataset`]): The data set.
+        dataset ([`~datasets.Dataset`]): The data set, which has passed [`check_dataset`].
         name (`str`): What the trainer calls it, for messages.
         teacher ([`VisionTeacher`] or `str`): The teacher.
         batch_size (`int`): Images encoded at a time.
@@ -107,16 +122,25 @@ def with_teacher_features(
     Raises:
         `ValueError`: If the data or the teacher cannot be used, or the vectors have another width.
     """
-    check_dataset(dataset, name)
     dataset = add_teacher_features(
         dataset, teacher, batch_size=batch_size, desc=f"Teacher vectors of {name}", distributed=True
     )
-    if width is not None and check_teacher_features(dataset) != width:
-        raise ValueError(
-            f"The teacher vectors of `{name}` have {check_teacher_features(dataset)} dimensions, those of "
-            f"`train_dataset` {width}. Compute both with the same teacher."
-        )
+    if width is not None:
+        check_width(check_teacher_features(dataset), name, width)
     return dataset
+
+
+def check_width(found: int, name: str, width: int | None) -> None:
+    """Refuses teacher vectors of another width than the training data's, if that is known.
+
+    Raises:
+        `ValueError`: Naming both.
+    """
+    if width is not None and found != width:
+        raise ValueError(
+            f"The teacher vectors of `{name}` have {found} dimensions, those of `train_dataset` {width}. Compute both "
+            "with the same teacher."
+        )
 
 
 def check_device_map(model: nn.Module) -> None:
@@ -163,15 +187,15 @@ def weights_digest(accessor: HeadAccessor) -> str:
     """Digest of a text decoder's weights: names, shapes, dtypes and a sample of 64 numbers of each tensor, so that a
     ranking is never reused for a model that was trained in between. Adapter weights are left out."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(accessor.decoder.state_dict(keep_vars=True).items()):
-        if "lora_" in name or not torch.is_tensor(tensor):
+    for key, tensor in sorted(accessor.decoder.state_dict(keep_vars=True).items()):
+        if "lora_" in key or not torch.is_tensor(tensor):
             continue
-        name = name.replace(".base_layer", "")
-        with gathered([tensor]):
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64]
-            digest.update(str(sample.cpu().double().tolist()).encode())
+        for name, part in plain_tensors(key.replace(".base_layer", ""), tensor):
+            with gathered([part]):
+                digest.update(f"{name} {list(part.shape)} {part.dtype}".encode())
+                flat = part.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 64)][:64]
+                digest.update(str(sample.cpu().double().tolist()).encode())
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch._inductor.config
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -18,11 +19,10 @@ from .checkpoints import RANKING_FILE, CheckpointMixin
 from .completion import find_checkpoint
 from .config import HeRAConfig
 from .contrast import AlignmentMeter, Contrast, EvalPools
-from .data import TEACHER_COLUMN, TeacherCollator, check_collator, placeholder_token_ids, pooling_mask, pop_teacher
+from .data import placeholder_token_ids, pooling_mask, pop_teacher
 from .evaluation import EvaluationMixin
-from .features import check_teacher_features
 from .heads.capture import HeadCapture
-from .heads.checks import check_projections, check_trainable
+from .heads.checks import check_compiled, check_decoder, check_projections, check_trainable
 from .heads.head import AttentionHead
 from .heads.quantized import check_not_packed
 from .heads.ranking import HeadRanking
@@ -37,18 +37,19 @@ from .preparation import (
     check_loss_scaling,
     check_pool,
     check_ranking,
+    check_steps,
     checkpoint_ranking,
     choose_heads,
-    with_teacher_features,
 )
 from .teacher import VisionTeacher
 from .temperature import CompanionOptimizer, TemperatureCallback
+from .vectors import TeacherVectorsMixin
 from .window import StepWindow
 
 logger = get_logger(__name__)
 
 
-class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
+class HeRATrainer(CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, SFTTrainer):
     """
     Trainer for supervised fine-tuning of vision-language models with Head-Wise Representation Alignment (HeRA).
 
@@ -65,9 +66,10 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
             of [`HeRAConfig`].
         data_collator (`Callable`, *optional*):
             As in [`~trl.SFTTrainer`]. It is wrapped, so that teacher vectors ride beside what it returns.
-        train_dataset ([`~datasets.Dataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Any vision data set that [`~trl.SFTTrainer`] takes. A column `teacher_features` (one vector a row), if it
-            has one, is used instead of a teacher.
+            has one, is used instead of a teacher. The images of a stream are encoded as they come: the teacher stays in
+            memory, and heads are ranked on the first samples. `eval_dataset` may be a stream, too.
         teacher ([`VisionTeacher`] or `str`, *optional*):
             Teacher, instead of `args.teacher_model_name_or_path`.
         head_ranking ([`HeadRanking`] or path, *optional*):
@@ -96,7 +98,6 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
 
     args: HeRAConfig
     model: Any
-    _signature_columns: Any
 
     _tag_names = ["trl", "sft", "hera"]
     _name = "HeRA"
@@ -137,6 +138,7 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
         if args.alignment_weight > 0:  # what can be known without the model is said before it is loaded
             check_arguments(args)
             check_dataset(train_dataset, "train_dataset")
+            check_steps(train_dataset, args)
         super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
         if args.alignment_weight > 0:
             self._init_alignment(head_ranking)
@@ -145,8 +147,10 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
         """Everything about alignment that needs the model but neither teacher nor ranking."""
         args = self.args
         check_device_map(self.model)
+        check_compiled(self.model)
         check_loss_scaling(args, self.accelerator)
         accessor = get_head_accessor(self.model)
+        check_decoder(self.model, accessor)
         if args.aligned_heads is not None:
             heads = [AttentionHead.parse(head) for head in args.aligned_heads]
             HeadCapture(accessor, heads, self._model_type)  # says now if one does not exist
@@ -194,24 +198,6 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
             self._attach_teacher_features()
             self._choose_heads(resume_from_checkpoint)
 
-    def _attach_teacher_features(self) -> None:
-        # Own columns first: a fault in one of them is said before the teacher has worked for hours on another.
-        self.train_dataset = self._with_teacher_features(self.train_dataset, "train_dataset")
-        self._teacher_width = check_teacher_features(self.train_dataset)
-        if self.eval_dataset is not None:
-            self.eval_dataset = self._with_teacher_features(self.eval_dataset, "eval_dataset", self._teacher_width)
-        collator = TeacherCollator(self.data_collator, self._teacher_width)
-        rows: Any = self.train_dataset
-        check_collator(collator, [rows[i] for i in range(min(2, len(rows)))])
-        self.data_collator = collator
-
-    def _with_teacher_features(self, dataset: Any, name: str, width: int | None = None) -> Any:
-        if isinstance(dataset, dict):
-            return {
-                key: self._with_teacher_features(value, f"{name}[{key!r}]", width) for key, value in dataset.items()
-            }
-        return with_teacher_features(dataset, name, self._teacher, self.args.teacher_batch_size, width)
-
     def _choose_heads(self, checkpoint: str | None) -> None:
         args = self.args
         accessor = get_head_accessor(self.model)
@@ -220,11 +206,12 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
         else:
             self.head_ranking = checkpoint_ranking(checkpoint, RANKING_FILE) or self.head_ranking
             if self.head_ranking is None:
+                samples = self._ranking_samples()
                 with self.accelerator.autocast():
                     self.head_ranking = cached_ranking(
                         self.model,
                         self.processing_class,
-                        self.train_dataset,
+                        samples,
                         args,
                         accessor,
                         precision=self.accelerator.mixed_precision,
@@ -233,7 +220,8 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
             check_ranking(self.head_ranking, accessor, self._model_type)
             heads = choose_heads(args, self.head_ranking)
         check_projections(self.model, accessor, sorted({head.layer for head in heads}))
-        check_trainable(self.model, accessor, heads)
+        with self.accelerator.autocast():
+            check_trainable(self.model, accessor, heads, self._image_batch)
         self._capture = HeadCapture(accessor, heads, self._model_type)
         self.aligned_heads = heads
         self._save_ranking(self.args.output_dir)
@@ -246,27 +234,14 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, SFTTrainer):
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         self.prepare_alignment(checkpoint)
         assert self._capture is not None
-        with self._capture.attached():
+        # Compiled code draws dropout masks in its own way: both passes of a step must draw the same.
+        with self._capture.attached(), torch._inductor.config.patch(fallback_random=True):
             return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         if self.criterion is not None:
             check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
         return super()._inner_training_loop(batch_size, *args, **kwargs)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        if self.criterion is not None and TEACHER_COLUMN not in columns:
-            self._signature_columns = [*columns, TEACHER_COLUMN]
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # DeepSpeed casts floating-point inputs to the model's dtype; teacher vectors stay float32.
-        vectors = inputs.pop(TEACHER_COLUMN, None)
-        inputs = super()._prepare_inputs(inputs)
-        if vectors is not None:
-            inputs[TEACHER_COLUMN] = vectors.to(self.args.device)
-        return inputs
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(*args, **kwargs)

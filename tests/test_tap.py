@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from reference import (
     Recorder,
     alignment_loss,
@@ -15,9 +15,11 @@ from reference import (
     step_gradients,
 )
 from tiny import build_vlm, image_dataset, sft_args
+from transformers import TrainerCallback
 
-from hera_trainer import HeRAConfig, HeRATrainer
+from hera_trainer import HeRAConfig, HeRATrainer, get_head_accessor, rank_heads
 from hera_trainer.data import TEACHER_COLUMN
+from hera_trainer.heads.modes import without_adapters
 
 WEIGHT = 5.0  # large, so that a wrong alignment gradient cannot hide behind the language-model loss
 CHECKPOINTING = {"none": None, "non_reentrant": False, "reentrant": True}
@@ -135,3 +137,107 @@ def test_further_forwards_and_labelled_images(tmp_path, setting):
         lm = language_model_loss(logits, batch["labels"], "mean")
     expected = gradients_of(recorder.model, lm + WEIGHT * align, log_temperature)
     assert_gradients_equal(recorder.gradients, expected, tolerance=2e-4)
+
+
+# --- Compiled models -------------------------------------------------------------------------------------------------
+
+
+def compile_model(model, how, backend):
+    layers = model.get_decoder().layers
+    modules = {
+        "model.compile()": [model],
+        "layer.compile()": layers,
+        "projection.compile()": [layer.self_attn.o_proj for layer in layers],
+    }
+    for module in modules.get(how, []):
+        module.compile(backend=backend)
+
+
+@pytest.fixture
+def compiled_graphs():
+    """Counts what was really compiled."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+
+
+def compiled_run(tmp_path, how, backend, checkpointing, lora):
+    """Evaluates, trains and evaluates: compiled code must notice that hooks come and go."""
+    compiled = {"torch_compile": True, "torch_compile_backend": backend} if how == "torch_compile=True" else {}
+    trainer = make_trainer(tmp_path, "llava", CHECKPOINTING[checkpointing], lora, **compiled)
+    compile_model(trainer.model, how, backend)
+    gradients = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            gradients.append({name.replace("_orig_mod.", ""): value for name, value in found.items()})
+
+    trainer.add_callback(Keep())
+    evaluation = image_dataset(n=6, with_features=8, seed=3)
+    before = trainer.evaluate(evaluation)
+    trainer.train()
+    after = trainer.evaluate(evaluation)
+    return gradients[0], [metrics["eval_alignment_loss"] for metrics in (before, after)]
+
+
+@pytest.mark.parametrize(
+    ("how", "backend", "checkpointing", "tuning"),
+    [
+        ("torch_compile=True", "eager", "none", "full"),
+        ("model.compile()", "eager", "non_reentrant", "full"),
+        ("layer.compile()", "eager", "none", "lora"),
+        ("layer.compile()", "aot_eager", "non_reentrant", "full"),
+        ("projection.compile()", "aot_eager", "none", "full"),
+    ],
+)
+def test_compiled_models(tmp_path, how, backend, checkpointing, tuning, compiled_graphs):
+    lora = lora_config() if tuning == "lora" else None
+    expected, expected_losses = compiled_run(tmp_path / "eager", "not at all", backend, checkpointing, lora)
+    assert compiled_graphs() == 0
+    lora = lora_config() if tuning == "lora" else None
+    gradients, losses = compiled_run(tmp_path / "compiled", how, backend, checkpointing, lora)
+    assert compiled_graphs() > 0
+    # Compiled code gives zeros to parameters that eager code leaves without a gradient.
+    gradients = {name: value for name, value in gradients.items() if name in expected or value.any()}
+    assert_gradients_equal(gradients, expected, tolerance=2e-4)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+
+
+def test_compiled_code_draws_random_numbers_as_eager_code_does(tmp_path):
+    """Both passes of a step must draw the same dropout masks, and the first one is not compiled."""
+    settings = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            settings.append(torch._inductor.config.fallback_random)
+
+    trainer = make_trainer(tmp_path, "llava")
+    trainer.add_callback(Look())
+    trainer.train()
+    assert settings == [True] and torch._inductor.config.fallback_random is False
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_wrapped_by_torch_compile(tmp_path, part):
+    model, processor = build_vlm("llava")
+    if part == "model":
+        model = torch.compile(model, backend="eager")
+    else:
+        layers = model.get_decoder().layers
+        layers[1] = torch.compile(layers[1], backend="eager")
+    args = HeRAConfig(**sft_args(tmp_path, per_device_train_batch_size=12))
+    with pytest.raises(ValueError, match=r"`torch_compile=True`.*`model.compile\(\)`"):
+        HeRATrainer(model, args, train_dataset=image_dataset(n=12, with_features=8), processing_class=processor)
+
+
+@pytest.mark.parametrize("lora", [None, lora_config()])
+def test_heads_of_a_wrapped_model_can_be_ranked(lora):
+    dataset = image_dataset(n=24, with_features=8)
+    model, processor = build_vlm("llava")
+    expected = rank_heads(model, processor, dataset, k=3, progress=False)
+    wrapped = torch.compile(model if lora is None else get_peft_model(model, lora), backend="eager")
+    assert get_head_accessor(wrapped).projection(1) is model.get_decoder().layers[1].self_attn.o_proj
+    with without_adapters(wrapped):
+        assert torch.equal(rank_heads(wrapped, processor, dataset, k=3, progress=False).scores, expected.scores)

@@ -51,7 +51,7 @@ def test_identity_needs_no_model(dinov2, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("hera_trainer.teacher.AutoModel.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", refuse)
     assert len(teacher_identity(dinov2)) == 64
 
 

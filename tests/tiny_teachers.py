@@ -26,6 +26,16 @@ TOWER = {
 }
 VIT = {**TOWER, "image_size": SIZE}
 SQUARE = {"height": SIZE, "width": SIZE}
+TEXT = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "vocab_size": 20,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def crop(cls):

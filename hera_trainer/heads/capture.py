@@ -87,7 +87,7 @@ class _Record:
     forward_done: bool = False
 
 
-class _ForwardDone(Exception):
+class ForwardDone(Exception):
     """Leaves a forward pass of which nothing more is needed."""
 
 
@@ -121,10 +121,12 @@ class HeadCapture:
         known = set(accessor.heads())
         for head in heads:
             if head not in known:
+                there = f"has heads in layers {', '.join(map(str, accessor.layers_with_heads))}"
+                if head.layer in accessor.layers_with_heads:
+                    there = f"has {accessor.num_heads(head.layer)} heads in layer {head.layer}, counted from 0"
                 raise ValueError(
-                    f"Attention head {head} does not exist in this {model_type!r} model, which has layers "
-                    f"{accessor.layers_with_heads[0]} to {accessor.layers_with_heads[-1]} with "
-                    f"{accessor.num_heads(accessor.layers_with_heads[0])} heads each. Correct `aligned_heads`."
+                    f"Attention head {head} does not exist in this {model_type!r} model, which {there}. Correct "
+                    "`aligned_heads`."
                 )
         if len(set(heads)) != len(heads):
             raise ValueError("`aligned_heads` names an attention head twice.")
@@ -152,6 +154,8 @@ class HeadCapture:
         """Hooks in place inside, none of them left afterwards, also after an error. May be nested."""
         handles = []
         if not self._attached:
+            # Compiled code keeps to the hooks it was traced with: what was compiled before must be traced again.
+            torch.compiler.reset()
             for layer in self.layers:
                 hook = partial(self._on_projection, layer)
                 handles.append(self.accessor.projection(layer).register_forward_hook(hook))
@@ -190,7 +194,7 @@ class HeadCapture:
         """
         self._record = _Record(mask, train=False, last_layer=self.layers[-1] if stop_early else None)
         try:
-            with suppress(_ForwardDone):
+            with suppress(ForwardDone):
                 forward(inputs)
             return self.vectors()
         finally:
@@ -215,8 +219,8 @@ class HeadCapture:
             raise RuntimeError(
                 f"The forward pass of this {self.model_type!r} model did not go through the attention output "
                 f"projection of layer {missing[0]}, so its heads cannot be aligned. A patched forward (Unsloth, fused "
-                "kernels, torch.compile) does this: use the model as transformers ships it, or set "
-                "`alignment_weight=0` to train without alignment."
+                "kernels) does this: use the model as transformers ships it, or set `alignment_weight=0` to train "
+                "without alignment."
             )
         record.forward_done = True
         vectors = []
@@ -226,8 +230,12 @@ class HeadCapture:
             vectors.append(leaf[:, self._by_layer[head.layer].index(head.head)])
         return torch.stack(vectors)
 
+    @torch.compiler.disable
     def _on_projection(self, layer: int, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-        """Post-forward hook: the first firing reads, recomputation during backward repeats the same arithmetic."""
+        """Post-forward hook: the first firing reads, recomputation during backward repeats the same arithmetic.
+
+        Compiled code leaves for it and comes back: what it writes down and its tap must not be traced away.
+        """
         record = self._record
         if record is None:
             return None
@@ -242,5 +250,5 @@ class HeadCapture:
             # The leaf needs a gradient also where grad mode is off: reentrant checkpointing runs the first forward so.
             slot = record.slots[layer] = _Slot(vectors.detach().requires_grad_(record.train))
             if layer == record.last_layer:
-                raise _ForwardDone
+                raise ForwardDone
         return _Tap.apply(out, vectors, slot) if torch.is_grad_enabled() else None

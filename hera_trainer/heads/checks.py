@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 
+from .capture import ForwardDone
 from .head import AttentionHead
 from .modes import evaluating
-from .projection import contributions_add_up
+from .projection import contributions_add_up, passes_gradient, project_heads
 from .registry import HeadAccessor, unwrap_model
 from .sharded import gathered, gathered_in_forward
+
+
+def check_compiled(model: nn.Module) -> None:
+    """Refuses a model that `torch.compile` wrapped, whole or in parts: the forward that SFTTrainer sets on the model
+    bypasses the wrapper, so nothing would be compiled, and a wrapped part changes the names under which weights are
+    saved. Compiling in place (`model.compile()`) does neither.
+
+    Raises:
+        `ValueError`: Naming the settings that pass.
+    """
+    if any(is_compiled_module(module) for module in model.modules()):
+        raise ValueError(
+            "The model, or a part of it, is the result of `torch.compile(...)`, which training would bypass or save "
+            "under other names. Pass the model as it was before and set `torch_compile=True`, or compile in place with "
+            "`model.compile()` (for single layers, `layer.compile()`)."
+        )
+
+
+def check_decoder(model: nn.Module, accessor: HeadAccessor) -> None:
+    """Refuses a model whose text decoder does not read the text that has the labels, token by token.
+
+    Raises:
+        `ValueError`: If it is an encoder-decoder, or its decoder can't run on text alone.
+    """
+    config = unwrap_model(model).config
+    problem = f"its text decoder can't run without {accessor.needs}" if accessor.needs else ""
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "it is an encoder-decoder, whose decoder's positions are not those of the labels"
+    if problem:
+        raise ValueError(
+            f"HeRATrainer can't align the heads of this {config.model_type!r} model: {problem}. Train a decoder-only "
+            "model, read the heads with `HeadCapture` in a loop of your own, or set `alignment_weight=0`."
+        )
 
 
 def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence[int]) -> None:
@@ -21,7 +57,7 @@ def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence
 
     Raises:
         `ValueError`: If a projection is bypassed, or its heads don't add up (wrong head size, fused or patched
-            projection).
+            projection), or it passes no gradient.
     """
     model_type = unwrap_model(model).config.model_type
     seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -33,12 +69,9 @@ def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence
         return accessor.projection(layer).register_forward_hook(hook)
 
     handles = [watch(layer) for layer in layers]
-    embeddings = accessor.decoder.get_input_embeddings().weight
     try:
-        with gathered([embeddings]):
-            tokens = torch.arange(8, device=embeddings.device).remainder(embeddings.shape[0])[None]
         with evaluating(model), gathered_in_forward(model):
-            accessor.decoder(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+            accessor.decoder(**_some_tokens(accessor))
     finally:
         for handle in handles:
             handle.remove()
@@ -56,44 +89,113 @@ def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence
                     "projection, so they would be aligned wrongly. The projection is patched, or the accessor of this "
                     "model type is wrong: see `hera_trainer.register_head_accessor`."
                 )
+            if not passes_gradient(accessor.projection(layer), accessor.num_heads(layer)):
+                raise ValueError(
+                    f"In layer {layer} of this {model_type!r} model, the output projection passes no gradient back, so "
+                    "nothing below it can be trained: its kernel is made for inference, or rounds its input (torchao's "
+                    "dynamic schemes). Load the model in a precision that can be trained, such as a weight-only scheme."
+                )
 
 
-def check_trainable(model: nn.Module, accessor: HeadAccessor, heads: Sequence[AttentionHead]) -> None:
-    """Checks that every chosen head depends on a trainable parameter.
+def check_trainable(
+    model: nn.Module,
+    accessor: HeadAccessor,
+    heads: Sequence[AttentionHead],
+    batch: Callable[[], dict[str, Any]] | None = None,
+) -> None:
+    """Checks that every chosen head depends on a trainable parameter, by the graph that autograd builds.
 
-    Counted are parameters of earlier layers, of the head's own attention module and the norm before it, and whatever
-    is not part of the decoder's layers (vision tower, projector, embeddings). Not counted is what comes after the
-    head: later layers, its own layer's MLP, the final norm, the LM head.
+    A few tokens go through the text decoder. Heads that nothing trainable reaches there (a frozen language model) can
+    still depend on what lies before it, a projector or a vision tower: then a batch with an image goes through the
+    whole model. Nothing is kept for a backward pass, so this takes no more memory than a forward pass without
+    gradients, and works under quantization, adapters, activation checkpointing and ZeRO-3 alike. That an adapter is
+    active and not merged, that a layer comes before the head, that images enter below it: the graph knows.
+
+    Args:
+        model (`nn.Module`): The model.
+        accessor ([`~heads.accessor.HeadAccessor`]): Its attention heads.
+        heads (sequence of [`AttentionHead`]): The chosen heads.
+        batch (`Callable`, *optional*):
+            Returns inputs of the model with at least one image, called if they are needed. Without it, trainable
+            parameters outside of the decoder, other than the LM head's, are taken to influence all heads.
 
     Raises:
         `ValueError`: Naming the head whose alignment gradient would be nothing.
     """
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    after = _after_last_layer(model, accessor)
-    inside_layers = {id(p) for layer in accessor.layers for p in layer.parameters()}
-    if trainable - inside_layers - after:  # embeddings, vision tower, projector: below every head
-        return
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    layers = sorted({head.layer for head in heads})
+    tokens = _some_tokens(accessor)
+    reached = _reached_layers(model, accessor, layers, trained.keys(), lambda: accessor.decoder(**tokens))
+    if len(reached) < len(layers) and _outside_decoder(model, accessor) & trained.keys():
+        if batch is None:
+            return
+        device = tokens["input_ids"].device
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch().items()}
+        reached |= _reached_layers(model, accessor, layers, trained.keys(), lambda: model(**inputs, use_cache=False))
     for head in heads:
-        below = {id(p) for layer in accessor.layers[: head.layer] for p in layer.parameters()}
-        below |= {id(p) for p in accessor.attention(head.layer).parameters()}
-        for name, child in accessor.layers[head.layer].named_children():
-            if "norm" in name and "input" in name:  # the norm before attention; the others come after the head
-                below |= {id(p) for p in child.parameters()}
-        if not below & trainable:
+        if head.layer not in reached:
+            names = ", such as " + " and ".join(f"`{name}`" for name in list(trained.values())[:2]) if trained else ""
             raise ValueError(
                 f"No trainable parameter influences attention head {head}: its alignment gradient would be nothing. "
-                f"Train something at or below layer {head.layer} (for LoRA, `target_modules` and `layers_to_transform` "
-                "decide), or choose other heads with `aligned_heads`."
+                f"{len(trained)} parameters are trained{names}. Train something at or below layer {head.layer} (for "
+                "LoRA, `target_modules` and `layers_to_transform` decide, and the adapter must be active and not "
+                "merged; a projector counts where images enter at or below that layer), or choose other heads with "
+                "`aligned_heads`."
             )
 
 
-def _after_last_layer(model: nn.Module, accessor: HeadAccessor) -> set[int]:
-    """Parameters that only run after the decoder's layers: its final norm and an LM head that is not tied."""
-    base = unwrap_model(model)
-    embeddings = {id(p) for p in accessor.decoder.get_input_embeddings().parameters()}
-    output = base.get_output_embeddings()
-    after = set() if output is None else {id(p) for p in output.parameters()}
-    for name, child in accessor.decoder.named_children():
-        if "norm" in name:
-            after |= {id(p) for p in child.parameters()}
-    return after - embeddings
+def _some_tokens(accessor: HeadAccessor) -> dict[str, Any]:
+    """Inputs of the text decoder."""
+    embeddings = accessor.decoder.get_input_embeddings().weight
+    with gathered([embeddings]):
+        tokens = torch.arange(8, device=embeddings.device).remainder(embeddings.shape[0])[None]
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+
+
+def _reached_layers(
+    model: nn.Module, accessor: HeadAccessor, layers: Sequence[int], trained: Set[int], forward: Callable[[], Any]
+) -> set[int]:
+    """Those of `layers` whose head representations depend on a trained parameter in a forward pass."""
+    reached: set[int] = set()
+
+    def watch(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            heads = args[0].flatten(0, -2).mean(0).unflatten(0, (accessor.num_heads(layer), -1))[None]
+            if _depends_on(project_heads(module, heads[:, :1], [0]), trained):
+                reached.add(layer)
+            if layer == layers[-1]:
+                raise ForwardDone
+
+        return accessor.projection(layer).register_forward_hook(hook)
+
+    handles = [watch(layer) for layer in layers]
+    nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda saved: saved)
+    try:
+        # In eval mode nothing is checkpointed: reentrant checkpoints would hide the parameters inside from the graph.
+        with evaluating(model), torch.enable_grad(), nothing_saved, gathered_in_forward(model), suppress(ForwardDone):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached
+
+
+def _depends_on(tensor: Tensor, parameters: Set[int]) -> bool:
+    """Whether the graph of `tensor` begins at one of the parameters with these ids."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        nodes += [source for source, _ in node.next_functions]
+    return False
+
+
+def _outside_decoder(model: nn.Module, accessor: HeadAccessor) -> set[int]:
+    """Parameters of neither the text decoder nor the LM head."""
+    output = unwrap_model(model).get_output_embeddings()
+    inside = {id(p) for module in (accessor.decoder, output) if module is not None for p in module.parameters()}
+    return {id(p) for p in model.parameters()} - inside

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from transformers.pytorch_utils import Conv1D
 
 from .quantized import frozen_packing
 
@@ -26,13 +29,14 @@ def _restored_flags(modules: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every module's own flag is restored afterwards.
+    """Eval mode, no gradients and nothing compiled inside; every module's own flag is restored afterwards.
 
     4-bit layers keep their training layout (see [`~heads.quantized.frozen_packing`]).
     """
     with _restored_flags(list(model.modules())):
         model.eval()
-        with frozen_packing(model), torch.no_grad():
+        # Compiling for a few passes costs more than it saves, and compiled code would go on without hooks placed later.
+        with frozen_packing(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
 
 
@@ -46,11 +50,43 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_bias(module: nn.Module) -> Iterator[None]:
+    """Biases off in `module` and below (for a LoRA layer: those of its base layer and of the adapters).
+
+    A bias may be a parameter, a buffer (GPTQ, AWQ) or a mere attribute (HQQ); all of them may be `None`.
+    """
+    # PEFT's wrappers have no bias of their own: they show that of the layer inside, which is met below.
+    layers = [m for m in module.modules() if not isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    biases = {layer: layer.bias for layer in layers if isinstance(getattr(layer, "bias", None), Tensor)}
+    try:
+        for layer, bias in biases.items():
+            # The forward of `Conv1D` cannot do without.
+            layer.bias = nn.Parameter(torch.zeros_like(bias), False) if isinstance(layer, Conv1D) else None
+        yield
+    finally:
+        for layer, bias in biases.items():
+            layer.bias = bias
+
+
 def without_autocast(tensor: torch.Tensor) -> torch.autocast:
     """Autocast off for the device of `tensor`: head vectors and the loss are computed in float32."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
-def without_adapters(model: nn.Module) -> AbstractContextManager[Any]:
-    """Context in which a PEFT model computes what its base model computes. Nothing happens for other models."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """A PEFT model computes what its base model computes inside. Which adapters are active and which parameters are
+    trained is afterwards as it was. Nothing happens for other models."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    # PEFT makes every parameter of an active adapter trainable when it switches the adapter on again.
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)

@@ -7,19 +7,74 @@ from collections.abc import Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from .modes import without_autocast, without_dropout
+from .modes import without_autocast, without_bias, without_dropout
+from .quantized import is_bitsandbytes, quantizes_activations
 
 _EXACT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ROUNDING = {torch.bfloat16: 3e-2, torch.float16: 5e-3}  # relative to the largest value of an output
+_LARGE = 256.0  # inputs of which a projection in float16 makes no infinity
 
 
-def _weight_dtype(projection: nn.Module) -> torch.dtype | None:
-    """Dtype of the weight under adapters, or `None` where it is packed: held in integers, or in buffers under other
-    names, as GPTQ and AWQ do."""
-    base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
-    dtype = getattr(getattr(base, "weight", None), "dtype", None)
-    return dtype if dtype in _EXACT_DTYPES else None
+def _base_layer(projection: nn.Module) -> nn.Module:
+    """The layer under PEFT's wrappers."""
+    if isinstance(projection, BaseTunerLayer):
+        return _base_layer(projection.get_base_layer())
+    if isinstance(projection, ModulesToSaveWrapper):  # a whole copy of the layer for each adapter
+        active = [] if projection.disable_adapters else projection.active_adapters
+        copies = [projection.modules_to_save[name] for name in active if name in projection.modules_to_save]
+        return _base_layer(copies[0] if copies else projection.original_module)
+    return projection
+
+
+def input_width(projection: nn.Module) -> int:
+    """Number of features that an output projection reads, whatever wraps or quantizes it. Its weight is not looked at:
+    it may be packed, transposed, divided among processes or on the meta device.
+
+    Args:
+        projection (`nn.Module`): Output projection of a layer.
+
+    Raises:
+        `ValueError`: If the module doesn't say.
+    """
+    base = _base_layer(projection)
+    width = base.nx if isinstance(base, Conv1D) else getattr(base, "in_features", None)
+    if not isinstance(width, int):
+        raise ValueError(
+            f"The output projection of class {type(base).__name__} does not say how many features it reads. Give it an "
+            "attribute `in_features`, or name another module in the accessor of this model type (see "
+            "`hera_trainer.register_head_accessor`)."
+        )
+    return width
+
+
+def _dense_weight(projection: nn.Module) -> Tensor | None:
+    """Weight `[d_model, in_features]` of a plain layer that wraps and quantizes nothing, `None` for any other module.
+
+    The weight's own type counts too: torchao leaves `nn.Linear` in place and swaps the weight for a packed tensor, of
+    which no columns can be cut.
+    """
+    if type(projection) not in (nn.Linear, Conv1D) or type(projection.weight) not in (Tensor, nn.Parameter):
+        return None
+    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+
+
+def _compute_dtype(projection: nn.Module) -> torch.dtype:
+    """Dtype in which the layer under adapters multiplies."""
+    base = _base_layer(projection)
+    dtypes = [getattr(getattr(base, "weight", None), "dtype", None)]  # integers where packed, absent in GPTQ, AWQ, HQQ
+    dtypes.append(getattr(base, "compute_dtype", None))  # bitsandbytes' 4-bit layers and HQQ
+    dtypes += [tensor.dtype for tensor in itertools.chain(base.parameters(), base.buffers())]  # scales
+    return next((dtype for dtype in dtypes if dtype in _EXACT_DTYPES), torch.float32)
+
+
+def _input_dtype(projection: nn.Module) -> torch.dtype:
+    """Dtype of rows that the module can be called with."""
+    # bitsandbytes casts what it is given, and float32 keeps what adapters add exact; other packed layers don't cast.
+    return torch.float32 if is_bitsandbytes(_base_layer(projection)) else _compute_dtype(projection)
 
 
 def _device(projection: nn.Module) -> torch.device:
@@ -29,16 +84,30 @@ def _device(projection: nn.Module) -> torch.device:
 def _apply(projection: nn.Module, x: Tensor) -> Tensor:
     """`projection` on rows `[n, in_features]` without adapter dropout and without its own hooks, in float32."""
     with without_autocast(x), without_dropout(projection):
-        return projection.forward(x.to(_weight_dtype(projection) or torch.float32)).float()
+        return projection.forward(x.to(_input_dtype(projection))).float()
+
+
+def _apply_linear(projection: nn.Module, x: Tensor) -> Tensor:
+    """As `_apply`, without what the module adds to every row.
+
+    The biases are switched off rather than subtracted afterwards: in 16 bit a large bias would swallow the digits of
+    what it is added to. An offset that is no bias (of a custom module) is still subtracted.
+    """
+    # One head alone may be larger than the sum of all, which the model keeps within the range of float16. Powers of two
+    # cost no digits.
+    scale = (x.detach().abs().amax(1, keepdim=True) / _LARGE).clamp(min=1.0).log2().ceil().exp2()
+    with without_bias(projection):
+        out = _apply(projection, torch.cat([x / scale, x.new_zeros(1, x.shape[1])]))
+    return (out[:-1] - out[-1:]) * scale
 
 
 def project_heads(projection: nn.Module, pooled: Tensor, heads: Sequence[int]) -> Tensor:
     """Contributions of heads to the residual stream, without the projection's bias, which belongs to no head.
 
-    A plain `nn.Linear` is applied block by block. Anything else (LoRA and its variants, 4-bit, 8-bit, other weight-only
-    schemes) computes with its own arithmetic: a head's slice is placed into a vector of zeros of full width, and what
-    the module makes of zeros alone, its bias, is taken off. Dropout of adapters is not applied: representations must
-    be the same function of the weights whenever they are computed.
+    A plain layer (`nn.Linear`, or transformers' `Conv1D` with its transposed weight) is applied block by block in
+    float32. Anything else (LoRA and its variants, 4-bit, 8-bit, other weight-only schemes) computes with its own
+    arithmetic: a head's slice is placed into a vector of zeros of full width. Dropout of adapters is not applied:
+    representations must be the same function of the weights whenever they are computed.
 
     Args:
         projection (`nn.Module`): Output projection of a layer.
@@ -50,21 +119,20 @@ def project_heads(projection: nn.Module, pooled: Tensor, heads: Sequence[int]) -
     """
     batch, count, width = pooled.shape
     pooled = pooled.float()
-    if type(projection) is nn.Linear:
+    weight = _dense_weight(projection)
+    if weight is not None:
         with without_autocast(pooled):
-            blocks = [projection.weight[:, head * width : (head + 1) * width] for head in heads]
+            blocks = [weight[:, head * width : (head + 1) * width] for head in heads]
             return torch.einsum("bhd,hod->bho", pooled, torch.stack(blocks).float())
-    total = projection.in_features // width
+    total = input_width(projection) // width
     rows = pooled.new_zeros(batch, count, total, width)
     rows[:, torch.arange(count), torch.as_tensor(heads)] = pooled
-    rows = torch.cat([rows.reshape(batch * count, total * width), rows.new_zeros(1, total * width)])
-    out = _apply(projection, rows)
-    return (out[:-1] - out[-1:]).reshape(batch, count, -1)
+    return _apply_linear(projection, rows.reshape(batch * count, total * width)).reshape(batch, count, -1)
 
 
 def projection_offset(projection: nn.Module) -> Tensor:
     """The part of the projection's output that belongs to no head (its bias), `[d_model]`, float32."""
-    return _apply(projection, torch.zeros(1, projection.in_features, device=_device(projection)))[0]
+    return _apply(projection, torch.zeros(1, input_width(projection), device=_device(projection)))[0]
 
 
 def projection_blocks(projection: nn.Module, num_heads: int) -> Tensor:
@@ -73,19 +141,19 @@ def projection_blocks(projection: nn.Module, num_heads: int) -> Tensor:
     Returns:
         `Tensor` of shape `[num_heads, d_head, d_model]`, float32.
     """
-    if type(projection) is nn.Linear:
-        weight = projection.weight.T.float()
+    weight = _dense_weight(projection)
+    if weight is None:
+        rows = _apply_linear(projection, torch.eye(input_width(projection), device=_device(projection)))
     else:
-        identity = torch.eye(projection.in_features, device=_device(projection))
-        weight = _apply(projection, identity) - projection_offset(projection)  # [in_features, d_model]
-    return weight.reshape(num_heads, -1, weight.shape[-1])
+        rows = weight.T.float()  # [in_features, d_model]
+    return rows.reshape(num_heads, -1, rows.shape[-1])
 
 
 def _tolerance(projection: nn.Module, out: Tensor) -> float:
     """Relative tolerance of the self-check: rounding of the coarsest dtype on the way."""
-    if _weight_dtype(projection) is None:  # packed weights compute in 16 bit, int8 kernels round activations too
+    if quantizes_activations(_base_layer(projection)):
         return 5e-2
-    return {torch.bfloat16: 3e-2, torch.float16: 5e-3}.get(out.dtype, 1e-4)
+    return max(_ROUNDING.get(dtype, 1e-4) for dtype in (out.dtype, _compute_dtype(projection)))
 
 
 def contributions_add_up(projection: nn.Module, num_heads: int, x: Tensor, out: Tensor) -> bool:
@@ -104,3 +172,22 @@ def contributions_add_up(projection: nn.Module, num_heads: int, x: Tensor, out: 
     total = parts.sum(1) + projection_offset(projection)
     scale = out.abs().max().clamp(min=1e-6)
     return bool((total - out).abs().max() <= tolerance * scale)
+
+
+def passes_gradient(projection: nn.Module, num_heads: int) -> bool:
+    """Whether a gradient of head vectors reaches what the projection was given. Some inference kernels have no backward
+    or round their input, which has a gradient of zero: nothing below would be aligned, without a word.
+
+    Args:
+        projection (`nn.Module`): Output projection of a layer.
+        num_heads (`int`): Number of heads that share its input.
+    """
+    base = _base_layer(projection)  # a trained adapter has a gradient of its own
+    device = _device(base)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        pooled = torch.randn(1, num_heads, input_width(base) // num_heads, device=device, requires_grad=True)
+        total = project_heads(base, pooled, range(num_heads)).square().sum()
+        if not total.requires_grad:
+            return False
+        (gradient,) = torch.autograd.grad(total, pooled, allow_unused=True)
+    return gradient is not None and bool(gradient.abs().max() > 0)

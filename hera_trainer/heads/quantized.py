@@ -1,20 +1,56 @@
-"""What bitsandbytes' 4-bit layers need on a CPU."""
+"""What is particular to quantized layers: kernels that round activations, and bitsandbytes' 4-bit layers on a CPU."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def _bitsandbytes() -> Any:
+    """bitsandbytes' layers, without importing it: where nobody did, no module can be one of them."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return None if bitsandbytes is None else bitsandbytes.nn
 
 
 def four_bit_layers(model: nn.Module) -> list[nn.Module]:
-    """The `bitsandbytes.nn.Linear4bit` modules of `model`, without importing bitsandbytes for models that have none."""
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is None:  # nobody imported it, so no module of the model can be one of its
-        return []
-    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    """The `bitsandbytes.nn.Linear4bit` modules of `model`."""
+    bnb = _bitsandbytes()
+    return [] if bnb is None else [module for module in model.modules() if isinstance(module, bnb.Linear4bit)]
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    """Whether `layer` is a quantized layer of bitsandbytes."""
+    bnb = _bitsandbytes()
+    return bnb is not None and isinstance(layer, (bnb.Linear4bit, bnb.Linear8bitLt))
+
+
+def quantizes_activations(layer: nn.Module) -> bool:
+    """Whether the kernel of `layer` rounds its input to 8 bits as well: LLM.int8 of bitsandbytes, and the dynamic
+    schemes of torchao. Such a layer is not linear, so that parts of an input add up within about a percent only."""
+    bnb = _bitsandbytes()
+    if bnb is not None and isinstance(layer, bnb.Linear8bitLt):
+        return True
+    weight = getattr(layer, "weight", None)  # the two names are of torchao's tensors
+    return any(getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "activation_quantization"))
+
+
+def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The ordinary tensors that a tensor consists of, with their names: of torchao's packed tensors the integers and
+    the scales, which can be looked at as the packed tensor itself cannot; of any other, itself.
+
+    Args:
+        name (`str`): Name of the tensor.
+        tensor (`Tensor`): Any tensor or parameter.
+    """
+    if not hasattr(tensor, "__tensor_flatten__"):  # torch's protocol of tensors that wrap others
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 @contextmanager

@@ -193,10 +193,16 @@ def rank_heads(
         [`HeadRanking`]. The same for the same seed, model and data.
 
     Raises:
-        `ValueError`: If fewer than `k + 2` samples can be used, or the model type is unknown.
+        `ValueError`: If fewer than `k + 2` samples can be used, the model type is unknown, or its text decoder can't
+            run on text alone.
     """
     accessor = get_head_accessor(model)
     base = unwrap_model(model)
+    if accessor.needs and data_collator is None:
+        raise ValueError(
+            f"The text decoder of this {base.config.model_type!r} model needs {accessor.needs}, so its heads cannot be "
+            "ranked on text. Read them with `HeadCapture`, and compare with `mutual_knn`."
+        )
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     if num_samples < k + 2:
         raise ValueError(f"`num_samples` ({num_samples}) must be at least k + 2 = {k + 2}.")
@@ -243,6 +249,11 @@ def _draw_samples(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, k: int, num_samples: int, seed: int
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Rows (text columns and `index`) of distinct images with text, and their teacher vectors `[N, d]`."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` is a {type(dataset).__name__}, but heads are ranked on a `datasets.Dataset`. Of a stream, take "
+            "some rows: `Dataset.from_list(list(stream.take(1000)), features=stream.features)`."
+        )
     if TEACHER_COLUMN not in dataset.column_names:
         raise ValueError(
             f"`dataset` has no `{TEACHER_COLUMN}` column. Add it with `hera_trainer.add_teacher_features`."

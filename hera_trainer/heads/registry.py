@@ -1,101 +1,55 @@
-"""Where a model's language model keeps its attention heads."""
+"""Which models' attention heads can be found, and how to tell of others."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 
-from .head import AttentionHead
+from .accessor import HeadAccessor, HeadAccessorFactory
+from .layouts import decoder_accessor
 
-HeadAccessorFactory = Callable[[nn.Module], "HeadAccessor"]
+__all__ = [
+    "HeadAccessor",
+    "HeadAccessorFactory",
+    "decoder_accessor",
+    "get_head_accessor",
+    "register_head_accessor",
+    "supported_model_types",
+    "unwrap_model",
+]
 
-_FACTORIES: dict[str, HeadAccessorFactory] = {}
+# Vision-language models.
+_MULTIMODAL = """
+    aria aya_vision blip blip-2 chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2
+    deepseek_vl deepseek_vl_hybrid diffusion_gemma dots3_note emu3 ernie4_5_vl_moe evolla exaone4_5 fast_vlm
+    florence2 fuyu gemma3 gemma3n gemma4 gemma4_unified git glm46v glm4v glm4v_moe glm5_next glm_ocr glmga got_ocr2
+    granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics idefics2 idefics3 inkling2
+    inkling_mm_model instructblip instructblipvideo internvl janus kimi_k25 kosmos-2 kosmos-2.5 lfm2_vl lfm3_vl
+    lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7
+    minimax_m3_vl mistral3 mistral4 mistral_large4 mllama molmo2 muse_glimmer muse_spark nemotron_h_omni ovis2
+    paddleocr_vl paligemma perception_lm pi0 pix2struct pp_chart2table pp_formulanet qianfan_ocr
+    qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe
+    qwen4_exp shieldgemma2 smolvlm step3p7 t5gemma2 udop unlimited_ocr video_llama_3 video_llava vipllava
+    vision-encoder-decoder
+"""
+# Language models, to rank the heads of one before it has seen an image.
+_LANGUAGE = """
+    cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text gpt2 gpt_neox granite lfm2 llama mistral
+    mixtral nemotron_h olmo2 opt persimmon phi phi3 qwen2 qwen3 qwen3_5_text qwen3_moe smollm3 stablelm
+"""
 
-
-class HeadAccessor:
-    """The attention heads of one language model.
-
-    A layer's *output projection* is the linear module that reads the concatenated outputs of the layer's query heads.
-    The slice of its input that belongs to a head, times the slice of its weight that reads it, is the head's own
-    contribution to the residual stream. Layers without softmax attention have no heads.
-
-    Args:
-        decoder (`nn.Module`):
-            The text decoder, callable as `decoder(input_ids=..., attention_mask=..., use_cache=False)`.
-        layers (sequence of `nn.Module`):
-            Its decoder layers in order.
-        attentions (`Mapping[int, nn.Module]`):
-            Layer index -> the layer's attention module, for the layers that have heads.
-        projections (`Mapping[int, nn.Module]`):
-            Layer index -> the layer's output projection (possibly wrapped by PEFT or quantized).
-        num_heads (`Mapping[int, int]`):
-            Layer index -> number of query heads.
-
-    Raises:
-        `ValueError`: If a projection's input width is not divisible by its number of heads.
-    """
-
-    def __init__(
-        self,
-        decoder: nn.Module,
-        layers: nn.ModuleList | list[nn.Module],
-        attentions: Mapping[int, nn.Module],
-        projections: Mapping[int, nn.Module],
-        num_heads: Mapping[int, int],
-    ) -> None:
-        self.decoder = decoder
-        self.layers = list(layers)
-        self._attentions = dict(attentions)
-        self._projections = dict(projections)
-        self._num_heads = dict(num_heads)
-        for layer, projection in self._projections.items():
-            if projection.in_features % self._num_heads[layer]:
-                raise ValueError(
-                    f"The output projection of layer {layer} reads {projection.in_features} features, which "
-                    f"{self._num_heads[layer]} heads cannot share equally. The accessor of this model type is wrong."
-                )
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers, with or without heads."""
-        return len(self.layers)
-
-    @property
-    def layers_with_heads(self) -> list[int]:
-        """Indices of the layers that have attention heads."""
-        return sorted(self._projections)
-
-    def heads(self) -> list[AttentionHead]:
-        """Every attention head, by layer and head."""
-        return [
-            AttentionHead(layer, head) for layer in self.layers_with_heads for head in range(self._num_heads[layer])
-        ]
-
-    def num_heads(self, layer: int) -> int:
-        """Number of query heads of `layer`."""
-        return self._num_heads[layer]
-
-    def head_dim(self, layer: int) -> int:
-        """Width of one head's slice of the projection's input. Read off the projection: `config.head_dim` is missing
-        or wrong for several models."""
-        return self._projections[layer].in_features // self._num_heads[layer]
-
-    def attention(self, layer: int) -> nn.Module:
-        """The attention module of `layer`."""
-        return self._attentions[layer]
-
-    def projection(self, layer: int) -> nn.Module:
-        """The output projection of `layer`."""
-        return self._projections[layer]
+_FACTORIES: dict[str, HeadAccessorFactory] = {
+    model_type: decoder_accessor for model_type in (_MULTIMODAL + _LANGUAGE).split()
+}
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The transformers model inside distributed, compiled and PEFT wrappers."""
-    model = extract_model_from_parallel(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if isinstance(model, PeftModel):  # which may wrap a compiled model
+        model = extract_model_from_parallel(model.get_base_model(), keep_torch_compile=False)
+    return model
 
 
 def register_head_accessor(model_type: str, factory: HeadAccessorFactory) -> None:
@@ -104,7 +58,8 @@ def register_head_accessor(model_type: str, factory: HeadAccessorFactory) -> Non
     Args:
         model_type (`str`): `config.model_type` of the model.
         factory (`Callable`): Takes the transformers model (unwrapped from PEFT and parallel wrappers), returns its
-            [`HeadAccessor`]. Replaces an earlier registration.
+            [`HeadAccessor`]. Replaces an earlier registration. For a model with the common layout (its
+            `get_decoder().layers[i].self_attn.o_proj`), [`~heads.layouts.decoder_accessor`] is the factory.
 
     Example:
 
@@ -136,75 +91,32 @@ def get_head_accessor(model: nn.Module) -> HeadAccessor:
         [`HeadAccessor`].
 
     Raises:
-        `ValueError`: If the model type is unknown, or the model does not look like its type says.
+        `ValueError`: If the model type is unknown (the message has examples of accessors), or the model does not look
+            like its type says.
     """
     base = unwrap_model(model)
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     if model_type not in _FACTORIES:
-        raise ValueError(
-            f"No attention-head accessor is known for model type {model_type!r}. Known types: "
-            f"{', '.join(supported_model_types())}. Tell hera_trainer where this model keeps its heads with "
-            "`hera_trainer.register_head_accessor(model_type, factory)`."
-        )
+        raise ValueError(_HOW_TO_REGISTER.format(model_type=model_type))
     return _FACTORIES[model_type](base)
 
 
-def _query_heads(attention: nn.Module) -> int:
-    """Number of query heads of an attention module: its own attribute where the class has one, else its config's."""
-    own = getattr(attention, "num_heads", None)
-    return own if isinstance(own, int) else attention.config.num_attention_heads
+_HOW_TO_REGISTER = """\
+No attention-head accessor is known for model type {model_type!r}. If the model keeps its output projections at \
+`model.get_decoder().layers[i].self_attn.o_proj`, as most do, register the common accessor:
 
+    from hera_trainer import decoder_accessor, register_head_accessor
+    register_head_accessor({model_type!r}, decoder_accessor)
 
-def decoder_accessor(model: nn.Module) -> HeadAccessor:
-    """Accessor of the common layout: `model.get_decoder().layers[i].self_attn.o_proj`.
+Otherwise write one, a function from the model to a `HeadAccessor`:
 
-    Layers without a `self_attn` module (linear attention in hybrid stacks) have no heads.
-    """
-    decoder = model.get_decoder()
-    attentions = {i: layer.self_attn for i, layer in enumerate(decoder.layers) if hasattr(layer, "self_attn")}
-    for i, attention in attentions.items():
-        if not isinstance(getattr(attention, "o_proj", None), nn.Module):
-            raise ValueError(
-                f"Layer {i} of this {model.config.model_type!r} model has no output projection `self_attn.o_proj`, as "
-                "it has in an unpatched model. Load the model with transformers itself, or register an accessor with "
-                "`hera_trainer.register_head_accessor`."
-            )
-    accessor = HeadAccessor(
-        decoder=decoder,
-        layers=decoder.layers,
-        attentions=attentions,
-        projections={i: attention.o_proj for i, attention in attentions.items()},
-        num_heads={i: _query_heads(attention) for i, attention in attentions.items()},
-    )
-    for i, attention in attentions.items():
-        # Any number of heads that divides the width adds up to the projection's output: only this tells it is right.
-        if attention.head_dim != accessor.head_dim(i):
-            raise ValueError(
-                f"Layer {i} of this {model.config.model_type!r} model computes heads of size {attention.head_dim}, but "
-                f"its output projection reads {accessor.num_heads(i)} heads of size {accessor.head_dim(i)}. Register "
-                "an accessor that knows this model with `hera_trainer.register_head_accessor`."
-            )
-    return accessor
+    from hera_trainer import HeadAccessor, register_head_accessor
+    def accessor(model):
+        layers = model.my_decoder.blocks
+        attentions = {{i: layer.attn for i, layer in enumerate(layers)}}
+        projections = {{i: layer.attn.out_proj for i, layer in enumerate(layers)}}
+        heads = {{i: layer.attn.num_heads for i, layer in enumerate(layers)}}
+        return HeadAccessor(model.my_decoder, layers, attentions, projections, heads)
+    register_head_accessor({model_type!r}, accessor)
 
-
-for _model_type in (
-    # Qwen-VL
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_5",
-    # LLaVA
-    "llava",
-    "llava_next",
-    "llava_onevision",
-    # Idefics
-    "idefics2",
-    "idefics3",
-    "smolvlm",
-    # The language models inside them, to rank the heads of a model before it has seen an image
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-):
-    register_head_accessor(_model_type, decoder_accessor)
+`hera_trainer.heads.registry.supported_model_types()` lists the types that need none of this."""

@@ -1,0 +1,99 @@
+"""Train a vision-language model in two stages, both with head-wise representation alignment.
+
+Stage 1 trains the projector between a frozen vision tower and a frozen language model on captions, stage 2 the
+projector and the language model on instructions. The heads are ranked once, before stage 1, and stay the same.
+
+```
+accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/two_stage.py \
+    --model_name_or_path path/to/a/model/with/a/new/projector \
+    --caption_dataset path/to/captions \
+    --instruction_dataset path/to/instructions \
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --stage1_gradient_accumulation_steps 4 \
+    --stage1_learning_rate 1e-3 --learning_rate 2e-5 \
+    --output_dir two-stage
+```
+
+Everything that `HeRAConfig` knows is an argument, and goes for both stages.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset, load_from_disk
+from transformers import AutoModelForImageTextToText
+from trl import ModelConfig, TrlParser
+
+from hera_trainer import HeRAConfig, HeRATrainer
+
+
+@dataclass
+class TwoStageArguments:
+    """What the stages do not share.
+
+    Args:
+        caption_dataset (`str`): Data set of stage 1: a name on the Hub, or a folder that `save_to_disk` wrote.
+        instruction_dataset (`str`): Data set of stage 2.
+        dataset_split (`str`, *optional*, defaults to `"train"`): Split of both that is trained on.
+        projector (`str`, *optional*, defaults to `"multi_modal_projector"`): Part of the projector's parameter names.
+        vision_tower (`str`, *optional*, defaults to `"vision_tower"`): Part of those of the vision tower.
+        stage1_learning_rate (`float`, *optional*, defaults to `1e-3`): Learning rate of stage 1.
+        stage1_gradient_accumulation_steps (`int`, *optional*): Accumulation in stage 1, as in stage 2 by default.
+    """
+
+    caption_dataset: str = field(metadata={"help": "Data set of stage 1: a name on the Hub, or a folder."})
+    instruction_dataset: str = field(metadata={"help": "Data set of stage 2: a name on the Hub, or a folder."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of both that is trained on."})
+    projector: str = field(
+        default="multi_modal_projector", metadata={"help": "Part of the projector's parameter names."}
+    )
+    vision_tower: str = field(default="vision_tower", metadata={"help": "Part of the vision tower's parameter names."})
+    stage1_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of stage 1."})
+    stage1_gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Accumulation in stage 1, as in stage 2 by default."}
+    )
+
+
+def read_dataset(name: str, split: str) -> Dataset:
+    """A split of a data set of the Hub, or of one that `save_to_disk` wrote to the folder `name`."""
+    if Path(name, "dataset_dict.json").is_file():
+        return load_from_disk(name)[split]
+    return load_from_disk(name) if Path(name, "dataset_info.json").is_file() else load_dataset(name, split=split)
+
+
+def train_stage(
+    stage: int, model_path: str, dataset: Dataset, args: HeRAConfig, script_args: TwoStageArguments, dtype: str
+) -> None:
+    """Loads a model, freezes what the stage does not train, trains the rest and saves all of it."""
+    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        is_projector, is_tower = script_args.projector in name, script_args.vision_tower in name
+        parameter.requires_grad_(is_projector or (stage == 2 and not is_tower))
+    trainer = HeRATrainer(model, args, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+
+
+def main(script_args: TwoStageArguments, training_args: HeRAConfig, model_args: ModelConfig) -> None:
+    out = Path(training_args.output_dir)
+    stage1, stage2 = copy.deepcopy(training_args), copy.deepcopy(training_args)
+    stage1.output_dir, stage2.output_dir = str(out / "stage1"), str(out / "stage2")
+    stage1.learning_rate = script_args.stage1_learning_rate
+    stage1.gradient_accumulation_steps = (
+        script_args.stage1_gradient_accumulation_steps or training_args.gradient_accumulation_steps
+    )
+    dtype = model_args.dtype or "float32"
+
+    captions = read_dataset(script_args.caption_dataset, script_args.dataset_split)
+    train_stage(1, model_args.model_name_or_path, captions, stage1, script_args, dtype)
+    if training_args.aligned_heads is None:  # the heads that were ranked before stage 1
+        stage2.head_ranking_path = str(out / "stage1" / "head_ranking.json")
+    instructions = read_dataset(script_args.instruction_dataset, script_args.dataset_split)
+    train_stage(2, stage1.output_dir, instructions, stage2, script_args, dtype)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((TwoStageArguments, HeRAConfig, ModelConfig))
+    main(*parser.parse_args_and_config())

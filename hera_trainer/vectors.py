@@ -1,0 +1,137 @@
+"""The way of the teacher's vectors: from the data sets, or from the images of a stream, into each batch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import Trainer
+
+from .config import HeRAConfig
+from .data import ROW_PLACE, TEACHER_COLUMN, TEACHER_IMAGES, TeacherCollator, check_collator
+from .features import check_teacher_features
+from .loss import HeRALoss
+from .preparation import check_dataset, check_width, with_teacher_features
+from .rows import CARRIED_COLUMNS, check_tools
+from .stream_start import open_stream, ranking_samples, stream_width
+from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, row_images
+from .teacher import VisionTeacher
+
+logger = get_logger(__name__)
+
+# The mixin calls on to a Trainer: type checkers must see it, the class hierarchy must not repeat it.
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class TeacherVectorsMixin(_Base):
+    """Attaches teacher vectors to a trainer's data sets, or computes them as batches come, and carries them along."""
+
+    args: HeRAConfig
+    criterion: HeRALoss | None
+    processing_class: Any
+    _signature_columns: Any
+    _teacher: VisionTeacher | str
+    _teacher_width: int
+    _stream_teacher: StreamTeacher | None = None
+
+    def _attach_teacher_features(self) -> None:
+        # Own columns first: a fault in one of them is said before the teacher has worked for hours on another.
+        self.train_dataset = self._with_teacher_features(self.train_dataset, "train_dataset")
+        rows: Any = self.train_dataset
+        if isinstance(rows, NumberedStream):
+            self._teacher_width, first = rows.width, list(itertools.islice(rows, 2))
+        else:
+            self._teacher_width, first = check_teacher_features(rows), [rows[i] for i in range(min(2, len(rows)))]
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._with_teacher_features(self.eval_dataset, "eval_dataset", self._teacher_width)
+        collator = TeacherCollator(self.data_collator, self._teacher_width)
+        check_collator(collator, first)
+        self.data_collator = collator
+        self._prepare_images()
+
+    def _with_teacher_features(self, dataset: Any, name: str, width: int | None = None) -> Any:
+        """A data set, or each one of a dictionary, with teacher vectors of `width`; or a stream that will have them."""
+        if isinstance(dataset, dict):
+            return {
+                key: self._with_teacher_features(value, f"{name}[{key!r}]", width) for key, value in dataset.items()
+            }
+        check_dataset(dataset, name)
+        if not isinstance(dataset, IterableDataset):
+            check_tools(dataset, self.data_collator)
+            return with_teacher_features(dataset, name, self._teacher, self.args.teacher_batch_size, width)
+        self._forbid_dispatching()
+        stream = open_stream(dataset, name)
+        if not stream.width:
+            stream.width = stream_width(stream, None if stream.has_vectors else self._load_stream_teacher())
+        check_width(stream.width, name, width)
+        return stream
+
+    def _forbid_dispatching(self) -> None:
+        # Prepared images are no tensors that could be sliced for other processes. SFTTrainer says and does the same if
+        # the training data is a stream.
+        loading = self.accelerator.dataloader_config
+        if loading.dispatch_batches:
+            logger.warning("`dispatch_batches` is set to `False`, since a data set is an `IterableDataset`.")
+        loading.dispatch_batches = False
+
+    def _load_stream_teacher(self) -> StreamTeacher:
+        """The teacher that stays in memory, loaded for the first stream that brings no vectors."""
+        if self._stream_teacher is None:
+            if not isinstance(self._teacher, VisionTeacher):
+                self._teacher = VisionTeacher.from_pretrained(self._teacher, device=self.args.device)
+            self._stream_teacher = StreamTeacher(self._teacher, self.args.teacher_batch_size)
+            self._prepare_images()
+        return self._stream_teacher
+
+    def _prepare_images(self) -> None:
+        if self._stream_teacher is not None and isinstance(self.data_collator, TeacherCollator):
+            self.data_collator.prepare = ImagePreparer(self._stream_teacher.teacher.image_processor)
+
+    def _ranking_samples(self) -> Dataset:
+        """Rows with teacher vectors on which heads are ranked: the training data, or the first samples of a stream."""
+        rows: Any = self.train_dataset
+        if not isinstance(rows, NumberedStream):
+            return rows
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        teacher = None if rows.has_vectors else self._load_stream_teacher()
+        return ranking_samples(rows, tokenizer, self.args.ranking_num_samples, teacher)
+
+    def _image_batch(self) -> dict[str, Any]:
+        """Inputs of the model for the first row that has a teacher vector or, in a stream without vectors, an image."""
+        rows: Any = self.train_dataset
+        if isinstance(rows, NumberedStream):
+            row = next(row for row in rows if (own_vector(row) is not None if rows.has_vectors else row_images(row)))
+        else:
+            vectors = rows.with_format(None).select_columns([TEACHER_COLUMN])
+            row = rows[next(i for i, columns in enumerate(vectors) if columns[TEACHER_COLUMN] is not None)]
+        batch = self.data_collator([row])
+        return {name: value for name, value in batch.items() if name not in (TEACHER_COLUMN, TEACHER_IMAGES, "labels")}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.criterion is not None:
+            columns: list[str] = self._signature_columns or []
+            own = (TEACHER_COLUMN, ROW_PLACE, *CARRIED_COLUMNS, self.args.dataset_text_field)
+            self._signature_columns = [*columns, *(name for name in own if name not in columns)]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self._stream_teacher is not None:  # here, so that those batches that resuming skips are never encoded
+            self._stream_teacher.fill(batches)
+        return batches, num_items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self._stream_teacher is not None and TEACHER_IMAGES in inputs:  # of evaluation
+            self._stream_teacher.fill([inputs])
+        # DeepSpeed casts floating-point inputs to the model's dtype; teacher vectors stay float32.
+        vectors: torch.Tensor | None = inputs.pop(TEACHER_COLUMN, None)
+        inputs = super()._prepare_inputs(inputs)
+        if vectors is not None:
+            inputs[TEACHER_COLUMN] = vectors.to(self.args.device)
+        return inputs
