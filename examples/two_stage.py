@@ -13,7 +13,8 @@ accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/tw
     --output_dir two-stage
 ```
 
-Everything that `HeRAConfig` knows is an argument, and goes for both stages.
+Everything that `HeRAConfig` knows is an argument, and goes for both stages. After an interruption, the same command
+with `--resume_from_checkpoint two-stage/stage2/checkpoint-500` goes on from there; stage 1 does not run again.
 """
 
 from __future__ import annotations
@@ -76,18 +77,36 @@ def train_stage(
     trainer.save_model()
 
 
+def stage_of(checkpoint: str | None, output_dir: Path) -> int:
+    """The stage in which to begin: that of the checkpoint to resume from, or the first."""
+    if not checkpoint:
+        return 1
+    folder = Path(checkpoint).resolve().parent
+    stages = [stage for stage in (1, 2) if folder == (output_dir / f"stage{stage}").resolve()]
+    if not stages:
+        raise ValueError(
+            f"`resume_from_checkpoint` ({checkpoint}) must be the folder of a checkpoint in `{output_dir / 'stage1'}` "
+            f"or `{output_dir / 'stage2'}`."
+        )
+    return stages[0]
+
+
 def main(script_args: TwoStageArguments, training_args: HeRAConfig, model_args: ModelConfig) -> None:
     out = Path(training_args.output_dir)
+    first = stage_of(training_args.resume_from_checkpoint, out)
     stage1, stage2 = copy.deepcopy(training_args), copy.deepcopy(training_args)
     stage1.output_dir, stage2.output_dir = str(out / "stage1"), str(out / "stage2")
+    if first == 1:
+        stage2.resume_from_checkpoint = None
     stage1.learning_rate = script_args.stage1_learning_rate
     stage1.gradient_accumulation_steps = (
         script_args.stage1_gradient_accumulation_steps or training_args.gradient_accumulation_steps
     )
     dtype = model_args.dtype or "float32"
 
-    captions = read_dataset(script_args.caption_dataset, script_args.dataset_split)
-    train_stage(1, model_args.model_name_or_path, captions, stage1, script_args, dtype)
+    if first == 1:
+        captions = read_dataset(script_args.caption_dataset, script_args.dataset_split)
+        train_stage(1, model_args.model_name_or_path, captions, stage1, script_args, dtype)
     if training_args.aligned_heads is None:  # the heads that were ranked before stage 1
         stage2.head_ranking_path = str(out / "stage1" / "head_ranking.json")
     instructions = read_dataset(script_args.instruction_dataset, script_args.dataset_split)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .features import TEACHER_COLUMN
 from .rows import collatable
+from .teacher_column import TEACHER_COLUMN
 
 # What rows and batches of streamed data carry besides: where a row stands, for messages, and images that are prepared
 # for the teacher but not yet encoded.
@@ -44,10 +44,10 @@ def pooling_mask(labels: Tensor, input_ids: Tensor, placeholder_ids: Sequence[in
     return (labels != -100) & ~torch.isin(input_ids, placeholders)
 
 
-def answer_text(row: Mapping[str, Any]) -> str:
-    """The answer or caption of a row: its `completion`, the assistant turns of its `messages`, or its `text`.
-    Calls of tools are no words and are left out."""
-    for column in ("completion", "messages", "text"):
+def answer_text(row: Mapping[str, Any], text_field: str = "text") -> str:
+    """The answer or caption of a row: its `completion`, the assistant turns of its `messages`, or its plain text, which
+    stands in the column `text_field`. Calls of tools are no words and are left out."""
+    for column in ("completion", "messages", text_field):
         value = row.get(column)
         if isinstance(value, str):
             return value
@@ -129,6 +129,11 @@ class TeacherCollator:
             rows.append(row)
         images = None if self.prepare is None else self.prepare(examples)
         batch = self.inner([collatable(row, self.inner) for row in rows])
+        if "input_ids" in batch and len(batch["input_ids"]) != len(rows):
+            raise ValueError(
+                f"The `data_collator` made {len(batch['input_ids'])} samples from {len(rows)} rows, so it is not known "
+                "whose teacher vectors these are. Drop rows from the data set (`filter`), not in the collator."
+            )
         batch[TEACHER_COLUMN] = vectors
         if images is not None:
             batch[TEACHER_IMAGES] = images

@@ -10,20 +10,9 @@ from torch import Tensor
 
 from .files import write_atomically
 
-
-def image_keys(teacher: Tensor) -> Tensor:
-    """One integer an image: equal images have equal teacher vectors, bit for bit.
-
-    Args:
-        teacher (`Tensor` of shape `[B, d_teacher]`): Teacher vectors, float32.
-
-    Returns:
-        `LongTensor` of shape `[B]`.
-    """
-    bits = teacher.float().contiguous().view(torch.int32).long()
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
-    return (bits * factors.to(bits.device)).sum(-1)  # wraps around, as a hash may
+# Teacher vectors of one image differ by rounding where it was encoded in batches of other sizes, as in streams. Those
+# of different images differ by much more.
+_SAME_IMAGE = 1e-4
 
 
 class SampleQueue:
@@ -37,10 +26,9 @@ class SampleQueue:
         self.size = size
         self.heads: Tensor | None = None  # [m, Q, d_model]
         self.teacher: Tensor | None = None  # [Q, d_teacher]
-        self.keys: Tensor | None = None  # [Q]
 
     def __len__(self) -> int:
-        return 0 if self.keys is None else len(self.keys)
+        return 0 if self.teacher is None else len(self.teacher)
 
     @torch.no_grad()
     def push(self, heads: Tensor, teacher: Tensor) -> None:
@@ -50,19 +38,31 @@ class SampleQueue:
             heads (`Tensor` of shape `[m, B, d_model]`): Head representations.
             teacher (`Tensor` of shape `[B, d_teacher]`): Teacher vectors of the same samples.
         """
-        heads, teacher, keys = heads.detach().float(), teacher.detach().float(), image_keys(teacher)
-        if self.heads is not None and self.teacher is not None and self.keys is not None:
-            heads = torch.cat([self.heads, heads], dim=1)
-            teacher, keys = torch.cat([self.teacher, teacher]), torch.cat([self.keys, keys])
+        heads, teacher = heads.detach().float(), teacher.detach().float()
+        if self.heads is not None and self.teacher is not None:
+            heads, teacher = torch.cat([self.heads, heads], dim=1), torch.cat([self.teacher, teacher])
         # Cloned: a view would keep everything that was ever pushed in memory.
-        self.heads = heads[:, -self.size :].clone()
-        self.teacher, self.keys = teacher[-self.size :].clone(), keys[-self.size :].clone()
+        self.heads, self.teacher = heads[:, -self.size :].clone(), teacher[-self.size :].clone()
+
+    def same_image(self, teacher: Tensor) -> Tensor:
+        """Which past samples have the image of which sample, by the teacher's vectors.
+
+        Args:
+            teacher (`Tensor` of shape `[B, d_teacher]`): Teacher vectors, float32.
+
+        Returns:
+            `BoolTensor` of shape `[B, Q]`.
+        """
+        assert self.teacher is not None
+        # Not by matrix products, whose rounding is as large as the difference.
+        distance = torch.cdist(teacher, self.teacher, compute_mode="donot_use_mm_for_euclid_dist")
+        return distance <= _SAME_IMAGE * torch.linalg.vector_norm(teacher, dim=1, keepdim=True)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the queue as safetensors, atomically. Writes nothing while it is empty."""
-        if self.heads is None or self.teacher is None or self.keys is None:
+        if self.heads is None or self.teacher is None:
             return
-        tensors = {"heads": self.heads, "teacher": self.teacher, "keys": self.keys}
+        tensors = {"heads": self.heads, "teacher": self.teacher}
         content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         write_atomically(path, lambda temporary: save_file(content, temporary))
 
@@ -71,4 +71,3 @@ class SampleQueue:
         tensors = load_file(path, device=str(device))
         self.heads = tensors["heads"][:, -self.size :].clone()
         self.teacher = tensors["teacher"][-self.size :].clone()
-        self.keys = tensors["keys"][-self.size :].clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,24 +29,52 @@ def _checked(x: Tensor, k: int, name: str) -> Tensor:
 def top_neighbors(x: Tensor, k: int, normalize: bool) -> Tensor:
     """[`nearest_neighbors`] without the checks, for tensors on a training step's path (a check is a device sync)."""
     n = x.shape[0]
-    rows = max(1, _MAX_SIMILARITIES // n)
-    neighbors = torch.empty(n, k, dtype=torch.long, device=x.device)
+    side = min(n, math.isqrt(_MAX_SIMILARITIES))
     # Under autocast, similarities would be rounded to 16 bit and neighbours with them.
     with torch.autocast(device_type=x.device.type, enabled=False):
         if normalize:
             x = F.normalize(x, dim=-1)
-        for start in range(0, n, rows):
-            similarity = x[start : start + rows] @ x.T  # [rows, N]
-            row = torch.arange(similarity.shape[0], device=x.device)
-            similarity[row, row + start] = -torch.inf
-            neighbors[start : start + rows] = similarity.topk(k, dim=-1).indices
+        if side == n:
+            similarity = x @ x.T
+            similarity.fill_diagonal_(-torch.inf)
+            return similarity.topk(k, dim=-1).indices
+        return _top_neighbors_by_tiles(x, k, side)
+
+
+def _top_neighbors_by_tiles(x: Tensor, k: int, side: int) -> Tensor:
+    """Neighbours from square tiles of the similarity matrix. It is symmetric: a tile above the diagonal serves its rows
+    and, transposed, its columns, so half of the products are computed."""
+    n = x.shape[0]
+    best = torch.full((n, k), -torch.inf, dtype=x.dtype, device=x.device)
+    neighbors = torch.zeros(n, k, dtype=torch.long, device=x.device)
+    tile, transposed = x.new_empty(side * side), x.new_empty(side * side)  # fresh memory costs as much as filling it
+
+    def take(similarity: Tensor, row: int, column: int) -> None:
+        rows = slice(row, row + similarity.shape[0])
+        found = similarity.topk(min(k, similarity.shape[1]), dim=-1)
+        merged = torch.cat([best[rows], found.values], dim=1).topk(k, dim=-1)
+        candidates = torch.cat([neighbors[rows], found.indices + column], dim=1)
+        best[rows], neighbors[rows] = merged.values, candidates.gather(1, merged.indices)
+
+    for row in range(0, n, side):
+        a = x[row : row + side]
+        for column in range(row, n, side):
+            b = x[column : column + side]
+            similarity = torch.mm(a, b.T, out=tile[: len(a) * len(b)].view(len(a), len(b)))
+            if column == row:
+                similarity.fill_diagonal_(-torch.inf)
+            take(similarity, row, column)
+            if column > row:
+                mirrored = transposed[: similarity.numel()].view(len(b), len(a))
+                take(mirrored.copy_(similarity.T), column, row)
     return neighbors
 
 
 def nearest_neighbors(x: Tensor, k: int, normalize: bool = True) -> Tensor:
     """Indices of each row's `k` nearest other rows by dot product.
 
-    The similarity matrix is computed in chunks of rows, so memory grows with N and not with N squared.
+    The similarity matrix is computed in tiles, so memory grows with N and not with N squared. Which of several equally
+    similar rows count as the nearest is left open, but the same input gives the same rows again.
 
     Args:
         x (`Tensor` of shape `[N, d]`): Vectors; float64 is kept, any other dtype is computed in float32.
@@ -70,7 +100,9 @@ def neighbor_overlap(a: Tensor, b: Tensor) -> float:
     Returns:
         `float` in [0, 1].
     """
-    common = (a.unsqueeze(2) == b.unsqueeze(1)).any(-1).sum()  # [N, k, k] -> number of a's neighbours found in b
+    rows = max(1, _MAX_SIMILARITIES // a.shape[1] ** 2)  # compared at a time: [rows, k, k]
+    parts = zip(a.split(rows), b.split(rows), strict=True)
+    common = torch.stack([(x.unsqueeze(2) == y.unsqueeze(1)).any(-1).sum() for x, y in parts]).sum()
     return common.item() / a.numel()
 
 

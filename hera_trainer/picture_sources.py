@@ -14,6 +14,12 @@ import pyarrow.compute as pc
 # Frames of a video that the teacher sees.
 MAX_FRAMES = 8
 
+# What is said wherever a video is stored in another way.
+VIDEO_FORM = (
+    "A video must be stored as the list of its frames: decode video files first, and make a column `video` of type "
+    "`datasets.List(datasets.Image())`, or `videos` of type `datasets.List(datasets.List(datasets.Image()))`."
+)
+
 _MESSAGE_COLUMNS = ("messages", "prompt", "completion")
 # Steps from a column to its pictures; any other step is the name of a struct's field.
 _EACH, _FRAMES = "*", "frames"
@@ -106,11 +112,7 @@ def _video_source(column: str, steps: tuple[str, ...], feature: Any, problem: st
     if _is_null(feature):
         return []
     if not _is_list(feature) or not _is_image_like(feature.feature):
-        raise ValueError(
-            f"{problem} A video must be stored as the list of its frames: decode video files first, and make a column "
-            "`video` of type `datasets.List(datasets.Image())`, or `videos` of type "
-            "`datasets.List(datasets.List(datasets.Image()))`."
-        )
+        raise ValueError(f"{problem} {VIDEO_FORM}")
     return [PictureSource(column, (*steps, _FRAMES), _mode(feature.feature))]
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import datasets
+import PIL.Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .picture_sources import sampled_frames
+from .picture_sources import VIDEO_FORM, sampled_frames
 
 # Columns that SFTTrainer takes out of vision data, and that `collatable` makes use of or refuses.
 CARRIED_COLUMNS = ("tools", "video", "videos")
@@ -21,8 +22,8 @@ def collatable(row: dict[str, Any], collator: Callable) -> dict[str, Any]:
     """The row for SFTTrainer's collator of vision data; a collator of the user's own gets the row as it is.
 
     - Images may be missing (null, or a list with nulls in it), stored (bytes, or `{"bytes", "path"}` of a column that
-      is not decoded), or inside the messages. They become the list `images` of decoded ones, in the order of their
-      placeholders.
+      is not decoded), a list in `image`, one without a list in `images`, or inside the messages. They become the list
+      `images` of decoded ones, in the order of their placeholders.
     - Keys that are null in the typed parts of messages, as Arrow has them, are left out: many chat templates ask
       whether a part has a key.
     - Videos, lists of frames, are put into the messages, where the processor's chat template looks for them: in the
@@ -51,10 +52,10 @@ def collatable(row: dict[str, Any], collator: Callable) -> dict[str, Any]:
     for name in _CONVERSATIONS:
         if isinstance(row.get(name), list):
             row[name] = [_copied(message) for message in row[name]]
-    images = [row.pop("image")] if "image" in row else row.pop("images", None)
-    row["images"] = _all_images(row, [] if images is None else images)
-    videos = [row.pop("video")] if "video" in row else row.pop("videos", None)
-    _place_videos(row, [video for video in videos or [] if video], collator.processor)
+    row["images"] = _all_images(row, _own_images(row))
+    _place_videos(row, [frames for video in _own_videos(row) if (frames := _frames(video))], collator.processor)
+    for name in ("image", "video", "videos"):
+        row.pop(name, None)
     return row
 
 
@@ -80,12 +81,15 @@ def _refuse_tools(tools: Any) -> None:
 
 def pictures(row: Mapping[str, Any]) -> list[Any]:
     """What the teacher sees of a row, as it is stored: its images, the sampled frames of its videos, and both where
-    they lie in its messages. The same as [`~picture_sources.find_sources`] finds in a whole data set."""
-    images = [row["image"]] if "image" in row else row.get("images")
-    videos = [row["video"]] if "video" in row else row.get("videos")
-    videos = [*(videos or []), *(part.get("video") for part, _ in _parts(row, "video"))]
-    found = [*([] if images is None else images), *(part.get("image") for part, _ in _parts(row, "image"))]
-    found += [video[index] for video in videos if video for index in sampled_frames(len(video))]
+    they lie in its messages. The same as [`~picture_sources.find_sources`] finds in a whole data set.
+
+    Raises:
+        `ValueError`: If a video is no list of frames.
+    """
+    found = [*_own_images(row), *(part.get("image") for part, _ in _parts(row, "image"))]
+    for video in (*_own_videos(row), *(part.get("video") for part, _ in _parts(row, "video"))):
+        frames = _frames(video)
+        found += [frames[index] for index in sampled_frames(len(frames))]
     return [picture for picture in found if picture is not None]
 
 
@@ -97,6 +101,32 @@ def readable(image: Any) -> Any:
     if isinstance(image, Mapping):
         return datasets.Image().decode_example({"bytes": image.get("bytes"), "path": image.get("path")})
     return image
+
+
+def _own_images(row: Mapping[str, Any]) -> list[Any]:
+    """What stands in the row's column of images, which may hold one image or a list."""
+    if "image" in row:
+        return list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
+    return _listed(row.get("images"))
+
+
+def _own_videos(row: Mapping[str, Any]) -> list[Any]:
+    return [row["video"]] if "video" in row else _listed(row.get("videos"))
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, (PIL.Image.Image, str, bytes, Mapping)):
+        return [value]
+    return [] if value is None else list(value)  # of tensors or arrays as well, where the data set has a format
+
+
+def _frames(video: Any) -> list[Any]:
+    """The frames of a video, none where it is null."""
+    if video is None or isinstance(video, (list, tuple)):
+        return list(video or ())
+    raise ValueError(
+        f"A row has a {type(video).__name__} as a video. {VIDEO_FORM} Data with a format needs `with_format(None)`."
+    )
 
 
 def _copied(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,8 +183,8 @@ def _place_videos(row: dict[str, Any], videos: list[Any], processor: Any) -> Non
     if not parts:
         parts = _with_video_parts(row["messages"], len(row["images"]), len(videos))
     for part in parts:
-        frames = part.get("video") or next(waiting, None)
-        if frames is None:
+        frames = _frames(part.get("video")) or next(waiting, [])
+        if not frames:
             raise ValueError(f"A row has {len(videos)} videos, but {len(parts)} placeholders for them in its messages.")
         part["video"] = [readable(frame) for frame in frames if frame is not None]
     if next(waiting, None) is not None:

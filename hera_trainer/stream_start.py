@@ -97,7 +97,11 @@ def stream_width(stream: NumberedStream, teacher: StreamTeacher | None) -> int:
 
 
 def ranking_samples(
-    stream: NumberedStream, tokenizer: PreTrainedTokenizerBase, num_samples: int, teacher: StreamTeacher | None
+    stream: NumberedStream,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    teacher: StreamTeacher | None,
+    text_field: str = "text",
 ) -> datasets.Dataset:
     """The first samples of a stream on which heads can be ranked: those with an image, distinct ones, and an answer
     text. To be called by all processes alike, which divide the teacher's work.
@@ -108,16 +112,17 @@ def ranking_samples(
         num_samples (`int`): Number of samples. Fewer are returned, with a warning if the stream goes on, where twenty
             times as many rows don't have them.
         teacher ([`~streaming.StreamTeacher`], *optional*): Encodes the images of a stream without vectors.
+        text_field (`str`, *optional*, defaults to `"text"`): Column of plain text, where there are no turns.
 
     Returns:
         [`~datasets.Dataset`]: Columns `completion` and `teacher_features`. Its fingerprint is a digest of both.
 
     Raises:
-        `ValueError`: If a row can't be read, or the processes read different rows.
+        `ValueError`: If a row can't be read, none can be used, or the processes read different rows.
     """
     team = Team(distributed=True)
     with team.together():
-        draw = _Draw(tokenizer, teacher, team, stream.width)
+        draw = _Draw(tokenizer, teacher, team, stream.width, text_field)
         looked_at = 0
         for row in itertools.islice(stream, _ROWS_PER_RANKED_SAMPLE * num_samples):
             looked_at += 1
@@ -125,6 +130,12 @@ def ranking_samples(
             if len(draw.texts) == num_samples:
                 break
         draw.encode()
+    if not draw.texts:
+        raise ValueError(
+            f"None of the first {looked_at:,} rows of {stream.name} has both an image and an answer text "
+            f"(`completion`, assistant turns of `messages`, or `{text_field}`): heads cannot be ranked. Bring texts, "
+            "shuffle the stream, or choose heads with `aligned_heads` or `head_ranking_path`."
+        )
     if len(draw.texts) < num_samples and looked_at == _ROWS_PER_RANKED_SAMPLE * num_samples:
         warnings.warn(
             f"Only {len(draw.texts)} of the first {looked_at:,} rows of {stream.name} have an image of their own and "
@@ -147,10 +158,16 @@ class _Draw:
     """Samples drawn so far. Their images are encoded a batch at a time, each batch by one process."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, teacher: StreamTeacher | None, team: Team, width: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: StreamTeacher | None,
+        team: Team,
+        width: int,
+        text_field: str,
     ) -> None:
         self.texts: list[str] = []
         self._tokenizer = tokenizer
+        self._text_field = text_field
         self._teacher = teacher
         self._prepare = None if teacher is None else ImagePreparer(teacher.teacher.image_processor)
         self._team = team
@@ -163,7 +180,7 @@ class _Draw:
 
     def add(self, row: dict[str, Any]) -> None:
         """Takes a row if it is usable and its images are new."""
-        text = answer_text(row)
+        text = answer_text(row, self._text_field)
         if not text_tokens(self._tokenizer, text)[1].any():
             return
         if self._teacher is None:

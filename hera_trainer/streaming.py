@@ -207,7 +207,12 @@ def row_images(row: Mapping[str, Any]) -> list[PIL.Image.Image]:
     Raises:
         `ValueError`: If one can't be used.
     """
-    return [_decoded(value, row[ROW_PLACE]) for value in pictures(row)]
+    place = row[ROW_PLACE]
+    try:
+        found = pictures(row)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return [_decoded(value, place) for value in found]
 
 
 def _decoded(value: Any, place: str) -> PIL.Image.Image:

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch._inductor.config
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -234,8 +233,7 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, SFTTrai
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         self.prepare_alignment(checkpoint)
         assert self._capture is not None
-        # Compiled code draws dropout masks in its own way: both passes of a step must draw the same.
-        with self._capture.attached(), torch._inductor.config.patch(fallback_random=True):
+        with self._capture.attached():
             return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -96,11 +96,16 @@ class TeacherVectorsMixin(_Base):
     def _ranking_samples(self) -> Dataset:
         """Rows with teacher vectors on which heads are ranked: the training data, or the first samples of a stream."""
         rows: Any = self.train_dataset
+        text_field = self.args.dataset_text_field
         if not isinstance(rows, NumberedStream):
-            return rows
+            if text_field == "text" or text_field not in rows.column_names:
+                return rows
+            # By the name under which a ranking looks for plain text.
+            others = [name for name in rows.column_names if name != "text"]
+            return rows.select_columns(others).rename_column(text_field, "text")
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         teacher = None if rows.has_vectors else self._load_stream_teacher()
-        return ranking_samples(rows, tokenizer, self.args.ranking_num_samples, teacher)
+        return ranking_samples(rows, tokenizer, self.args.ranking_num_samples, teacher, text_field)
 
     def _image_batch(self) -> dict[str, Any]:
         """Inputs of the model for the first row that has a teacher vector or, in a stream without vectors, an image."""

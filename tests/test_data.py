@@ -243,6 +243,14 @@ def test_a_batch_encoding_is_a_batch_too() -> None:
     assert list(batch) == ["labels"]
 
 
+def test_a_collator_that_drops_a_sample_later_is_refused() -> None:
+    """The first rows, on which a collator is checked, may lose none."""
+    collator = TeacherCollator(lambda rows: Inner()([row for row in rows if row["input_ids"] != [2, 3]]), 2)
+    check_collator(collator, examples([1.0, 2.0], None))
+    with pytest.raises(ValueError, match=r"made 2 samples from 3 rows.*`filter`"):
+        collator(examples([1.0, 2.0], None, [3.0, 4.0]))
+
+
 def test_a_vector_of_another_width_is_never_stretched() -> None:
     for vector in ([1.0], [1.0, 2.0]):
         with pytest.raises((ValueError, RuntimeError)):

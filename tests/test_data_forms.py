@@ -9,9 +9,10 @@ import pytest
 import torch
 from datasets import Dataset, Image, List, Value
 from forms import ROWS, TEXT, VISION, chat, check, hand_vector, of_rows, photos, run, turn, vision_collator
-from tiny import save_tiny_dinov2
+from tiny import build_vlm, save_tiny_dinov2, sft_args
 from tiny_teachers import encoded
 
+from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.data import answer_text
 from hera_trainer.rows import check_tools, collatable
 
@@ -58,6 +59,32 @@ def test_one_image_or_null(tmp_path, teacher, vector):
             for i in range(ROWS)
         },
     )
+
+
+@pytest.mark.parametrize("form", [list, Dataset.to_iterable_dataset], ids=["memory", "stream"])
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_lists_in_image_and_one_in_images(tmp_path, teacher, vector, name, form):
+    """What the two names promise is not always what is stored; SFTTrainer stops at both."""
+    count = 2 if name == "image" else 1
+    own = [photos(i, count) for i in range(ROWS)]
+    rows = [{name: images if count > 1 else images[0], "messages": chat(i)} for i, images in enumerate(own)]
+    dataset = of_rows(rows, image=List(Image()), images=Image())
+    trainer = run(tmp_path, teacher, dataset if form is list else form(dataset), max_steps=2)
+    check(
+        trainer,
+        {
+            turn("user", VISION * count + f"what {i}") + turn("assistant", f"red {i}"): vector(*own[i])
+            for i in range(ROWS)
+        },
+    )
+
+
+def test_images_of_rows_with_a_format():
+    """One tensor for all of a row's images, where they are equally large."""
+    row = of_rows([{"images": [*photos(0), *photos(2)], "messages": chat(0)}]).with_format("torch")[0]
+    assert row["images"].shape == (2, 3, 36, 32)
+    images = collatable(row, vision_collator())["images"]
+    assert [image.shape for image in images] == [(3, 36, 32)] * 2
 
 
 @pytest.mark.parametrize("stored", ["bytes", "paths", "binary"])
@@ -180,6 +207,7 @@ def test_text_that_is_ranked():
     assert answer_text({"messages": [{"role": "assistant", "tool_calls": []}, words]}) == "a dog"  # no `content` at all
     assert answer_text({"prompt": "what", "completion": "a cat"}) == "a cat"
     assert answer_text({"messages": conversation(3)[:4]}) == ""
+    assert answer_text({"text": "a cat", "caption": "a dog"}, "caption") == "a dog"
 
 
 @pytest.mark.parametrize("tools", [[{"type": "function", "function": {"name": "zoom"}}], '[{"name": "zoom"}]'])
@@ -212,6 +240,26 @@ def test_plain_text(tmp_path, teacher, vector):
     rows = [{"images": photos(i), "text": f"{image}what {i} red {i}"} for i in range(ROWS)]
     expected = {f"{VISION}what {i} red {i}": vector(*photos(i)) for i in range(ROWS)}
     check(run(tmp_path, teacher, of_rows(rows, text=Value("string"))), expected)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_plain_text_of_another_name_is_ranked(tmp_path, teacher, streamed):
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    rows = [{"images": photos(i), "text": "the same", "caption": f"{image}what {i} red {i}"} for i in range(ROWS)]
+    rankings = []
+    for name in ("caption", "text"):
+        dataset = of_rows([{"images": row["images"], name: row["caption"]} for row in rows], **{name: Value("string")})
+        if name == "caption":
+            dataset = of_rows(rows, caption=Value("string"), text=Value("string"))
+        dataset = dataset.to_iterable_dataset() if streamed else dataset
+        settings = {"dataset_text_field": name, "max_steps": 2, "num_neighbors": 2, "gradient_accumulation_steps": 1}
+        model, processor = build_vlm("qwen2_5_vl")
+        args = HeRAConfig(**sft_args(tmp_path, per_device_train_batch_size=ROWS, **settings), num_aligned_heads=2)
+        trainer = HeRATrainer(model, args, train_dataset=dataset, processing_class=processor, teacher=teacher)
+        trainer.prepare_alignment()
+        rankings.append(trainer.head_ranking)
+    assert rankings[0].num_samples == ROWS
+    torch.testing.assert_close(rankings[0].scores, rankings[1].scores, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rows_without_any_text():

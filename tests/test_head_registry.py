@@ -235,7 +235,7 @@ def test_a_model_of_your_own() -> None:
 @pytest.mark.usefixtures("scratch_registry")
 def test_an_accessor_that_is_wrong() -> None:
     register_head_accessor("toy", lambda model: HeadAccessor(model, model.blocks, {}, {}, {}))
-    with pytest.raises(ValueError, match="None of the 2 layers of this ToyModel has softmax attention"):
+    with pytest.raises(ValueError, match=r"None of the 2 layers of this ToyModel has .* where its accessor looks"):
         get_head_accessor(ToyModel())
     register_head_accessor("toy", toy_accessor)
     with pytest.raises(ValueError, match="layer 1 reads 12 features, which 5 heads cannot share equally"):
@@ -253,4 +253,40 @@ def test_heads_that_the_projection_contradicts() -> None:
     model, _ = build_vlm("llava")
     model.model.language_model.layers[2].self_attn.head_dim = 4
     with pytest.raises(ValueError, match=r"Layer 2 of this 'llava'.*computes 4 heads of size 4.*reads 32 features"):
+        get_head_accessor(model)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("head_dim", None), ("config", None)])
+def test_attention_that_does_not_say_what_heads_it_has(attribute: str, value: None) -> None:
+    model, _ = build_vlm("llava")
+    setattr(model.model.language_model.layers[0].self_attn, attribute, value)
+    with pytest.raises(ValueError, match=r"A LlamaAttention does not say how many heads it has, or how large they are"):
+        get_head_accessor(model)
+
+
+def hybrid(kinds: list[str]) -> nn.Module:
+    """A model whose second layer bears the same names, whatever it computes."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    model = Qwen2ForCausalLM(Qwen2Config(**size, num_attention_heads=4, num_key_value_heads=2))
+    model.model.config.layer_types = kinds
+    return model
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention", "hybrid"])
+def test_kinds_of_layers_with_heads(kind: str) -> None:
+    assert get_head_accessor(hybrid(["full_attention", kind])).layers_with_heads == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "conv"])
+def test_kinds_of_layers_without(kind: str) -> None:
+    assert get_head_accessor(hybrid(["full_attention", kind])).layers_with_heads == [0]
+
+
+def test_kinds_of_layers_that_are_not_known() -> None:
+    """A new kind of linear attention must not pass for softmax, nor a layer with softmax under other names for none."""
+    with pytest.raises(ValueError, match=r"Layer 1 of this 'qwen2' model .* kind 'delta_rule' and has an attention"):
+        get_head_accessor(hybrid(["full_attention", "delta_rule"]))
+    model = hybrid(["full_attention", "sliding_attention"])
+    del model.model.layers[1].self_attn
+    with pytest.raises(ValueError, match=r"Layer 1 .* 'sliding_attention' and has no attention `self_attn`"):
         get_head_accessor(model)

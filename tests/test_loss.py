@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
 
+import hera_trainer.loss as loss_module
 from hera_trainer.loss import MIN_TEMPERATURE, HeRALoss
 from hera_trainer.memory import SampleQueue
 
@@ -275,14 +277,102 @@ def test_an_empty_memory_is_none() -> None:
     assert torch.equal(criterion(heads, teacher, memory=SampleQueue(4)), criterion(heads, teacher))
 
 
+def test_an_image_is_known_again_when_its_vector_was_rounded_otherwise() -> None:
+    heads, teacher = inputs(2, 6)
+    queue = SampleQueue(size=6)
+    queue.push(heads, teacher * (1 + 2e-6 * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(0))))
+    assert not torch.equal(queue.teacher, teacher)
+    assert torch.equal(queue.same_image(teacher), torch.eye(6, dtype=torch.bool))
+
+
 def test_a_memory_of_the_anchors_own_images_gives_a_connected_zero() -> None:
     heads, teacher = inputs(2, 2)
     queue = SampleQueue(size=9)
     queue.push(*(x.repeat_interleave(4, dim=-2) for x in inputs(2, 1, seed=1)))
     queue.push(inputs(2, 2, seed=2)[0], teacher)
-    queue.teacher[:4], queue.keys[:4] = teacher[0], queue.keys[4]  # five past samples, all of the first anchor's image
+    queue.teacher[:4] = teacher[0]  # five past samples, all of the first anchor's image
     leaf = heads.clone().requires_grad_()
     loss = HeRALoss(num_neighbors=4)(leaf[:, :1], teacher[:1], memory=queue)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+# --- Some heads and anchors at a time --------------------------------------------------------------------------------
+
+
+def queue_of(m: int, past: int, teacher: Tensor) -> SampleQueue:
+    queue = SampleQueue(past)
+    past_heads, past_teacher = inputs(m, past, seed=1)
+    past_teacher[1] = teacher[0]  # an anchor's own image
+    queue.push(past_heads, past_teacher)
+    return queue
+
+
+@pytest.mark.parametrize("past", [0, 7])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("bound", [1, 40, 250, 700])  # an anchor; some; two heads; three
+def test_the_bound_on_logits_changes_nothing_but_memory(
+    monkeypatch: pytest.MonkeyPatch, bound: int, normalize: bool, past: int
+) -> None:
+    heads, teacher = inputs(5, 11)
+    criterion = HeRALoss(3, temperature=0.07 if normalize else 2.0, normalize=normalize)
+    queue = queue_of(5, past, teacher) if past else None
+
+    def run() -> tuple[Tensor, ...]:
+        leaf = heads.clone().requires_grad_()
+        loss = criterion(leaf, teacher, memory=queue)
+        return loss, *torch.autograd.grad(3.0 * loss, [leaf, criterion.log_temperature])
+
+    whole = run()
+    monkeypatch.setattr(loss_module, "_MAX_LOGITS", bound)
+    with LargestTensor() as seen:
+        parts = run()
+    # The inputs, and one row of logits where the bound is smaller than that.
+    assert seen.largest <= max(bound, 5 * (11 + past) * 6)
+    for part, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(criterion(heads, teacher, memory=queue), parts[0])
+
+
+def test_large_pools_hold_no_square_of_all_heads() -> None:
+    m, batch = 3, 2304  # a head's logits are more than the bound
+    assert batch**2 > loss_module._MAX_LOGITS
+    heads, teacher = inputs(m, batch)
+    heads.requires_grad_()
+    criterion = HeRALoss(10)
+    with LargestTensor() as seen:
+        loss = criterion(heads, teacher)
+        grad, temperature_grad = torch.autograd.grad(loss, [heads, criterion.log_temperature])
+    assert seen.largest <= batch**2  # the teacher's similarities; the logits of all heads would be three times that
+    exact, log = heads.detach().double().requires_grad_(), criterion.log_temperature.detach().double().requires_grad_()
+    z = torch.nn.functional.normalize(exact, dim=-1)
+    logits = (z @ z.transpose(1, 2) / log.exp()).masked_fill(torch.eye(batch, dtype=torch.bool), -math.inf)
+    unit = torch.nn.functional.normalize(teacher, dim=-1)
+    positives = (unit @ unit.T).fill_diagonal_(-math.inf).topk(10).indices.expand(m, -1, -1)
+    expected = -logits.log_softmax(-1).gather(-1, positives).mean()
+    expected_grad, expected_temperature_grad = torch.autograd.grad(expected, [exact, log])
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-5 * expected_grad.abs().max().item())
+    torch.testing.assert_close(temperature_grad.double(), expected_temperature_grad, rtol=1e-5, atol=0)
+
+
+def test_a_head_of_zeros_gets_a_finite_gradient() -> None:
+    heads, teacher = inputs(2, 8)
+    heads[1] = 0.0
+    _, grad, _ = value_and_gradients(HeRALoss(3), heads, teacher)
+    assert torch.equal(grad[1], torch.zeros(8, 6))
+    assert grad[0].abs().sum() > 0
+
+
+def test_the_gradient_of_the_temperature_alone_and_of_the_heads_alone() -> None:
+    heads, teacher = inputs(2, 9)
+    criterion = HeRALoss(3)
+    _, grad, temperature_grad = value_and_gradients(criterion, heads, teacher)
+    (alone,) = torch.autograd.grad(criterion(heads, teacher), criterion.log_temperature)
+    assert torch.equal(alone, temperature_grad)
+    criterion.log_temperature.requires_grad_(False)
+    leaf = heads.clone().requires_grad_()
+    (alone,) = torch.autograd.grad(criterion(leaf, teacher), leaf)
+    assert torch.equal(alone, grad)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from largest_tensor import LargestTensor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hera_trainer.metrics as metrics
 from hera_trainer.metrics import mutual_knn, nearest_neighbors, neighbor_overlap, top_neighbors
@@ -38,19 +38,6 @@ def sorted_neighbors(x: Tensor, k: int, normalize: bool) -> list[list[int]]:
 
 def on_circle(*degrees: float) -> Tensor:
     return torch.tensor([[math.cos(math.radians(angle)), math.sin(math.radians(angle))] for angle in degrees])
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation inside returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
 
 
 # --- nearest_neighbors -----------------------------------------------------------------------------------------------
@@ -156,6 +143,42 @@ def test_many_samples_at_the_real_bound() -> None:
     expected[order] = order[place]
     torch.testing.assert_close((x * x[found]).sum(1), (x * x[expected]).sum(1), rtol=0, atol=1e-15)
     assert (found == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("k", [1, 10, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiles_find_what_a_full_sort_finds(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int) -> None:
+    x = samples(203, 9).to(
+        dtype
+    )  # 203 is no multiple of the tiles' 32 rows, and 64 neighbours are more than a tile has
+    monkeypatch.setattr(metrics, "_MAX_SIMILARITIES", 32 * 32 + 5)
+    with LargestTensor() as seen:
+        found = nearest_neighbors(x, k)
+    assert seen.largest <= max(32 * 32 + 5, 203 * k, 203 * 9)
+    exact = F.normalize(x.double(), dim=-1)
+    expected = (exact @ exact.T).fill_diagonal_(-math.inf).sort(descending=True).indices[:, :k]
+    assert torch.equal(found, expected)
+
+
+def test_ties_across_tiles_are_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = samples(20, 4).round().repeat(4, 1)  # integers: equal similarities are equal to the bit
+    monkeypatch.setattr(metrics, "_MAX_SIMILARITIES", 16 * 16)
+    found = nearest_neighbors(x, 7, normalize=False)
+    assert torch.equal(found, nearest_neighbors(x, 7, normalize=False))
+    similarity = (x @ x.T).fill_diagonal_(-math.inf)
+    assert torch.equal(similarity.gather(1, found), similarity.sort(descending=True).values[:, :7])
+    assert all(len(set(row)) == 7 for row in found.tolist())
+    assert not (found == torch.arange(80)[:, None]).any()
+
+
+def test_overlap_of_many_neighbors_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = nearest_neighbors(samples(50, 7), 20), nearest_neighbors(samples(50, 7, seed=1), 20)
+    expected = sum(len(set(x) & set(y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)) / (50 * 20)
+    for bound in (1, 7 * 20 * 20, 2**24):
+        monkeypatch.setattr(metrics, "_MAX_SIMILARITIES", bound)
+        with LargestTensor() as seen:
+            assert neighbor_overlap(a, b) == pytest.approx(expected, abs=1e-12)
+        assert seen.largest <= max(bound, 20 * 20)
 
 
 def test_gradients_and_the_input_are_left_alone() -> None:

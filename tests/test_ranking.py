@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +10,19 @@ import pytest
 import torch
 from datasets import Dataset, List, Value, concatenate_datasets
 from peft import LoraConfig, get_peft_model
+from rankings import (
+    HEADS,
+    K,
+    answers,
+    assert_ranking,
+    fed_texts,
+    mutual_knn_by_definition,
+    rank,
+    text_decoder,
+    text_samples,
+    vectors_of,
+    watched,
+)
 from tiny import build_vlm, image_dataset
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -21,138 +30,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hera_trainer.data import TEACHER_COLUMN, TeacherCollator
 from hera_trainer.heads.head import AttentionHead
-from hera_trainer.heads.ranking import HeadRanking, rank_heads
-
-HEADS = 4
-K = 4
-
-
-# --- The definition --------------------------------------------------------------------------------------------------
-
-
-def text_decoder(model: nn.Module) -> nn.Module:
-    inner = model.base_model.model if hasattr(model, "peft_config") else model
-    return inner.model.text_model if hasattr(inner.model, "text_model") else inner.model.language_model
-
-
-def weight_of(projection: nn.Module) -> Tensor:
-    """`[d_model, heads * d_head]`, with the update of a LoRA adapter that is switched on."""
-    if not hasattr(projection, "lora_A"):
-        return projection.weight.double()
-    update = projection.lora_B["default"].weight.double() @ projection.lora_A["default"].weight.double()
-    return projection.base_layer.weight.double() + (0 if projection.disable_adapters else 2.0 * update)
-
-
-@contextmanager
-def watched(decoder: nn.Module) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """What goes into each output projection and what leaves each layer in the last forward pass."""
-    inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
-
-    def keep(store: dict[int, Tensor], layer: int, value: Any) -> None:
-        store[layer] = value[0] if isinstance(value, tuple) else value
-
-    hooks = []
-    for i, layer in enumerate(decoder.layers):
-        hooks.append(layer.register_forward_hook(lambda m, args, out, i=i: keep(outputs, i, out)))
-        if hasattr(layer, "self_attn"):
-            projection = layer.self_attn.o_proj
-            hooks.append(projection.register_forward_hook(lambda m, args, out, i=i: keep(inputs, i, args)))
-    yield inputs, outputs
-    for hook in hooks:
-        hook.remove()
-
-
-Vectors = dict[AttentionHead | int, list[Tensor]]  # a head's or a layer's pooled vector, sample by sample
-
-
-@torch.no_grad()
-def vectors_of(model: nn.Module, samples: Sequence[tuple[Callable[[], Any], Tensor]]) -> Vectors:
-    """Runs each sample alone; `samples` are forward passes and the positions to pool."""
-    decoder = text_decoder(model)
-    found: Vectors = {}
-    with watched(decoder) as (inputs, outputs):
-        for forward, positions in samples:
-            forward()
-            for layer in outputs:
-                found.setdefault(layer, []).append(outputs[layer][0, positions].double().mean(0))
-            for layer, x in inputs.items():
-                pooled = x[0, positions].double().mean(0)
-                weight = weight_of(decoder.layers[layer].self_attn.o_proj)
-                width = len(pooled) // HEADS
-                for head in range(HEADS):
-                    part = slice(head * width, (head + 1) * width)
-                    found.setdefault(AttentionHead(layer, head), []).append(weight[:, part] @ pooled[part])
-    return found
-
-
-def text_samples(model: nn.Module, tokenizer: Any, texts: Sequence[str], num_special: int = 0) -> list:
-    """Each text alone through the text decoder; its first `num_special` tokens are fed and not pooled."""
-    decoder = text_decoder(model)
-    samples = []
-    for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        forward = lambda ids=ids: decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)  # noqa: E731
-        samples.append((forward, torch.arange(num_special, ids.shape[1])))
-    return samples
-
-
-def neighbor_sets(vectors: Sequence[Tensor], k: int, normalize: bool) -> list[set[int]]:
-    if normalize:
-        vectors = [vector / vector.norm() for vector in vectors]
-    sets = []
-    for i, anchor in enumerate(vectors):
-        similarity = {j: float(anchor @ other) for j, other in enumerate(vectors) if j != i}
-        sets.append(set(sorted(similarity, key=similarity.get, reverse=True)[:k]))
-    return sets
-
-
-def mutual_knn_by_definition(a: Sequence[Tensor], b: Sequence[Tensor], k: int, normalize: bool) -> float:
-    pairs = zip(neighbor_sets(a, k, normalize), neighbor_sets(b, k, normalize), strict=True)
-    return sum(len(x & y) / k for x, y in pairs) / len(a)
-
-
-def assert_ranking(
-    ranking: HeadRanking, vectors: Vectors, teacher: Sequence[Any], k: int = K, normalize: bool = True
-) -> None:
-    """Scores of `ranking` are those of the vectors. A neighbour that flips by rounding would be 1 / (N k)."""
-    teacher = [torch.as_tensor(vector, dtype=torch.float64) for vector in teacher]
-    layers = [key for key in vectors if isinstance(key, int)]
-    expected = torch.full((len(layers), HEADS), torch.nan)
-    expected_layers = torch.full((len(layers),), torch.nan)
-    for key, values in vectors.items():
-        score = mutual_knn_by_definition(values, teacher, k, normalize)
-        if isinstance(key, int):
-            expected_layers[key] = score
-        else:
-            expected[key.layer, key.head] = score
-    assert expected[expected.isfinite()].unique().numel() > 2  # heads differ, so a mix-up would show
-    torch.testing.assert_close(ranking.scores, expected, rtol=0, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(ranking.layer_scores, expected_layers, rtol=0, atol=1e-6)
-    assert ranking.scores.dtype == ranking.layer_scores.dtype == torch.float32
-    assert (ranking.k, ranking.num_samples) == (k, len(teacher))
-
-
-def answers(dataset: Dataset) -> list[str]:
-    return [completion[0]["content"] for completion in dataset["completion"]]
-
-
-@contextmanager
-def fed_texts(model: nn.Module, tokenizer: Any) -> Iterator[list[str]]:
-    """The texts that the text decoder is given inside."""
-    texts: list[str] = []
-
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
-        for ids, attention in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
-            texts.append(tokenizer.decode(ids[attention.bool()]))
-
-    hook = text_decoder(model).register_forward_pre_hook(note, with_kwargs=True)
-    yield texts
-    hook.remove()
-
-
-def rank(model: nn.Module, processor: Any, dataset: Dataset, **settings: Any) -> HeadRanking:
-    return rank_heads(model, processor, dataset, **{"k": K, "progress": False, **settings})
+from hera_trainer.heads.ranking import rank_heads
 
 
 def hooks_of(model: nn.Module) -> list[tuple[str, int]]:
@@ -453,144 +331,3 @@ def test_adapter_on_and_off() -> None:
     assert torch.equal(off.scores, without.scores)
     assert not torch.equal(on.scores, without.scores)
     assert on.scores.shape == without.scores.shape == (3, HEADS)
-
-
-# --- HeadRanking -----------------------------------------------------------------------------------------------------
-
-NAN = float("nan")
-
-
-def make_ranking(**settings: Any) -> HeadRanking:
-    scores = torch.tensor([[0.3, 0.1, NAN], [NAN, NAN, NAN], [0.2, 0.3, 0.05]])
-    return HeadRanking(scores, torch.tensor([0.1, 1 / 3, 0.0]), **{"k": 10, "num_samples": 50, **settings})
-
-
-def names(heads: list[AttentionHead]) -> list[str]:
-    return [str(head) for head in heads]
-
-
-def test_selecting_heads() -> None:
-    ranking = make_ranking()
-    assert names(ranking.heads()) == ["L0H0", "L0H1", "L2H0", "L2H1", "L2H2"]
-    assert ranking.score(AttentionHead(2, 0)) == pytest.approx(0.2)
-    assert names(ranking.select("worst", 3)) == ["L2H2", "L0H1", "L2H0"]
-    assert names(ranking.select("top", 3)) == ["L0H0", "L2H1", "L2H0"]  # a tie: by layer and head
-    assert ranking.select() == ranking.select("worst", 5)
-    assert names(ranking.select("worst", 5)) == ["L2H2", "L0H1", "L2H0", "L0H0", "L2H1"]
-    assert all(isinstance(head, AttentionHead) for head in ranking.select("random", 2))
-
-
-def test_ties_go_by_layer_and_head() -> None:
-    ranking = HeadRanking(torch.full((3, 3), 0.5), torch.zeros(3), k=2, num_samples=9)
-    for selection in ("worst", "top"):
-        assert names(ranking.select(selection, 4)) == ["L0H0", "L0H1", "L0H2", "L1H0"]
-
-
-def test_random_heads() -> None:
-    ranking = HeadRanking(
-        torch.rand(8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(8), k=2, num_samples=9
-    )
-    draws = [ranking.select("random", 5, seed=seed) for seed in range(40)]
-    assert draws == [ranking.select("random", 5, seed=seed) for seed in range(40)]
-    assert draws[0] == ranking.select("random", 5)
-    assert all(len(set(draw)) == 5 and set(draw) <= set(ranking.heads()) for draw in draws)
-    assert len({tuple(sorted(draw)) for draw in draws}) > 35
-    assert sorted(ranking.select("random", 64)) == ranking.heads()
-    # The scores have no say.
-    flat = HeadRanking(torch.zeros(8, 8), torch.zeros(8), k=2, num_samples=9)
-    assert flat.select("random", 5, seed=1) == draws[1]
-
-
-def test_refused_selections() -> None:
-    for m in (0, -1, 6):
-        with pytest.raises(ValueError, match=rf"`num_aligned_heads` \({m}\) must be between 1 and the 5 heads"):
-            make_ranking().select("worst", m)
-    with pytest.raises(ValueError, match="`head_selection` must be 'worst', 'top' or 'random', got 'best'"):
-        make_ranking().select("best", 2)
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    facts = {"seed": 7, "context": "image", "model": "a/model", "teacher": "a/teacher", "dataset_fingerprint": "f00"}
-    ranking = make_ranking(**facts)
-    path = tmp_path / "some" / "folder" / "ranking.json"
-    ranking.save(path)
-    assert os.listdir(path.parent) == ["ranking.json"]  # nothing temporary is left
-    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert content["scores"][1] == [None, None, None]
-    assert {name: content[name] for name in (*facts, "k", "num_samples")} == {**facts, "k": 10, "num_samples": 50}
-    assert set(content["versions"]) >= {"hera-trainer", "torch", "transformers"}
-
-    loaded = HeadRanking.load(path)
-    torch.testing.assert_close(loaded.scores, ranking.scores, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(loaded.layer_scores, ranking.layer_scores, rtol=0, atol=0)
-    assert {name: getattr(loaded, name) for name in facts} == facts
-    assert (loaded.k, loaded.num_samples, loaded.versions) == (10, 50, ranking.versions)
-    assert loaded.select("worst", 3) == ranking.select("worst", 3)
-    # Again, over the old file and from a string.
-    make_ranking(seed=8).save(str(path))
-    assert HeadRanking.load(str(path)).seed == 8
-    assert os.listdir(path.parent) == ["ranking.json"]
-
-
-def test_what_a_ranking_remembers(tmp_path: Path) -> None:
-    model, processor = build_vlm("qwen3_5")
-    model.config.name_or_path = "a/model"
-    dataset = image_dataset(14, with_features=5)
-    ranking = rank(model, processor, dataset, seed=5, teacher_name="a/teacher")
-    assert (ranking.model, ranking.teacher, ranking.seed) == ("a/model", "a/teacher", 5)
-    assert ranking.dataset_fingerprint == dataset._fingerprint
-    ranking.save(tmp_path / "ranking.json")
-    loaded = HeadRanking.load(tmp_path / "ranking.json")
-    torch.testing.assert_close(loaded.scores, ranking.scores, rtol=0, atol=0, equal_nan=True)
-    assert loaded.scores.isnan().sum() == 3 * HEADS
-
-
-def test_an_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "ranking.json"
-    make_ranking(seed=1).save(path)
-
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_ranking(seed=2).save(path)
-    assert HeadRanking.load(path).seed == 1
-
-
-VALID = {"scores": [[0.1, 0.2]], "layer_scores": [0.1], "k": 2, "num_samples": 5}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"\xff\xfe\x00",
-        b"null",
-        b"[1, 2]",
-        b'"text"',
-        b"{}",
-        json.dumps({**VALID, "scores": [[0.1], [0.1, 0.2]]}).encode(),
-        json.dumps({**VALID, "scores": "0.1"}).encode(),
-        json.dumps({**VALID, "scores": [["a"]]}).encode(),
-        json.dumps({**VALID, "scores": [0.1, 0.2]}).encode(),
-        json.dumps({**VALID, "scores": 0.1}).encode(),
-        json.dumps({**VALID, "unknown": 1}).encode(),
-        json.dumps({name: VALID[name] for name in VALID if name != "k"}).encode(),
-        json.dumps(VALID).encode()[:-20],
-    ],
-)
-def test_files_that_are_no_ranking(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "ranking.json"
-    path.write_bytes(json.dumps(VALID).encode())
-    assert HeadRanking.load(path).k == 2
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"ranking\.json' is not a head ranking.*`head_ranking_path`"):
-        HeadRanking.load(path)
-
-
-def test_paths_that_are_no_file(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.json"):
-        with pytest.raises(ValueError, match="is not a head ranking that can be read"):
-            HeadRanking.load(path)

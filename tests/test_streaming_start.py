@@ -114,6 +114,9 @@ def test_a_stream_with_few_usable_rows(tmp_path, teacher):
     few = build(tmp_path, stream.take(3), teacher=teacher)
     with pytest.raises(ValueError, match="Heads can be ranked on 3 samples"):
         few.prepare_alignment()
+    mute = stream.take(6).map(lambda row: {"completion": [{"role": "assistant", "content": ""}]})
+    with pytest.raises(ValueError, match=r"None of the first 6 rows.*an answer text \(`completion`.*`aligned_heads`"):
+        build(tmp_path, mute, teacher=teacher).prepare_alignment()
 
 
 def test_ready_heads_read_no_more_than_the_first_rows(tmp_path, teacher, monkeypatch):

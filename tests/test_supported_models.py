@@ -88,6 +88,16 @@ def test_the_decoder_runs_on_text_alone_unless_it_says_not(model_type: str) -> N
         check_projections(model, accessor, accessor.layers_with_heads)
 
 
+def test_the_decoder_by_itself_has_the_same_heads(model_type: str) -> None:
+    model = model_of(model_type)
+    whole = get_head_accessor(model)
+    if whole.needs or model.config.is_encoder_decoder:
+        return
+    alone = get_head_accessor(whole.decoder)
+    assert alone.decoder is whole.decoder and alone.heads() == whole.heads()
+    assert [alone.projection(i) for i in alone.layers_with_heads] == list(projections(model_type, model).values())
+
+
 def test_the_trainer_refuses_what_it_cannot_align(model_type: str) -> None:
     model = model_of(model_type)
     accessor = get_head_accessor(model)
@@ -153,6 +163,16 @@ def test_the_page_has_a_row_for_every_type() -> None:
     assert list(rows) == [f"`{model_type}`" for model_type in ALL_TYPES], "run `python tests/supported_models.py`"
     for model_type in ALL_TYPES:
         assert rows[f"`{model_type}`"] == row(model_type), "run `python tests/supported_models.py`"
+
+
+def test_a_causal_model_around_a_multimodal_models_decoder() -> None:
+    config = model_of("mllama").config.text_config
+    model = transformers.MllamaForCausalLM(config)
+    accessor = get_head_accessor(model)
+    assert accessor.decoder is model.model
+    assert {i: (accessor.num_heads(i), accessor.head_dim(i)) for i in accessor.layers_with_heads} == expected_heads(
+        "mllama"
+    )
 
 
 @torch.no_grad()

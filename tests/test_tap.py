@@ -36,8 +36,10 @@ class SeededTrainer(HeRATrainer):
         return super().compute_loss(*args, **kwargs)
 
 
-def make_trainer(tmp_path, family, checkpointing=None, lora=None, accumulation=1, fmt="prompt_completion", **kwargs):
-    model, processor = build_vlm(family)
+def make_trainer(
+    tmp_path, family, checkpointing=None, lora=None, accumulation=1, fmt="prompt_completion", layers=3, **kwargs
+):
+    model, processor = build_vlm(family, num_hidden_layers=layers) if layers != 3 else build_vlm(family)
     args = HeRAConfig(
         **sft_args(
             tmp_path,
@@ -46,7 +48,7 @@ def make_trainer(tmp_path, family, checkpointing=None, lora=None, accumulation=1
             contrast_scope="micro_batch",
             num_neighbors=2,
             alignment_weight=WEIGHT,
-            aligned_heads=["L2H3", "L0H1", "L2H0"],
+            aligned_heads=["L2H3", "L0H1", "L2H0"] if layers == 3 else [f"L{layers - 2}H3", "L0H1"],
             max_steps=1,
             max_grad_norm=0.0,
             gradient_checkpointing=checkpointing is not None,
@@ -162,10 +164,10 @@ def compiled_graphs():
     torch.compiler.reset()
 
 
-def compiled_run(tmp_path, how, backend, checkpointing, lora):
+def compiled_run(tmp_path, how, backend, checkpointing, lora, layers=3):
     """Evaluates, trains and evaluates: compiled code must notice that hooks come and go."""
     compiled = {"torch_compile": True, "torch_compile_backend": backend} if how == "torch_compile=True" else {}
-    trainer = make_trainer(tmp_path, "llava", CHECKPOINTING[checkpointing], lora, **compiled)
+    trainer = make_trainer(tmp_path, "llava", CHECKPOINTING[checkpointing], lora, layers=layers, **compiled)
     compile_model(trainer.model, how, backend)
     gradients = []
 
@@ -203,6 +205,13 @@ def test_compiled_models(tmp_path, how, backend, checkpointing, tuning, compiled
     gradients = {name: value for name, value in gradients.items() if name in expected or value.any()}
     assert_gradients_equal(gradients, expected, tolerance=2e-4)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
+
+
+def test_code_compiled_for_a_layer_without_a_chosen_head_does_not_run_for_one_with_some(tmp_path):
+    expected, _ = compiled_run(tmp_path / "eager", "not at all", "eager", "none", None, layers=6)
+    gradients, _ = compiled_run(tmp_path / "compiled", "torch_compile=True", "eager", "none", None, layers=6)
+    gradients = {name: value for name, value in gradients.items() if name in expected or value.any()}
+    assert_gradients_equal(gradients, expected, tolerance=2e-4)
 
 
 def test_compiled_code_draws_random_numbers_as_eager_code_does(tmp_path):

@@ -285,26 +285,41 @@ class TestTrainable:
             check_trainable(model, accessor, [AttentionHead(3, 0), AttentionHead(1, 0)], lambda: dict(batch))
 
 
-def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """examples/two_stage.py, from the command line's arguments to the saved models."""
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """examples/two_stage.py as a module."""
     path = Path(__file__).parents[1] / "examples" / "two_stage.py"
     spec = importlib.util.spec_from_file_location("two_stage", path)
-    example = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "two_stage", example)  # data classes look for their module
-    spec.loader.exec_module(example)
-    save_vlm("llava", tmp_path / "model")
-    image_dataset(n=24, with_features=8).save_to_disk(tmp_path / "captions")
-    image_dataset(n=24, with_features=8, seed=5).save_to_disk(tmp_path / "instructions")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "two_stage", module)  # data classes look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_example(example: Any, folder: Path, **others: Any) -> None:
+    """From the command line's arguments to the saved models."""
     settings = {
-        **{"model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "out", "max_steps": 2},
-        **{"caption_dataset": tmp_path / "captions", "instruction_dataset": tmp_path / "instructions"},
+        **{"model_name_or_path": folder / "model", "output_dir": folder / "out", "max_steps": 2},
+        **{"caption_dataset": folder / "captions", "instruction_dataset": folder / "instructions"},
         **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_neighbors": 3},
         **{"stage1_gradient_accumulation_steps": 3, "use_cpu": True, "bf16": False, "save_strategy": "no"},
         **{"logging_steps": 1, "disable_tqdm": True, "report_to": "none", "num_aligned_heads": 3},
+        **others,
     }
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     parser = TrlParser((example.TwoStageArguments, HeRAConfig, ModelConfig))
     example.main(*parser.parse_args_and_config(arguments))
+
+
+def save_inputs(folder: Path) -> None:
+    save_vlm("llava", folder / "model")
+    image_dataset(n=24, with_features=8).save_to_disk(folder / "captions")
+    image_dataset(n=24, with_features=8, seed=5).save_to_disk(folder / "instructions")
+
+
+def test_example(tmp_path: Path, example: Any) -> None:
+    save_inputs(tmp_path)
+    run_example(example, tmp_path)
 
     def saved(folder: str) -> dict[str, Tensor]:
         return load_file(tmp_path / folder / "model.safetensors")
@@ -316,3 +331,21 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert two == {name for name in start if "vision_tower" not in name}
     rankings = [HeadRanking.load(tmp_path / "out" / stage / "head_ranking.json") for stage in ("stage1", "stage2")]
     assert torch.equal(rankings[0].scores, rankings[1].scores)
+
+
+def test_example_resumed(tmp_path: Path, example: Any) -> None:
+    """From a checkpoint of either stage, the rest of the run is that of one without interruption."""
+    save_inputs(tmp_path)
+    run_example(example, tmp_path, save_strategy="steps", save_steps=1)
+    stages = [tmp_path / "out" / stage / "model.safetensors" for stage in ("stage1", "stage2")]
+    whole = [load_file(path) for path in stages]
+    for stage in (1, 2):
+        stages[1].unlink()
+        before = stages[0].stat().st_mtime_ns
+        run_example(example, tmp_path, resume_from_checkpoint=tmp_path / "out" / f"stage{stage}" / "checkpoint-1")
+        assert (stages[0].stat().st_mtime_ns == before) == (stage == 2)
+        for path, expected in zip(stages, whole, strict=True):
+            found = load_file(path)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` .* must be the folder of a checkpoint in .*stage1"):
+        run_example(example, tmp_path, resume_from_checkpoint=tmp_path / "out" / "checkpoint-1")

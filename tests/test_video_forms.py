@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -10,7 +11,9 @@ from forms import ROWS, VISION, chat, check, hand_vector, of_rows, photos, run, 
 from tiny import save_tiny_dinov2
 from tiny_teachers import picture
 
+from hera_trainer.data import ROW_PLACE
 from hera_trainer.rows import collatable
+from hera_trainer.streaming import row_images
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,22 @@ def test_columns_of_videos(tmp_path, teacher, vector, name):
     trainer = run(tmp_path, teacher, of_rows(rows, **{name: feature}))
     check(trainer, expected)
     assert trainer.pixels["pixel_values_videos"].numel()
+
+
+@pytest.mark.parametrize("kind", ["path", "file", "array"])
+@pytest.mark.parametrize("place", ["video", "videos", "messages"])
+def test_videos_of_streams_that_are_no_lists_of_frames(place, kind):
+    """No features say so before; neither may reach the model as something else, nor end in an error of Python's."""
+    video = {"path": "clip.mp4", "file": {"bytes": b"", "path": "clip.mp4"}, "array": np.zeros((2, 8, 8, 3))}[kind]
+    turns = [{"role": "user", "content": [{"type": "video", "video": video if place == "messages" else None}]}]
+    row = {"images": [], "messages": turns, ROW_PLACE: "Row 5 of `train_dataset`"}
+    if place != "messages":
+        row[place] = video if place == "video" else [video]
+    wanted = rf"a {type(video).__name__} as a video.*list of its frames.*datasets\.List\(datasets\.Image"
+    with pytest.raises(ValueError, match=f"^Row 5 of `train_dataset`: A row has {wanted}"):
+        row_images(row)
+    with pytest.raises(ValueError, match=wanted):  # where rows bring vectors, the teacher's way never meets the video
+        collatable(row, vision_collator())
 
 
 def test_videos_that_cannot_reach_the_model(tmp_path, teacher):

@@ -54,8 +54,9 @@ class HeadAccessor:
         self._num_heads = dict(num_heads)
         if not self._projections:
             raise ValueError(
-                f"None of the {len(self.layers)} layers of this {type(decoder).__name__} has softmax attention: there "
-                "are no attention heads to align. Choose another model, or set `alignment_weight=0`."
+                f"None of the {len(self.layers)} layers of this {type(decoder).__name__} has softmax attention where "
+                "its accessor looks for it: there are no attention heads to align. Register an accessor that finds "
+                "them (`hera_trainer.register_head_accessor`), choose another model, or set `alignment_weight=0`."
             )
         for layer, projection in self._projections.items():
             width = input_width(projection)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,9 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .head import AttentionHead
-from .modes import without_autocast
+from .modes import compiling_with_hooks, without_autocast
 from .projection import project_heads
 from .registry import HeadAccessor
+
+
+def check_positions(x: Tensor, mask: Tensor) -> None:
+    """Raises a `ValueError` unless hidden states `[B, T, d]` belong to the positions of `mask`, `[B, T]`."""
+    if x.ndim != 3 or x.shape[:2] != mask.shape:
+        raise ValueError(
+            f"The language model runs on hidden states of shape {list(x.shape)}, but the batch has labels of shape "
+            f"{list(mask.shape)}: its tokens cannot be matched. Packing, padding-free batches, sequence parallelism "
+            "and prompt-learning adapters (prefix, prompt tuning) do this. Turn them off, or set `alignment_weight=0`."
+        )
 
 
 def pool_heads(x: Tensor, mask: Tensor, num_heads: int, heads: Sequence[int] | None = None) -> Tensor:
@@ -29,12 +39,7 @@ def pool_heads(x: Tensor, mask: Tensor, num_heads: int, heads: Sequence[int] | N
     Returns:
         `Tensor` of shape `[B, h, d_head]`, float32; zeros for a sample without such a position.
     """
-    if x.ndim != 3 or x.shape[:2] != mask.shape:
-        raise ValueError(
-            f"The language model runs on hidden states of shape {list(x.shape)}, but the batch has labels of shape "
-            f"{list(mask.shape)}: its tokens cannot be matched. Packing, padding-free batches, sequence parallelism "
-            "and prompt-learning adapters (prefix, prompt tuning) do this. Turn them off, or set `alignment_weight=0`."
-        )
+    check_positions(x, mask)
     x = x.unflatten(-1, (num_heads, -1))  # [B, T, H, d_head]
     if heads is not None:
         x = x[:, :, list(heads)]
@@ -152,22 +157,19 @@ class HeadCapture:
     @contextmanager
     def attached(self) -> Iterator[HeadCapture]:
         """Hooks in place inside, none of them left afterwards, also after an error. May be nested."""
-        handles = []
-        if not self._attached:
-            # Compiled code keeps to the hooks it was traced with: what was compiled before must be traced again.
-            torch.compiler.reset()
-            for layer in self.layers:
-                hook = partial(self._on_projection, layer)
-                handles.append(self.accessor.projection(layer).register_forward_hook(hook))
-        self._attached += 1
-        try:
-            yield self
-        finally:
-            self._attached -= 1
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
             if not self._attached:
-                self.stop()
+                stack.enter_context(compiling_with_hooks())
+                for layer in self.layers:
+                    hook = partial(self._on_projection, layer)
+                    stack.callback(self.accessor.projection(layer).register_forward_hook(hook).remove)
+            self._attached += 1
+            try:
+                yield self
+            finally:
+                self._attached -= 1
+                if not self._attached:
+                    self.stop()
 
     def start(self, mask: Tensor, train: bool = True) -> None:
         """Observe the next forward pass.

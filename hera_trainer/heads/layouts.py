@@ -65,10 +65,20 @@ _LAYOUTS = {
 }
 
 # Models whose `get_decoder` doesn't lead to their text decoder, and the path to it.
-_DECODERS = {"llama4": "language_model.model", "llama4_text": "model", "pi0": "model.vlm.language_model"}
+_DECODERS = {
+    "llama4": "language_model.model",
+    "llama4_text": "model",
+    "mllama_text_model": "model",
+    "pi0": "model.vlm.language_model",
+}
 
-# Kinds of layers, as configurations name them, that mix positions without softmax attention, or not at all.
+# Kinds of layers, as configurations name them. Those without heads mix positions without softmax attention, or not at
+# all, though their modules may bear the names of those with heads: what is in neither set must be looked at first.
 _WITHOUT_HEADS = {"conv", "linear_attention", "mlp", "moe"}
+_WITH_HEADS = {
+    *("full_attention", "sliding_attention", "reference_sliding_attention", "chunked_attention", "indexed_attention"),
+    *("compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse", "hybrid", "hybrid_sliding"),
+}
 
 # Names under which attention modules keep the size and the number of their heads. Where keys and values differ in size,
 # the projection reads values.
@@ -148,9 +158,18 @@ def _find_decoder(model: nn.Module) -> tuple[nn.Module, Layout]:
 
 def _layers_with_heads(decoder: Any, layers: nn.ModuleList, layout: Layout) -> Iterator[int]:
     """Indices of the layers with softmax self-attention."""
-    kinds = getattr(decoder.config, "layer_types", None) or [""] * len(layers)
+    kinds = getattr(decoder.config, "layer_types", None) or [None] * len(layers)
     for i, layer in enumerate(layers):
-        if kinds[i] not in _WITHOUT_HEADS and _submodule(layer, layout.attention) is not None:
+        if kinds[i] in _WITHOUT_HEADS:
+            continue
+        found = _submodule(layer, layout.attention) is not None
+        if kinds[i] is not None and not (found and kinds[i] in _WITH_HEADS):
+            raise ValueError(
+                f"Layer {i} of this {_type_of(decoder)!r} model is of the kind {kinds[i]!r} and has "
+                f"{'an' if found else 'no'} attention `{layout.attention}`: whether and where it has softmax attention "
+                "is not known. Register an accessor that knows it with `hera_trainer.register_head_accessor`."
+            )
+        if found:
             yield i
 
 
@@ -163,7 +182,7 @@ def _heads_of(core: Any) -> tuple[int, int]:
 
     size, count = first(_SIZE_NAMES), first(_COUNT_NAMES)
     if count is None:
-        count = core.config.num_attention_heads
-    if size is None:
-        raise ValueError(f"A {type(core).__name__} does not say how large its heads are. {_HELP}")
+        count = getattr(getattr(core, "config", None), "num_attention_heads", None)
+    if size is None or not isinstance(count, int):
+        raise ValueError(f"A {type(core).__name__} does not say how many heads it has, or how large they are. {_HELP}")
     return count, size

@@ -69,6 +69,21 @@ def without_bias(module: nn.Module) -> Iterator[None]:
             layer.bias = bias
 
 
+@contextmanager
+def compiling_with_hooks() -> Iterator[None]:
+    """Lets `torch.compile` trace modules that have hooks as those without differ from them, and forgets what it traced
+    before the hooks came. Dropout masks of compiled code are those of eager code inside."""
+    # Not with the other imports: only who trains needs them, and they are slow.
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    torch.compiler.reset()
+    # By default, code compiled for a layer without a hook runs for an equal layer with one, and leaves the hook out.
+    guarded = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+    with guarded, torch._inductor.config.patch(fallback_random=True):
+        yield
+
+
 def without_autocast(tensor: torch.Tensor) -> torch.autocast:
     """Autocast off for the device of `tensor`: head vectors and the loss are computed in float32."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)

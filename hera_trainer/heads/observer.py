@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from ..data import TEACHER_COLUMN, pooling_mask, text_tokens
+from ..data import TEACHER_COLUMN, pooling_mask
 from ..processes import Team
-from .capture import pool_heads
+from .capture import check_positions
 from .registry import HeadAccessor
 
 
@@ -29,6 +29,7 @@ class Observer:
         self.accessor = accessor
         self.team = team
         self.mask: Tensor | None = None
+        self._positions = self._starts = torch.empty(0, dtype=torch.long)
         self._pooled: dict[int, list[Tensor]] = {layer: [] for layer in accessor.layers_with_heads}
         self._hidden: list[list[Tensor]] = [[] for _ in accessor.layers]
         self._samples: list[int] = []  # of this process, in the order of the rows; -1 for those that do not count
@@ -49,23 +50,40 @@ class Observer:
 
     def _heads_hook(self, layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            assert self.mask is not None
-            pooled = pool_heads(args[0], self.mask, self.accessor.num_heads(layer))
-            self._pooled[layer].append(pooled[self.mask.any(1)].cpu())
+            pooled = self._pool(args[0]).unflatten(-1, (self.accessor.num_heads(layer), -1))
+            self._pooled[layer].append(pooled)
 
         return hook
 
     def _hidden_hook(self, layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            assert self.mask is not None
-            hidden = out[0] if isinstance(out, tuple) else out
-            self._hidden[layer].append(pool_heads(hidden, self.mask, 1)[self.mask.any(1), 0].cpu())
+            self._hidden[layer].append(self._pool(out[0] if isinstance(out, tuple) else out))
 
         return hook
 
+    def _pool(self, x: Tensor) -> Tensor:
+        """What [`~heads.capture.pool_heads`] computes of the samples that have a position to pool, without a gradient:
+        `[n, d]` of `[B, T, d]`, float32, on the CPU."""
+        assert self.mask is not None
+        check_positions(x, self.mask)
+        # One pass over the positions that count; attention may leave NaN at the others.
+        return F.embedding_bag(self._positions, x.flatten(0, 1).float(), self._starts, mode="mean").cpu()
+
+    def observe(self, mask: Tensor) -> None:
+        """To be called before each forward pass.
+
+        Args:
+            mask (`BoolTensor` of shape `[B, T]`): Positions to pool over.
+        """
+        self.mask = mask
+        self._positions = mask.flatten().nonzero().flatten()
+        counts = mask.sum(1)
+        counts = counts[counts > 0]
+        self._starts = counts.cumsum(0) - counts  # of each sample's positions among all
+
     def batches(self, lengths: Sequence[int], batch_size: int, progress: bool) -> Iterator[list[int]]:
         """This process's batches of samples, longest first: little padding, and memory is short in the first batch or
-        never. To be called once, with `mask` set and one forward pass run for each batch.
+        never. To be called once, with `observe` and one forward pass for each batch.
 
         Args:
             lengths (sequence of `int`): Length of each sample.
@@ -111,16 +129,13 @@ class Observer:
         return samples[places].tolist(), layers()
 
 
-def run_text(
-    observer: Observer, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int, progress: bool
-) -> None:
-    """Runs the text decoder on each text alone."""
-    encoded = [text_tokens(tokenizer, text) for text in texts]
+def run_text(observer: Observer, encoded: list[tuple[Tensor, Tensor]], batch_size: int, progress: bool) -> None:
+    """Runs the text decoder on each text alone, given as [`~data.text_tokens`] gives it."""
     device = observer.device
     for batch in observer.batches([len(ids) for ids, _ in encoded], batch_size, progress):
         ids = nn.utils.rnn.pad_sequence([encoded[i][0] for i in batch], batch_first=True).to(device)
         attention = nn.utils.rnn.pad_sequence([torch.ones_like(encoded[i][0]) for i in batch], batch_first=True)
-        observer.mask = nn.utils.rnn.pad_sequence([encoded[i][1] for i in batch], batch_first=True).to(device)
+        observer.observe(nn.utils.rnn.pad_sequence([encoded[i][1] for i in batch], batch_first=True).to(device))
         observer.accessor.decoder(input_ids=ids, attention_mask=attention.to(device), use_cache=False)
 
 
@@ -139,6 +154,6 @@ def run_with_images(
     for batch in observer.batches([0] * len(indices), batch_size, progress):
         inputs = dict(data_collator([dataset[indices[i]] for i in batch]))
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-        observer.mask = pooling_mask(inputs.pop("labels"), inputs["input_ids"], placeholder_ids)
+        observer.observe(pooling_mask(inputs.pop("labels"), inputs["input_ids"], placeholder_ids))
         inputs.pop(TEACHER_COLUMN, None)
         model(**inputs, use_cache=False)

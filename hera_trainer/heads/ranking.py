@@ -214,7 +214,7 @@ def rank_heads(
         with evaluating(model):
             with team.together(), gathered_in_forward(model):
                 if data_collator is None:
-                    run_text(observer, tokenizer, [answer_text(row) for row in rows], batch_size, progress)
+                    run_text(observer, [row["tokens"] for row in rows], batch_size, progress)
                 else:
                     ids = placeholder_token_ids(base.config, processing_class)
                     indices = [row["index"] for row in rows]
@@ -248,7 +248,7 @@ def rank_heads(
 def _draw_samples(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, k: int, num_samples: int, seed: int
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """Rows (text columns and `index`) of distinct images with text, and their teacher vectors `[N, d]`."""
+    """Rows (text columns, `index`, `tokens`) of distinct images with text, and their teacher vectors `[N, d]`."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"`dataset` is a {type(dataset).__name__}, but heads are ranked on a `datasets.Dataset`. Of a stream, take "
@@ -268,10 +268,11 @@ def _draw_samples(
         if vector is None:
             continue
         image = np.asarray(vector, dtype=np.float32)  # equal images have equal vectors
-        if image.tobytes() in images or not text_tokens(tokenizer, answer_text(row))[1].any():
+        tokens = text_tokens(tokenizer, answer_text(row))
+        if image.tobytes() in images or not tokens[1].any():
             continue
         images.add(image.tobytes())
-        rows.append({**row, "index": index})
+        rows.append({**row, "index": index, "tokens": tokens})
         vectors.append(image)
         if len(rows) == num_samples:
             break
@@ -312,11 +313,26 @@ def _score(
         if not pooled.isfinite().all():
             raise ValueError(f"The attention heads of layer {layer} give NaN or inf. Rank them in bf16 or float32.")
         with gathered(accessor.projection(layer).parameters()):
-            factors = _gram_factors(projection_blocks(accessor.projection(layer), accessor.num_heads(layer)))
-        for head in range(accessor.num_heads(layer)):
-            vectors = pooled[:, head] @ factors[head]
-            scores[layer, head] = neighbor_overlap(nearest_neighbors(vectors, k, normalize), targets)
+            blocks = projection_blocks(accessor.projection(layer), accessor.num_heads(layer))
+        scores[layer, : len(blocks)] = score_heads(pooled, blocks, targets, normalize)
     return scores, layer_scores
+
+
+def score_heads(pooled: Tensor, blocks: Tensor, targets: Tensor, normalize: bool) -> Tensor:
+    """Mutual k-NN scores of the heads of one layer, in their own d_head dimensions.
+
+    Args:
+        pooled (`Tensor` of shape `[N, H, d_head]`): Pooled input slices of the output projection.
+        blocks (`Tensor` of shape `[H, d_head, d_model]`): Each head's weight in it.
+        targets (`LongTensor` of shape `[N, k]`): The teacher's neighbours, as [`nearest_neighbors`] gives them.
+        normalize (`bool`): L2-normalise the heads' vectors first.
+
+    Returns:
+        `Tensor` of shape `[H]`, float32.
+    """
+    k = targets.shape[1]
+    vectors = [pooled[:, head] @ factor for head, factor in enumerate(_gram_factors(blocks))]
+    return torch.tensor([neighbor_overlap(nearest_neighbors(x, k, normalize), targets) for x in vectors])
 
 
 def _gram_factors(blocks: Tensor) -> Tensor:

@@ -33,6 +33,15 @@ _MULTIMODAL = """
     qwen4_exp shieldgemma2 smolvlm step3p7 t5gemma2 udop unlimited_ocr video_llama_3 video_llava vipllava
     vision-encoder-decoder
 """
+# The text decoders of the above by themselves, where they need nothing but text.
+_TEXT_DECODERS = """
+    aria_text blip_text_model cohere_compass_text cosmos3_edge_text deepseek_ocr2_text dots3_note_text emu3_text_model
+    ernie4_5_vl_moe_text gemma3n_text gemma4_text gemma4_unified_text glm4v_moe_text glm4v_text glm5_next_text
+    glm_ocr_text granite4_vision_text granite_docling_text hunyuan_vl_text hyperclovax inkling2_text inkling_text
+    kosmos_2_5_text_model kosmos_2_text_model lfm3 llama4_text minimax_m3_vl_text mistral_large4_text mllama_text_model
+    molmo2_text muse_glimmer_text muse_spark_text paddleocr_vl_text qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text
+    qwen3_5_moe_text qwen3_omni_moe_text qwen3_vl_moe_text qwen3_vl_text qwen4_exp_text step3p5 unlimited_ocr_text
+"""
 # Language models, to rank the heads of one before it has seen an image.
 _LANGUAGE = """
     cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text gpt2 gpt_neox granite lfm2 llama mistral
@@ -40,7 +49,7 @@ _LANGUAGE = """
 """
 
 _FACTORIES: dict[str, HeadAccessorFactory] = {
-    model_type: decoder_accessor for model_type in (_MULTIMODAL + _LANGUAGE).split()
+    model_type: decoder_accessor for model_type in (_MULTIMODAL + _TEXT_DECODERS + _LANGUAGE).split()
 }
 
 

@@ -1,0 +1,193 @@
+"""The trainer's own parameter, the temperature, and its checkpoints: resumed runs equal uninterrupted ones."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from runs import assert_same_parameters, config, logged, parameters, trainer
+from tiny import build_vlm, image_dataset
+from transformers import TrainerCallback
+
+from hera_trainer import AttentionHead, HeRATrainer
+
+
+class TestTemperature:
+    def test_own_group_without_weight_decay(self, tmp_path):
+        run = trainer(tmp_path, weight_decay=0.1, max_steps=1)
+        run.train()
+        (group,) = [
+            g for g in run.optimizer.param_groups if any(p is run.criterion.log_temperature for p in g["params"])
+        ]
+        assert group["weight_decay"] == 0.0 and len(group["params"]) == 1
+
+    def test_one_adam_step(self, tmp_path):
+        """Adam's first step moves a parameter by the learning rate, gradient accumulation or not; and the gradient
+        does not pile up from step to step."""
+        run = trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2, learning_rate=1e-2)
+        run.train()
+        assert abs(math.log(run.criterion.temperature / 0.07)) == pytest.approx(1e-2, rel=1e-3)
+        assert run.criterion.log_temperature.grad is None
+
+    def test_fixed_temperature(self, tmp_path):
+        run = trainer(tmp_path, max_steps=2, learn_temperature=False, learning_rate=1e-2)
+        run.train()
+        assert run.criterion.temperature == pytest.approx(0.07)
+
+    def test_outside_the_clipped_norm(self, tmp_path):
+        """The logged gradient norm is that of the model's parameters."""
+        norms = []
+
+        class Norm(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                norms.append(
+                    math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+                )
+
+        run = trainer(tmp_path, max_steps=1, alignment_weight=5.0, max_grad_norm=1e6, callbacks=[Norm()])
+        run.train()
+        assert logged(run, "grad_norm")[0] == pytest.approx(norms[0], rel=1e-5)
+
+    def test_clamped(self, tmp_path):
+        run = trainer(tmp_path, max_steps=3, temperature=0.0101, learning_rate=0.5)
+        run.train()
+        assert run.criterion.temperature >= 0.01 - 1e-8
+
+    def test_companion_optimizer_follows_the_same_trajectory(self, tmp_path):
+        """With a user's own optimizer, the temperature is trained beside it just as in its own group."""
+        kwargs = {"max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "warmup_steps": 2}
+        own = trainer(tmp_path / "a", **kwargs)
+        own.train()
+        model, processor = build_vlm("llava")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        beside = HeRATrainer(
+            model,
+            config(tmp_path / "b", **kwargs),
+            train_dataset=image_dataset(n=24, with_features=8),
+            processing_class=processor,
+            optimizers=(optimizer, None),
+        )
+        beside.train()
+        assert beside._temperature.companion is not None and own._temperature.companion is None
+        assert logged(beside, "temperature") == pytest.approx(logged(own, "temperature"), rel=1e-6)
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("family", "tuning", "scope", "queue"),
+        [
+            ("llava", "full", "step", 0),
+            ("llava", "lora", "micro_batch", 0),
+            ("llava", "lora_dropout", "step", 0),
+            ("qwen2_5_vl", "full", "micro_batch", 7),
+            ("qwen2_5_vl", "lora_dropout", "step", 20),
+            ("idefics3", "full", "step", 20),
+            ("idefics3", "lora_dropout", "micro_batch", 0),
+        ],
+    )
+    def test_resumed_run_equals_uninterrupted_run(self, tmp_path, family, tuning, scope, queue):
+        dropout = 0.1 if tuning == "lora_dropout" else 0.0
+        lora = None if tuning == "full" else LoraConfig(target_modules="all-linear", lora_dropout=dropout)
+        kwargs = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+        kwargs |= {"contrast_scope": scope, "queue_size": queue}
+        whole = trainer(tmp_path / "whole", family, peft_config=lora, max_steps=6, **kwargs)
+        whole.train()
+
+        class StopAtThree(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == 3
+
+        begun = trainer(tmp_path / "half", family, peft_config=lora, max_steps=6, callbacks=[StopAtThree()], **kwargs)
+        begun.train()
+        assert begun.state.global_step == 3
+        resumed = trainer(tmp_path / "half", family, peft_config=lora, max_steps=6, **kwargs)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.aligned_heads == whole.aligned_heads
+        for name in ("loss", "lm_loss", "alignment_loss", "temperature"):
+            assert logged(resumed, name) == logged(whole, name) and len(logged(whole, name)) == 6
+        assert_same_parameters(parameters(resumed.model), parameters(whole.model))
+        assert torch.equal(resumed.criterion.log_temperature, whole.criterion.log_temperature)
+
+    def test_ranking_comes_from_the_checkpoint(self, tmp_path, monkeypatch):
+        kwargs = {"save_strategy": "steps", "save_steps": 1}
+        first = trainer(tmp_path, max_steps=1, **kwargs)
+        first.train()
+        path = tmp_path / "checkpoint-1" / "head_ranking.json"
+        content = json.loads(path.read_text())
+        content["scores"][2][2] = -1.0  # so that it is told apart from a fresh ranking
+        path.write_text(json.dumps(content))
+        monkeypatch.setattr("hera_trainer.preparation.rank_heads", None)
+        second = trainer(tmp_path, max_steps=2, **kwargs)
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert second.aligned_heads[0] == AttentionHead(2, 2)
+
+    def test_companion_optimizer_is_restored(self, tmp_path):
+        def run(path, steps, resume=None):
+            model, processor = build_vlm("llava")
+            args = config(path, max_steps=steps, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            result = HeRATrainer(
+                model,
+                args,
+                train_dataset=image_dataset(n=24, with_features=8),
+                processing_class=processor,
+                optimizers=(optimizer, None),
+            )
+            result.train(resume_from_checkpoint=resume)
+            return result
+
+        whole = run(tmp_path / "whole", 4)
+        run(tmp_path / "half", 2)
+        resumed = run(tmp_path / "half", 4, resume=True)
+        assert torch.equal(resumed.criterion.log_temperature, whole.criterion.log_temperature)
+
+    @pytest.mark.parametrize("tuning", ["full", "lora"])
+    def test_best_model_is_loaded(self, tmp_path, tuning):
+        """Asked for the largest loss while the loss falls: the best model is the first one."""
+        kept = {}
+
+        class Keep(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                kept[state.global_step] = parameters(model)
+
+        run = trainer(
+            tmp_path,
+            peft_config=None if tuning == "full" else LoraConfig(target_modules="all-linear"),
+            eval_dataset=image_dataset(n=6, seed=3, with_features=8),
+            max_steps=3,
+            learning_rate=1e-2,
+            metric_for_best_model="loss",
+            greater_is_better=True,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            callbacks=[Keep()],
+        )
+        run.train()
+        assert run.state.best_global_step == 1
+        assert_same_parameters(parameters(run.model), kept[1])
+
+    def test_temperature_is_no_part_of_the_adapter(self, tmp_path):
+        from safetensors.torch import load_file
+
+        run = trainer(
+            tmp_path,
+            peft_config=LoraConfig(target_modules="all-linear"),
+            max_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        run.train()
+        names = load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors").keys()
+        assert names and all("lora" in name for name in names)
+
+    def test_model_card_names_method_and_paper(self, tmp_path):
+        run = trainer(tmp_path, max_steps=1)
+        run.create_model_card("tiny")
+        card = (tmp_path / "README.md").read_text()
+        assert "2606.23885" in card and "hera" in card
