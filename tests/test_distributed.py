@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +11,23 @@ import numpy as np
 import pytest
 import torch
 from distributed_worker import CASES, picture_rows, ranking, train, uneven_pools, whole_run
-from filelock import FileLock
 from reference import assert_gradients_equal
 from safetensors.torch import load_file
 from tiny_teachers import vectors_of
+from two_processes import launched_once
 
-import hera_trainer
 from hera_trainer.features import add_teacher_features
 from hera_trainer.processes import Team
 
 # Largest deviation, relative to the largest value of each parameter's gradient: float32 sums in another order.
 TOLERANCE = 5e-4
-TIMEOUT = 300  # seconds; about 40 on two cores
 PAIRS = [(name, cut) for name, case in CASES.items() if not name.endswith("plain") for cut in case.cuts]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(folder: Path) -> None:
-    """Runs the worker in two processes, with caches of their own."""
-    tests, package = Path(__file__).parent, Path(hera_trainer.__file__).parents[1]
-    paths = os.pathsep.join([str(package), str(tests), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
-    # Of a launcher that these tests may run under themselves.
-    environment = {k: v for k, v in environment.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(free_port()), str(tests / "distributed_worker.py"), str(folder)]
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-        try:
-            code = process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-    assert code == 0, (folder / "output.txt").read_text()[-8000:]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the two processes left what they computed. Launched once, also where pytest itself runs in parallel."""
-    parallel = "PYTEST_XDIST_WORKER" in os.environ
-    root = tmp_path_factory.getbasetemp().parent if parallel else tmp_path_factory.mktemp("distributed")
-    path = root / "distributed run"
-    with FileLock(root / "distributed.lock"):
-        if not path.exists():
-            path.mkdir()
-            launch(path)
-    return path
+    """Where the two processes left what they computed."""
+    return launched_once("distributed_worker.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

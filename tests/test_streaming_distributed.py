@@ -3,56 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from streaming_worker import run
 from streams import rows_of_all_kinds
-
-import hera_trainer
-
-TIMEOUT = 300
-
-
-def launch(folder: Path) -> None:
-    tests, package = Path(__file__).parent, Path(hera_trainer.__file__).parents[1]
-    paths = os.pathsep.join([str(package), str(tests), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
-    # Of a launcher that these tests may run under themselves.
-    environment = {k: v for k, v in environment.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", port, str(tests / "streaming_worker.py"), str(folder)]
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-        try:
-            code = process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-    assert code == 0, (folder / "output.txt").read_text()[-8000:]
+from two_processes import launched_once
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the two processes left what they know. Launched once, also where pytest itself runs in parallel."""
-    parallel = "PYTEST_XDIST_WORKER" in os.environ
-    root = tmp_path_factory.getbasetemp().parent if parallel else tmp_path_factory.mktemp("streams")
-    path = root / "streaming run"
-    with FileLock(root / "streaming.lock"):
-        if not path.exists():
-            path.mkdir()
-            launch(path)
-    return path
+    """Where the two processes left what they know."""
+    return launched_once("streaming_worker.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
