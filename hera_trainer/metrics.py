@@ -11,6 +11,9 @@ from torch import Tensor
 # Similarities held at a time: 2**24 float32 numbers are 64 MiB, whatever N is.
 _MAX_SIMILARITIES = 2**24
 
+# Similarities of one matrix product where N is small: 4 MiB, still in the cache when the neighbours are looked up.
+_CACHED_SIMILARITIES = 2**20
+
 
 def _checked(x: Tensor, k: int, name: str) -> Tensor:
     if x.ndim != 2:
@@ -34,11 +37,16 @@ def top_neighbors(x: Tensor, k: int, normalize: bool) -> Tensor:
     with torch.autocast(device_type=x.device.type, enabled=False):
         if normalize:
             x = F.normalize(x, dim=-1)
-        if side == n:
-            similarity = x @ x.T
-            similarity.fill_diagonal_(-torch.inf)
-            return similarity.topk(k, dim=-1).indices
-        return _top_neighbors_by_tiles(x, k, side)
+        if side < n:
+            return _top_neighbors_by_tiles(x, k, side)
+        neighbors = []
+        start = 0
+        for rows in x.split(max(1, _CACHED_SIMILARITIES // n)):
+            similarity = rows @ x.T
+            similarity[:, start : start + len(rows)].fill_diagonal_(-torch.inf)
+            neighbors.append(similarity.topk(k, dim=-1).indices)
+            start += len(rows)
+        return torch.cat(neighbors)
 
 
 def _top_neighbors_by_tiles(x: Tensor, k: int, side: int) -> Tensor:
@@ -102,7 +110,8 @@ def neighbor_overlap(a: Tensor, b: Tensor) -> float:
     """
     rows = max(1, _MAX_SIMILARITIES // a.shape[1] ** 2)  # compared at a time: [rows, k, k]
     parts = zip(a.split(rows), b.split(rows), strict=True)
-    common = torch.stack([(x.unsqueeze(2) == y.unsqueeze(1)).any(-1).sum() for x, y in parts]).sum()
+    # A row names a neighbour once, so each common one is one equal pair.
+    common = torch.stack([torch.count_nonzero(x.unsqueeze(2) == y.unsqueeze(1)) for x, y in parts]).sum()
     return common.item() / a.numel()
 
 

@@ -160,6 +160,15 @@ def test_tiles_find_what_a_full_sort_finds(monkeypatch: pytest.MonkeyPatch, dtyp
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("bound", [1, 203 * 50, 203 * 202])
+def test_rows_of_a_small_matrix_find_what_a_full_sort_finds(monkeypatch: pytest.MonkeyPatch, bound: int) -> None:
+    x = samples(203, 9)
+    monkeypatch.setattr(metrics, "_CACHED_SIMILARITIES", bound)
+    exact = F.normalize(x.double(), dim=-1)
+    expected = (exact @ exact.T).fill_diagonal_(-math.inf).sort(descending=True).indices[:, :10]
+    assert torch.equal(nearest_neighbors(x, 10), expected)
+
+
 def test_ties_across_tiles_are_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     x = samples(20, 4).round().repeat(4, 1)  # integers: equal similarities are equal to the bit
     monkeypatch.setattr(metrics, "_MAX_SIMILARITIES", 16 * 16)

@@ -345,6 +345,7 @@ def _gram_factors(blocks: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `[H, d_head, d_head]`, with `F F^T = W W^T`.
     """
-    gram = blocks.double() @ blocks.double().transpose(1, 2)
+    blocks = blocks.double()
+    gram = blocks @ blocks.transpose(1, 2)
     values, vectors = torch.linalg.eigh(gram)
     return (vectors * values.clamp(min=0).sqrt()[:, None]).float()
