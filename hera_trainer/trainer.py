@@ -19,7 +19,7 @@ from .completion import find_checkpoint
 from .config import HeRAConfig
 from .contrast import AlignmentMeter, Contrast, EvalPools
 from .data import placeholder_token_ids, pooling_mask, pop_teacher
-from .evaluation import EvaluationMixin
+from .evaluating import EvaluationMixin
 from .heads.capture import HeadCapture
 from .heads.checks import check_compiled, check_decoder, check_projections, check_trainable
 from .heads.head import AttentionHead
