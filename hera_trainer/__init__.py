@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .callbacks import AlignmentMonitorCallback
     from .config import HeRAConfig
+    from .contrast import Contrast
+    from .data import TeacherBatch
     from .features import add_teacher_features
     from .heads.accessor import HeadAccessor
     from .heads.capture import HeadCapture
@@ -18,36 +21,54 @@ if TYPE_CHECKING:
     from .heads.registry import get_head_accessor, register_head_accessor
     from .loss import HeRALoss
     from .metrics import mutual_knn, nearest_neighbors
+    from .plots import plot_head_scores, plot_run
+    from .report import write_report
+    from .run_record import RunRecord, read_run
     from .teacher import VisionTeacher
     from .trainer import HeRATrainer
+    from .window import StepWindow
 
 # Imported when first used: the loss and the metrics need torch only, and should not cost the import of TRL.
 _HOMES = {
+    "AlignmentMonitorCallback": "callbacks",
     "AttentionHead": "heads.head",
+    "Contrast": "contrast",
     "HeRAConfig": "config",
     "HeRALoss": "loss",
     "HeRATrainer": "trainer",
     "HeadAccessor": "heads.accessor",
     "HeadCapture": "heads.capture",
     "HeadRanking": "heads.ranking",
+    "RunRecord": "run_record",
+    "StepWindow": "window",
+    "TeacherBatch": "data",
     "VisionTeacher": "teacher",
     "add_teacher_features": "features",
     "decoder_accessor": "heads.layouts",
     "get_head_accessor": "heads.registry",
     "mutual_knn": "metrics",
     "nearest_neighbors": "metrics",
+    "plot_head_scores": "plots",
+    "plot_run": "plots",
     "rank_heads": "heads.ranking",
+    "read_run": "run_record",
     "register_head_accessor": "heads.registry",
+    "write_report": "report",
 }
 
 __all__ = [
+    "AlignmentMonitorCallback",
     "AttentionHead",
+    "Contrast",
     "HeRAConfig",
     "HeRALoss",
     "HeRATrainer",
     "HeadAccessor",
     "HeadCapture",
     "HeadRanking",
+    "RunRecord",
+    "StepWindow",
+    "TeacherBatch",
     "VisionTeacher",
     "__version__",
     "add_teacher_features",
@@ -55,8 +76,12 @@ __all__ = [
     "get_head_accessor",
     "mutual_knn",
     "nearest_neighbors",
+    "plot_head_scores",
+    "plot_run",
     "rank_heads",
+    "read_run",
     "register_head_accessor",
+    "write_report",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from .contrast import Contrast
 from .heads.head import AttentionHead
 from .heads.ranking import HeadRanking
 from .loss import HeRALoss
+from .redaction import public_name
 from .temperature import TemperatureCallback
 
 RANKING_FILE = "head_ranking.json"
@@ -51,6 +53,11 @@ def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
             "Resume with the model that wrote it."
         )
     model.load_state_dict(loaded.state_dict())
+
+
+def public_ranking(ranking: HeadRanking) -> HeadRanking:
+    """A ranking as others may read it: of folders of this computer, it names the last part only."""
+    return replace(ranking, model=public_name(ranking.model), teacher=public_name(ranking.teacher))
 
 
 class CheckpointMixin(_Base):
@@ -93,7 +100,7 @@ class CheckpointMixin(_Base):
 
     def _save_ranking(self, directory: str | None) -> None:
         if self.head_ranking is not None and self.args.should_save and directory is not None:
-            self.head_ranking.save(os.path.join(directory, RANKING_FILE))
+            public_ranking(self.head_ranking).save(os.path.join(directory, RANKING_FILE))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -17,6 +17,7 @@ from .files import write_atomically
 from .version import __version__
 
 MARKER_FILE = "hera_complete"
+RUN_FILE = "hera_run.json"  # in the `output_dir` of a run, not in its checkpoints
 
 # A complete checkpoint waits under the second name while another one of the same step is written.
 _REPLACED = "replaced-"
@@ -91,12 +92,18 @@ def find_checkpoint(resume_from: str | os.PathLike | bool | None, output_dir: st
         or if a named one has no marker.
 
     Raises:
-        `ValueError`: If there is no complete checkpoint, or a named one lacks the trainer's state.
+        `ValueError`: If there is no complete checkpoint, a named one lacks the trainer's state, or it is the folder of
+            the whole run.
     """
     if not resume_from:
         return None
     if resume_from is True:
         return _newest_complete(Path(output_dir))
+    if Path(resume_from, RUN_FILE).is_file():
+        raise ValueError(
+            f"{str(resume_from)!r} is the output folder of a run, not a checkpoint. Name one of the checkpoints in it, "
+            "or set `output_dir` to it and `resume_from_checkpoint=True` to take the newest complete one."
+        )
     if not Path(resume_from, TRAINER_STATE_NAME).is_file():
         raise ValueError(
             f"The checkpoint {str(resume_from)!r} has no `{TRAINER_STATE_NAME}`, so it is not there or its writing was "

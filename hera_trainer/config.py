@@ -68,6 +68,15 @@ class HeRAConfig(SFTConfig):
         teacher_batch_size (`int`, *optional*, defaults to `32`):
             Number of images the teacher encodes at a time, before training or, for a stream, before each step.
 
+        > Parameters that control what is watched
+
+        monitor_steps (`int`, *optional*):
+            Every how many steps to measure, on `eval_dataset`, how well the aligned heads, the best ones and all heads
+            agree with the teacher, in text alone and with the image in context; also before the first step and after
+            the last (see [`AlignmentMonitorCallback`]). By default nothing is measured.
+        monitor_num_samples (`int`, *optional*, defaults to `500`):
+            Number of samples of `eval_dataset` with distinct images on which that is measured.
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
     > - `max_length`: Defaults to `None` instead of `1024`, which cuts image tokens.
@@ -167,6 +176,17 @@ class HeRAConfig(SFTConfig):
             "step."
         },
     )
+    monitor_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every how many steps to measure, on `eval_dataset`, how well the aligned heads, the best ones and "
+            "all heads agree with the teacher; also before the first step and after the last. Default: never."
+        },
+    )
+    monitor_num_samples: int = field(
+        default=500,
+        metadata={"help": "Number of samples of `eval_dataset` with distinct images on which that is measured."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,6 +200,9 @@ class HeRAConfig(SFTConfig):
                 f"`ranking_num_samples` ({self.ranking_num_samples}) must exceed `num_neighbors + 1` "
                 f"({self.num_neighbors + 1}): a sample's neighbours are found among the others."
             )
+        if self.monitor_steps is not None:
+            self._check_at_least("monitor_steps", 1)
+            self._check_at_least("monitor_num_samples", self.num_neighbors + 2)
         for name, choices in (("head_selection", HEAD_SELECTIONS), ("contrast_scope", CONTRAST_SCOPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from .callbacks import WatchingMixin
 from .checkpoints import RANKING_FILE, CheckpointMixin
 from .completion import find_checkpoint
 from .config import HeRAConfig
@@ -40,6 +41,7 @@ from .preparation import (
     checkpoint_ranking,
     choose_heads,
 )
+from .publishing import PublishingMixin
 from .teacher import VisionTeacher
 from .temperature import CompanionOptimizer, TemperatureCallback
 from .vectors import TeacherVectorsMixin
@@ -48,7 +50,7 @@ from .window import StepWindow
 logger = get_logger(__name__)
 
 
-class HeRATrainer(CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, SFTTrainer):
+class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, WatchingMixin, SFTTrainer):
     """
     Trainer for supervised fine-tuning of vision-language models with Head-Wise Representation Alignment (HeRA).
 
@@ -141,6 +143,7 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, SFTTrai
         super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
         if args.alignment_weight > 0:
             self._init_alignment(head_ranking)
+        self._init_watching()
 
     def _init_alignment(self, head_ranking: HeadRanking | str | os.PathLike | None) -> None:
         """Everything about alignment that needs the model but neither teacher nor ranking."""
@@ -161,13 +164,21 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, SFTTrai
         ready = args.head_ranking_path if head_ranking is None else head_ranking
         self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
         self._placeholder_ids = placeholder_token_ids(unwrap_model(self.model).config, self.processing_class)
-        self.criterion = HeRALoss(args.num_neighbors, args.temperature, args.learn_temperature, args.normalize)
-        self.criterion.to(args.device)
+        self.criterion = self.create_criterion().to(args.device)
         queue = SampleQueue(args.queue_size) if args.queue_size else None
         self._contrast = Contrast(self.criterion, self.accelerator, queue)
         self._meter = AlignmentMeter()
         self._temperature = TemperatureCallback(self.criterion, self.accelerator)
         self.add_callback(self._temperature)
+
+    def create_criterion(self) -> HeRALoss:
+        """Makes the alignment objective. Override it to train with another of the same interface.
+
+        Returns:
+            [`HeRALoss`]: Any module derived from it; its `forward` may compare samples otherwise.
+        """
+        args = self.args
+        return HeRALoss(args.num_neighbors, args.temperature, args.learn_temperature, args.normalize)
 
     @property
     def _model_type(self) -> str:
@@ -275,6 +286,9 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, SFTTrai
             with self.accelerator.autocast():
                 runs(**inputs, **like_training, use_cache=False)
 
+        # Weights are cast once for all micro-batches where autocast can keep them; gathered ones must be let go.
+        precision = nullcontext() if sharded else self.accelerator.autocast()
+
         prepared = []
         for batch in batches:
             inputs = self._prepare_inputs(dict(batch))
@@ -282,7 +296,7 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, SFTTrai
             mask = pooling_mask(inputs.pop("labels"), inputs["input_ids"], self._placeholder_ids)
             assert teacher is not None
             prepared.append((inputs, teacher, mask))
-        window = StepWindow(self._capture, self._contrast, prepared, forward, not sharded, self.args.device)
+        window = StepWindow(self._capture, self._contrast, prepared, forward, not sharded, self.args.device, precision)
         self._meter.add_pool(window.pool)
         return window
 
@@ -339,7 +353,9 @@ class HeRATrainer(CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, SFTTrai
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         ours = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.criterion is not None and self.args.learn_temperature and not self._temperature.is_optimized:
+        learned = self.criterion is not None and self.criterion.log_temperature.requires_grad
+        if learned and not self._temperature.is_optimized:
+            assert self.criterion is not None
             plain = type(optimizer).add_param_group is torch.optim.Optimizer.add_param_group
             if ours and plain and not self._is_sharded:
                 optimizer.add_param_group({"params": [self.criterion.log_temperature], "weight_decay": 0.0})

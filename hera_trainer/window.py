@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class StepWindow:
         forward (`Callable`): Runs the model on inputs, in training mode and in the precision of training.
         stop_early (`bool`): Whether `forward` may be left after the deepest aligned head.
         device (`torch.device`): Device of the model.
+        precision (`AbstractContextManager`, *optional*): Entered once around all forward passes.
     """
 
     def __init__(
@@ -47,16 +48,18 @@ class StepWindow:
         forward: Callable[[dict[str, Any]], Any],
         stop_early: bool,
         device: torch.device,
+        precision: AbstractContextManager | None = None,
     ) -> None:
         self.device = device
         self.seeds: list[int] = torch.randint(2**31, (len(batches),)).tolist()
         self.starts: list[int] = []
         self.position = 0
         heads = []
-        for (inputs, _, mask), seed in zip(batches, self.seeds, strict=True):
-            with seeded(seed, device), torch.no_grad():
-                heads.append(capture.read(forward, inputs, mask, stop_early))
-            self.starts.append(sum(vectors.shape[1] for vectors in heads[:-1]))
+        with precision or nullcontext(), torch.no_grad():
+            for (inputs, _, mask), seed in zip(batches, self.seeds, strict=True):
+                with seeded(seed, device):
+                    heads.append(capture.read(forward, inputs, mask, stop_early))
+                self.starts.append(sum(vectors.shape[1] for vectors in heads[:-1]))
         self.pool: PoolLoss = contrast(
             torch.cat(heads, dim=1),
             torch.cat([teacher.vectors for _, teacher, _ in batches]),

@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from hera_trainer import AttentionHead, HeadRanking, __version__
-from hera_trainer.cli import main
+from hera_trainer.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--help"], ["demo"]), (["demo", "--help"], ["--output-dir", "--steps", "hera-demo", "hera-trainer[demo]"])],
+    [
+        (["--help"], list(COMMANDS)),
+        (["demo", "--help"], ["--output-dir", "--steps", "hera-demo", "hera-trainer[demo]"]),
+        (["rank", "--help"], ["--teacher", "--context", "--caption-column", "examples:"]),
+        (["encode", "--help"], ["--teacher", "HF_HOME", "examples:"]),
+        (["merge", "--help"], ["--base-model", "--overwrite", "examples:"]),
+        (["env", "--help"], ["example:"]),
+    ],
 )
 def test_help(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -48,6 +55,24 @@ def test_errors_are_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "hera demo: error: The demo needs the package x. Install its parts with: y\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError("several\nlines  of text"), 1, "hera env: error: several lines of text\n"),
+        (KeyboardInterrupt(), 130, "hera env: interrupted\n"),
+    ],
+)
+def test_exit_codes(error, code, said, monkeypatch, capsys):
+    import hera_trainer.cli.env
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(hera_trainer.cli.env, "environment", fail)
+    assert main(["env"]) == code
+    assert capsys.readouterr().err == said
+
+
 def test_help_and_light_names_do_not_import_trl():
     """The loss and the metrics serve people without TRL, and help comes at once."""
     code = (
@@ -56,6 +81,9 @@ def test_help_and_light_names_do_not_import_trl():
         "assert 'trl' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+    for command in ("rank", "encode", "merge", "env"):
+        code = f"import sys, hera_trainer.cli.{command} as command\ncommand._parser().format_help()\n"
+        subprocess.run([sys.executable, "-c", f"{code}assert 'torch' not in sys.modules"], check=True)
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ DEFAULTS = {
     "contrast_scope": "step",
     "queue_size": 0,
     "gradient_accumulation_steps": 4,
+    "monitor_steps": None,
+    "monitor_num_samples": 500,
 }
 INHERITED = {field.name for field in dataclasses.fields(SFTConfig)}
 OWN_FIELDS = {f.name: f for f in dataclasses.fields(HeRAConfig) if f.name in inspect.get_annotations(HeRAConfig)}
@@ -115,6 +117,7 @@ def test_each_field_is_described_twice(name: str) -> None:
         ("aligned_heads", []),
         ("contrast_scope", "window"),
         ("queue_size", -1),
+        ("monitor_steps", 0),
     ],
 )
 def test_refused_values(tmp_path: Path, setting: str, value: Any) -> None:
@@ -185,6 +188,8 @@ CHANGED = {
     "contrast_scope": "micro_batch",
     "queue_size": 64,
     "gradient_accumulation_steps": 2,
+    "monitor_steps": 50,
+    "monitor_num_samples": 90,
 }
 
 

@@ -284,7 +284,7 @@ class TestData:
 
 class TestAccuracy:
     def test_forgives_case_punctuation_and_article_only(self):
-        said = ["Yes.", " a Circle", "Yes, it is", "noo", "", "A"]
+        said = ["Yes.", " a Circle", "Yes, it is", "nope", "", "A"]
         assert evaluate.accuracy(said, ["yes", "circle", "yes", "no", "red", "a"]) == pytest.approx(3 / 6)
 
     def test_majority(self):

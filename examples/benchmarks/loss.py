@@ -29,7 +29,7 @@ from hera_trainer.loss import HeRALoss
 
 Shape = tuple[int, int, int]  # heads m, samples B, width d
 TIMED: list[Shape] = [(m, batch, d) for batch in (16, 128) for m in (5, 50) for d in (576, 8192)]
-TIMED += [(5, 1024, 576), (50, 1024, 576), (5, 1024, 8192), (5, 4096, 576), (50, 4096, 576), (5, 4096, 8192)]
+TIMED += [(5, 1024, 576), (50, 1024, 576), (5, 1024, 8192), (50, 2048, 576), (5, 2048, 8192), (5, 4096, 576)]
 MEMORY: list[Shape] = [(5, 1024, 576), (5, 4096, 576), (50, 4096, 576)]
 SMALL: list[Shape] = [(2, 16, 32), (2, 64, 32)]
 BAR, BAR_FROM = 2.0, 1024

@@ -50,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _parser().parse_args(arguments[:1]).command  # what follows belongs to the command
-    module = import_module(f".{command}", __name__)
     try:
-        module.main(arguments[1:])
+        import_module(f".{command}", __name__).main(arguments[1:])
     except (ValueError, ImportError, OSError) as error:
         print(f"hera {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from hera_trainer.heads.modes import evaluating
+from hera_trainer import generation
+from hera_trainer.scoring import exact_match
 
 
 def answer(
@@ -39,31 +37,16 @@ def answer(
     Returns:
         `list[str]`: One answer a row, without special tokens and surrounding space.
     """
-    device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, dtype=autocast_dtype) if autocast_dtype is not None else nullcontext()
     answers: list[str] = []
-    with evaluating(model), autocast:
-        for start in range(0, len(dataset), batch_size):
-            rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
-            inputs: Any = processor.apply_chat_template(  # a `BatchFeature`, though annotated as text
-                [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
-            )
-            inputs = inputs.to(device)
-            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-            new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-            answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    for start in range(0, len(dataset), batch_size):
+        rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
+        conversations = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
+        answers += generation.answer(model, processor, conversations, max_new_tokens, autocast_dtype)
     return answers
 
 
 def accuracy(predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Share of predictions that equal the answer, both in lower case, without punctuation and a leading article.
-
-    Nothing else is forgiven: "Yes, it is" is not "yes".
+    """Share of predictions that equal the answer (see [`~scoring.exact_match`]).
 
     Args:
         predictions (`Sequence[str]`): What the model said.
@@ -73,9 +56,7 @@ def accuracy(predictions: Sequence[str], answers: Sequence[str]) -> float:
         ValueError: Different lengths, or nothing to compare.
     """
     _check_lengths(predictions=predictions, answers=answers)
-    return sum(_normalize(said) == _normalize(right) for said, right in zip(predictions, answers, strict=True)) / len(
-        answers
-    )
+    return exact_match(predictions, answers)["exact_match"]
 
 
 def majority_accuracy(
@@ -108,11 +89,6 @@ def majority_accuracy(
     overall = Counter(train_answers)
     guesses = [(counts.get(kind) or overall).most_common(1)[0][0] for kind in test_types]
     return accuracy(guesses, test_answers)
-
-
-def _normalize(text: str) -> str:
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
 def _check_lengths(**columns: Sequence[str]) -> None:

@@ -15,10 +15,19 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from hera_trainer import AttentionHead, HeadRanking, HeRAConfig, HeRATrainer, add_teacher_features, rank_heads
-from hera_trainer.plots import plot_head_scores
+from hera_trainer import (
+    AlignmentMonitorCallback,
+    AttentionHead,
+    HeadRanking,
+    HeRAConfig,
+    HeRATrainer,
+    add_teacher_features,
+    plot_head_scores,
+    rank_heads,
+    read_run,
+)
+from hera_trainer.report import write_report
 
 from . import CREDITS
 from .data import easy_vqa, emoji_captions
@@ -43,6 +52,7 @@ QUESTIONS = 240
 SHOWN = 6
 CAPTION_SHARE = 0.25
 
+CONTEXTS = {"text only": "text", "with image": "image"}
 LINEAR_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -84,7 +94,7 @@ def run_demo(
     what changed.
 
     Args:
-        output_dir (`str`): Folder for the model, the adapter, the ranking, a heat map and `results.json`.
+        output_dir (`str`): Folder for the model, the adapter, the ranking, heat maps, `report.html` and `results.json`.
         steps (`int`, *optional*): Optimizer steps of 16 samples.
         alignment_weight (`float`, *optional*, defaults to `0.01`): Weight of the alignment loss.
         seed (`int`, *optional*, defaults to `0`): Seed of data, adapter and training.
@@ -109,14 +119,15 @@ def run_demo(
     trainer.prepare_alignment()
     heads = ranking.select("worst", trainer.args.num_aligned_heads)
     print("least aligned:", ", ".join(f"{head} ({ranking.score(head):.3f})" for head in heads))
-    clock.begin("Before training: held-out captions and questions")
-    before = _measure(trainer, processor, data.held_out)
+    clock.begin("Before training: held-out questions")
     answers_before = _answers(trainer.model, processor, data.questions)
-    clock.begin(f"Training {steps} steps of {BATCH_SIZE} x {ACCUMULATION} samples, LoRA on the 4-bit model")
+    clock.begin(
+        f"Training {steps} steps of {BATCH_SIZE} x {ACCUMULATION} samples, LoRA on the 4-bit model; "
+        f"{HELD_OUT_CAPTIONS} held-out captions before and after"
+    )
     trainer.train()
     trainer.save_model(str(out / "adapter"))
-    clock.begin("After training: held-out captions")
-    after = _measure(trainer, processor, data.held_out)
+    measured = {name: _measured(out, context) for name, context in CONTEXTS.items()}
     clock.begin("Loading the adapter with PEFT alone and answering held-out questions")
     model = AutoModelForImageTextToText.from_pretrained(out / "model", quantization_config=four_bit_config())
     model = PeftModel.from_pretrained(model, out / "adapter")
@@ -129,7 +140,7 @@ def run_demo(
             "seed": seed,
             "heads": list(map(str, heads)),
         },
-        "mknn": {context: _scores(before[context], after[context], heads) for context in before},
+        "mknn": {name: _scores(ranking, before, after, heads) for name, (before, after) in measured.items()},
         "losses": _losses(trainer),
         "vqa_accuracy": {
             "before": accuracy(answers_before, data.questions["answer"]),
@@ -145,11 +156,13 @@ def run_demo(
     ranking.save(out / "head_ranking.json")
     (out / "results.json").write_text(json.dumps(results, indent=1))
     plot_head_scores(ranking, out / "heads.png", heads, "SmolLM2-135M: agreement of attention heads with DINOv2 ViT-S")
-    panels = {"before": before["with image"], "after": after["with image"]}
-    plot_head_scores(panels, out / "heads_before_after.png", heads, "Held-out captions, image in context")
+    before, after = measured["with image"]
+    after.plot(out / "heads_before_after.png", heads, before, "Held-out captions, image in context")
+    write_report(out / "training", out / "report.html")
     _show_answers(data.questions, answers_before, answers_after)
     print(closing_table(results))
-    print(f"\nWritten to {out}: head_ranking.json, heads.png, heads_before_after.png, results.json, adapter/")
+    files = "report.html, results.json, head_ranking.json, heads.png, heads_before_after.png, adapter/"
+    print(f"\nWritten to {out}: {files}")
     print("Parts: " + "; ".join(f"{credit.name} ({credit.license})" for credit in CREDITS))
     return results
 
@@ -193,6 +206,7 @@ def make_trainer(out: Path, data: DemoData, steps: int, alignment_weight: float,
     args = HeRAConfig(
         output_dir=str(out / "training"),
         per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=64,
         gradient_accumulation_steps=ACCUMULATION,
         max_steps=steps,
         queue_size=QUEUE_SIZE,
@@ -212,6 +226,7 @@ def make_trainer(out: Path, data: DemoData, steps: int, alignment_weight: float,
         model=str(out / "model"),
         args=args,
         train_dataset=data.train,
+        callbacks=[AlignmentMonitorCallback(data.held_out, every=steps, num_samples=len(data.held_out))],
         quantization_config=four_bit_config(),
         peft_config=LoraConfig(
             r=16,
@@ -223,28 +238,22 @@ def make_trainer(out: Path, data: DemoData, steps: int, alignment_weight: float,
     )
 
 
-def _measure(trainer: HeRATrainer, processor: Any, held_out: Dataset) -> dict[str, HeadRanking]:
-    """MKNN of all heads on held-out captions, without and with the image in context."""
-    collators = {
-        "text only": None,
-        "with image": DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True),
-    }
-    with trainer.accelerator.autocast():
-        return {
-            context: rank_heads(
-                trainer.model, processor, held_out, num_samples=len(held_out), batch_size=64, data_collator=collator
-            )
-            for context, collator in collators.items()
-        }
+def _measured(out: Path, context: str) -> tuple[HeadRanking, HeadRanking]:
+    """What the monitor measured on held-out captions before and after training."""
+    measured = read_run(out / "training").before_after(context)
+    assert measured is not None
+    return measured
 
 
 def _answers(model: Any, processor: Any, questions: Dataset) -> list[str]:
     return answer(model, processor, questions, batch_size=48, max_new_tokens=5, autocast_dtype=torch.bfloat16)
 
 
-def _scores(before: HeadRanking, after: HeadRanking, heads: list[AttentionHead]) -> dict[str, Any]:
-    """Scores before and after training of the aligned heads, the best heads before, and all heads."""
-    groups = {"aligned": heads, "top": before.select("top", len(heads)), "all": before.heads()}
+def _scores(
+    ranking: HeadRanking, before: HeadRanking, after: HeadRanking, heads: list[AttentionHead]
+) -> dict[str, Any]:
+    """Scores before and after training of the aligned heads, as many best heads of the ranking, and all heads."""
+    groups = {"aligned": heads, "top": ranking.select("top", len(heads)), "all": before.heads()}
     scores: dict[str, Any] = {str(head): [before.score(head), after.score(head)] for head in heads}
     for name, group in groups.items():
         scores[name] = [sum(map(ranking.score, group)) / len(group) for ranking in (before, after)]

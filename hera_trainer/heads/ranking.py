@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from .observer import Observer, run_text, run_with_images
 from .projection import projection_blocks
 from .registry import HeadAccessor, get_head_accessor, unwrap_model
 from .sharded import gathered, gathered_in_forward
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _versions() -> dict[str, str]:
@@ -106,6 +109,35 @@ class HeadRanking:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+
+    def plot(
+        self,
+        path: str | os.PathLike | None = None,
+        heads: Sequence[AttentionHead] = (),
+        before: HeadRanking | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draws the scores as a heat map of layers and heads.
+
+        Args:
+            path (`str`, *optional*): Where to write; the ending (`.png`, `.svg`, `.pdf`) decides the format.
+            heads (sequence of [`AttentionHead`], *optional*): Heads to outline, such as the aligned ones.
+            before ([`HeadRanking`], *optional*):
+                An earlier ranking of the same model. Panels show it, this one, and the difference.
+            title (`str`, *optional*): Title of the figure.
+
+        Returns:
+            `matplotlib.figure.Figure`.
+
+        Raises:
+            `ImportError`: If matplotlib is not installed.
+            `ValueError`: If `before` is of another model.
+        """
+        from ..plots import plot_head_scores  # drawing stands above ranking, and costs an import
+
+        panels = self if before is None else {"before": before, "after": self}
+        named = {} if title is None else {"title": title}
+        return plot_head_scores(panels, path, heads, difference=before is not None, **named)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> HeadRanking:

@@ -1,0 +1,309 @@
+"""`hera eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_atomically
+from ..version import __version__
+
+if TYPE_CHECKING:
+    from ..questions import Questions
+
+RESULTS_FILE = "results.json"
+
+_LIBRARIES = ("transformers", "torch", "peft", "datasets", "evaluate")
+
+_EPILOG = """\
+examples:
+  hera eval run --dataset questions.jsonl --metric exact_match
+  hera eval Qwen/Qwen2.5-VL-3B-Instruct --dataset pope.jsonl --answer-column label --metric pope --dtype bfloat16
+  hera eval run --dataset coco.jsonl --answer-column image_id --metric chair \\
+      --metric-arg 'annotations=["instances_val2014.json", "captions_val2014.json"]' --max-new-tokens 512
+  hera eval --predictions eval/predictions.jsonl --metric exact_match vqa_accuracy      scores again, without a model
+  hera eval run --export lmms-eval --output benchmarks > benchmarks.sh                  commands for public benchmarks
+
+MODEL is a name on the Hub, or a folder of a full model, of a PEFT adapter or of a merged one. A run that was stopped
+goes on where it was when it is started again. Under `accelerate launch`, the processes share the questions.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hera eval",
+        description="Asks a model the questions of a data set, greedily and in batches, saves its answers as they "
+        "come, and scores them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="model or PEFT adapter")
+    parser.add_argument(
+        "--metric",
+        nargs="+",
+        default=None,
+        help="exact_match, vqa_accuracy, pope, chair, amber, hallusionbench, or what `evaluate.load` takes",
+    )
+    parser.add_argument(
+        "--metric-arg",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of the metric, such as annotations=PATH; of several metrics METRIC.KEY=VALUE. Values are JSON, "
+        "or text",
+    )
+    parser.add_argument("--output", default=None, help="folder of predictions and results [eval]")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew; old predictions are kept under another name"
+    )
+    parser.add_argument("--predictions", default=None, metavar="FILE", help="score these predictions, without a model")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset", default=None, help="name on the Hub, folder, or .json, .jsonl, .parquet or .csv file"
+    )
+    data.add_argument("--dataset-config", default=None, help="configuration (subset) of the data set")
+    data.add_argument("--split", default=None, help="split, or a part such as test[:10%%]; files need none")
+    data.add_argument("--limit", type=int, default=None, help="only the first rows")
+    data.add_argument("--prompt-column", default=None, help="[messages, prompt, question, query or text]")
+    data.add_argument(
+        "--answer-column",
+        default=None,
+        help="what is right; several with commas for a dictionary [answer, answers, label, completion or messages]",
+    )
+    data.add_argument("--image-column", nargs="+", default=None, help="columns of images [images or image]")
+    data.add_argument("--system", default=None, help="system turn before each question")
+    data.add_argument("--suffix", default="", help=r"text behind each question; \n is a line break")
+    model = parser.add_argument_group("model")
+    model.add_argument("--revision", default=None, help="branch, tag or commit of MODEL")
+    model.add_argument("--base-model", default=None, help="base model of an adapter, if not the one that it names")
+    model.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="[auto]")
+    model.add_argument(
+        "--autocast",
+        choices=("bfloat16", "float16"),
+        default=None,
+        help="compute in this type, as mixed precision trains",
+    )
+    model.add_argument("--load-in-4bit", action="store_true", help="quantize the model to 4 bit (NF4)")
+    model.add_argument("--chat-template", default=None, metavar="FILE", help="Jinja template instead of the model's")
+    model.add_argument("--batch-size", type=int, default=8, help="questions answered together [%(default)s]")
+    model.add_argument("--max-new-tokens", type=int, default=64, help="length of an answer [%(default)s]")
+    export = parser.add_argument_group("public benchmarks")
+    export.add_argument(
+        "--export", choices=("lmms-eval", "vlmevalkit"), default=None, help="print commands, run nothing"
+    )
+    export.add_argument("--benchmarks", nargs="+", default=None, help="names or groups, such as vision mme [all]")
+    export.add_argument("--model-type", default=None, help="model type, such as qwen3_vl, where MODEL can't be read")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.export is not None:
+        if args.model is None:
+            parser.error("--export needs MODEL")
+        print(_export(args), end="")
+        return
+    if args.metric is None:
+        parser.error("--metric is needed, such as exact_match")
+    if args.predictions is None and (args.model is None or args.dataset is None):
+        parser.error("MODEL and --dataset are needed, or --predictions")
+    if args.predictions is not None and (args.model is not None or args.dataset is not None):
+        parser.error("--predictions scores what it names: leave MODEL and --dataset out")
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    from ..scoring import check_metrics
+
+    metric_arguments = _metric_arguments(args.metric_arg, args.metric)
+    check_metrics(args.metric, metric_arguments)
+    if args.predictions is not None:
+        _score_file(args, metric_arguments)
+    else:
+        _evaluate(args, metric_arguments)
+
+
+def _metric_arguments(given: Sequence[str], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        metric, dot, name = key.rpartition(".")
+        if not equals or not name:
+            raise ValueError(f"`--metric-arg` takes KEY=VALUE, got {text!r}.")
+        if not dot and len(metrics) > 1:
+            raise ValueError(f"Say which metric the argument {key!r} is for: `--metric-arg {metrics[0]}.{text}`.")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        found.setdefault(metric or metrics[0], {})[name] = parsed
+    return found
+
+
+# --- Answers and scores ----------------------------------------------------------------------------------------------
+
+
+def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, Any]]) -> None:
+    import torch
+    from accelerate import PartialState
+
+    from ..generation import PREDICTIONS_FILE, SETTINGS_FILE, predict
+
+    start = time.perf_counter()
+    split = args.split or _only_split(args.dataset)
+    questions = _questions(args, split)
+    model, processor = _model(args)
+    folder = Path(args.output or "eval")
+    entries = predict(
+        model,
+        processor,
+        questions,
+        folder,
+        settings={"dtype": args.dtype, "load_in_4bit": args.load_in_4bit},
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        autocast_dtype=None if args.autocast is None else getattr(torch, args.autocast),
+        restart=args.restart,
+    )
+    if not PartialState().is_main_process:
+        return
+    results = {
+        "metrics": _scores(args.metric, entries, metric_arguments),
+        "rows": len(entries),
+        "model": args.model,
+        "revision": args.revision,
+        "dataset": args.dataset,
+        "dataset_config": args.dataset_config,
+        "split": split,
+        "system": args.system,
+        "suffix": args.suffix,
+        "settings": json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")),
+        "batch_size": args.batch_size,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    _report(results, metric_arguments, folder)
+    print(f"\nWritten to {folder}: {PREDICTIONS_FILE}, {RESULTS_FILE}")
+
+
+def _questions(args: argparse.Namespace, split: str) -> Questions:
+    from ..questions import Questions
+    from ..scoring import REFERENCE_COLUMNS
+    from .loading import IMAGE_COLUMNS, load_rows
+
+    rows = load_rows(
+        args.dataset,
+        config=args.dataset_config,
+        split=split,
+        limit=args.limit,
+        image_columns=args.image_column or IMAGE_COLUMNS,
+    )
+    answer_column = args.answer_column or next(filter(None, map(REFERENCE_COLUMNS.get, args.metric)), None)
+    suffix = args.suffix.replace("\\n", "\n")
+    questions = Questions(rows, args.prompt_column, answer_column, args.image_column, args.system, suffix)
+    if questions.describe(0)["reference"] is None:
+        raise ValueError(
+            f"The data has no right answers: none of its columns {', '.join(rows.column_names)} is known to hold them, "
+            "or the first row has none. Name the column with `--answer-column`."
+        )
+    return questions
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, Any]:
+    from accelerate import PartialState
+
+    from ..generation import check_template
+    from .loading import load_model
+
+    state = PartialState()
+    model, processor = load_model(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        device=state.device if state.num_processes > 1 else None,
+        base_model=args.base_model,
+    )
+    if args.chat_template is not None:
+        processor.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+    check_template(processor)
+    return model, processor
+
+
+def _only_split(dataset: str) -> str:
+    """The split of data without splits. Of data with splits nobody should score the training part by mistake."""
+    from .loading import local_path
+
+    path = Path(local_path(dataset))
+    if path.is_file() or (path.is_dir() and (path / "state.json").is_file()):
+        return "train"
+    raise ValueError(f"Say which split of {dataset!r} to evaluate on, such as `--split test`.")
+
+
+def _score_file(args: argparse.Namespace, metric_arguments: dict[str, dict[str, Any]]) -> None:
+    from ..generation import read_predictions
+
+    entries = read_predictions(args.predictions)[: args.limit]
+    results = {
+        "metrics": _scores(args.metric, entries, metric_arguments),
+        "rows": len(entries),
+        "predictions": args.predictions,
+    }
+    _report(results, metric_arguments, None if args.output is None else Path(args.output))
+    if args.output is not None:
+        print(f"\nWritten to {args.output}: {RESULTS_FILE}")
+
+
+def _scores(
+    metrics: Sequence[str], entries: Sequence[dict[str, Any]], arguments: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    from ..scoring import score
+
+    predictions = [entry["prediction"] for entry in entries]
+    return score(metrics, predictions, [entry.get("reference") for entry in entries], arguments)
+
+
+def _report(results: dict[str, Any], metric_arguments: dict[str, dict[str, Any]], folder: Path | None) -> None:
+    """Prints the scores, and writes them with what they depend on."""
+    lines = [(metric, name, value) for metric, scores in results["metrics"].items() for name, value in scores.items()]
+    widths = [max(len(str(line[column])) for line in lines) + 2 for column in range(2)]
+    print(f"\n{results['rows']} answers")
+    for metric, name, value in lines:
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        print(f"{metric:<{widths[0]}}{name:<{widths[1]}}{shown}")
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"hera_trainer": __version__, **{name: version(name) for name in _LIBRARIES}}
+    text = json.dumps({**results, "metric_arguments": metric_arguments, "versions": versions}, indent=1) + "\n"
+    write_atomically(folder / RESULTS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+# --- Public benchmarks -----------------------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace) -> str:
+    from ..benchmarks import choose_benchmarks, export_commands
+    from .loading import adapter_folder, base_of, local_path, model_config
+
+    benchmarks = choose_benchmarks(args.benchmarks)
+    path = local_path(args.model)
+    try:
+        # What is named a type and is not here is taken for a full model.
+        adapter = adapter_folder(path, args.revision) if args.model_type is None or Path(path).is_dir() else None
+        if args.model_type is None:
+            base, revision = (path, args.revision) if adapter is None else base_of(adapter, args.base_model)
+            args.model_type = model_config(base, revision).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"It can't be read what type of model {args.model!r} is ({error}). Name its type, such as "
+            "`--model-type qwen3_vl`; a name on the Hub is then taken for a full model."
+        ) from error
+    merged = None
+    if adapter is not None:  # beside a folder; of a name on the Hub, in the current folder
+        merged = f"{path.rstrip('/') if Path(path).is_dir() else path.replace('/', '-')}-merged"
+    return export_commands(args.export, args.model, args.model_type, benchmarks, merged, args.output or "benchmarks")

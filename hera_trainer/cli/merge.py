@@ -1,0 +1,168 @@
+"""`hera merge`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hera merge",
+        description="Writes an adapter into its base model, for evaluation and serving. OUTPUT is then an ordinary "
+        "model with its processor, in safetensors. The base model of an adapter that was trained in 4 bit is loaded in "
+        "16 bit.",
+        epilog="examples:\n"
+        "  hera merge run merged\n"
+        "  hera merge run merged --dtype bfloat16 --overwrite\n"
+        "  hera merge run merged --base-model Qwen/Qwen2.5-VL-3B-Instruct     if the adapter names another place\n\n"
+        "ADAPTER is a folder that training wrote, one of its checkpoints, or a name on the Hub.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of ADAPTER")
+    parser.add_argument("--base-model", default=None, help="base model, if not the one that the adapter names")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="data type to merge and save in; auto: that of the base model's files [auto]",
+    )
+    parser.add_argument("--device", default="cpu", help="where to merge [%(default)s]")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file [%(default)s]")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    return parser
+
+
+def merge_adapter(
+    adapter: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    base_model: str | os.PathLike | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Any:
+    """Writes an adapter into its base model and saves it with its processor. `output` appears when it is complete.
+
+    Args:
+        adapter (`str` or `os.PathLike`): Folder of a PEFT adapter, or its name on the Hub.
+        output (`str` or `os.PathLike`): Folder to write.
+        revision (`str`, *optional*): Branch, tag or commit of the adapter.
+        base_model (`str` or `os.PathLike`, *optional*): Base model, if not the one that the adapter names.
+        dtype (`str`, *optional*, defaults to `"auto"`): Data type to merge and save in.
+        device (`str`, *optional*, defaults to `"cpu"`): Where to merge.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Largest weight file.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace `output` if it exists.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The merged model.
+
+    Raises:
+        `OSError`: If a model is not found.
+        `ValueError`: If `output` exists, `adapter` is none or can't be merged, or the base model is stored quantized.
+    """
+    from .loading import adapter_folder, base_of, load_model, local_path
+
+    name = local_path(adapter)
+    folder = adapter_folder(name, revision)
+    if folder is None:
+        raise ValueError(f"{name!r} is no adapter: it has no adapter_config.json. A full model needs no merging.")
+    target = Path(output).absolute()
+    base = base_of(folder, base_model)
+    _check_target(target, overwrite, [Path(folder), Path(base[0])])
+    _check_not_quantized(*base)
+    model, processor = load_model(folder, dtype=dtype, device=device, base_model=base_model)
+    with _complete_folder(target) as temporary:
+        merged = merge(model)
+        merged.save_pretrained(temporary, max_shard_size=max_shard_size)
+        processor.save_pretrained(temporary)
+    return merged
+
+
+def merge(model: Any) -> Any:
+    """The base model of a [`~peft.PeftModel`] with the adapter in its weights, in the data types that these had.
+
+    Raises:
+        `ValueError`: If the adapter is of a kind that can't be merged, such as prompt tuning, or holds NaN.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if not isinstance(model.base_model, BaseTuner):
+        kind = model.active_peft_config.peft_type
+        raise ValueError(f"An adapter of type {getattr(kind, 'value', kind)} can't be written into the base model.")
+    # Whole layers that an adapter brings (`modules_to_save`) are float32 whatever the base model is.
+    dtypes = {
+        name.replace(".base_layer", "").replace(".original_module", ""): parameter.dtype
+        for name, parameter in model.base_model.model.named_parameters()
+    }
+    merged = model.merge_and_unload(safe_merge=True)
+    for name, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    return merged
+
+
+def _check_target(target: Path, overwrite: bool, sources: list[Path]) -> None:
+    for source in sources:
+        if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"OUTPUT {str(target)!r} holds what is to be merged. Choose another folder.")
+    if target.is_file():
+        raise ValueError(f"OUTPUT {str(target)!r} is a file. Choose a folder.")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"OUTPUT {str(target)!r} is not empty. Choose another folder, or replace it with --overwrite.")
+
+
+def _check_not_quantized(base: str, revision: str | None) -> None:
+    from .loading import model_config
+
+    quantization = getattr(model_config(base, revision), "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    raise ValueError(
+        f"The base model {base!r} is stored quantized ({getattr(method, 'value', method)}), and an adapter can't be "
+        "written into such weights without loss. Name the 16-bit model that it was made from: --base-model."
+    )
+
+
+@contextmanager
+def _complete_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `target` at the end, or vanishes after an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}.{part}") for part in ("new", "old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = _parser().parse_args(arguments)
+    model = merge_adapter(
+        args.adapter,
+        args.output,
+        revision=args.revision,
+        base_model=args.base_model,
+        dtype=args.dtype,
+        device=args.device,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+    size = sum(file.stat().st_size for file in Path(args.output).glob("*.safetensors"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"Merged: {args.output} ({parameters / 1e6:,.1f} M parameters, {dtype}, {size / 1e9:,.2f} GB)")

@@ -1,0 +1,203 @@
+"""`hera rank`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# What captions are the answer to where images are in context and the data has no question of its own.
+CAPTION_QUESTION = "Describe the image."
+
+_TEXT_COLUMNS = ("completion", "messages", "text")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hera rank",
+        description="Scores every attention head of a model by how well its neighbourhoods agree with those of a "
+        "vision teacher (mutual k-NN). Writes the scores as JSON, for training, and as a PNG beside it, and says which "
+        "heads the paper would align.",
+        epilog="examples:\n"
+        "  hera rank Qwen/Qwen2.5-VL-3B-Instruct trl-lib/llava-instruct-mix --output heads.json\n"
+        "  hera rank my-adapter photos.jsonl --image-column photo --caption-column caption --dtype bfloat16\n"
+        "  hera sft --head_ranking_path heads.json ...      trains with them\n\n"
+        "MODEL and DATASET are names on the Hub or folders; DATASET may be a .json, .jsonl, .parquet or .csv file too.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="model, or PEFT adapter, which is ranked with its base model")
+    parser.add_argument("dataset", metavar="DATASET", help="images with captions, `messages` or `completion`")
+    parser.add_argument("--output", default="head_ranking.json", help="JSON file to write [%(default)s]")
+    parser.add_argument("--teacher", default="facebook/dinov2-large", help="vision teacher [%(default)s]")
+    parser.add_argument("--num-samples", type=int, default=1000, help="samples with distinct images [%(default)s]")
+    parser.add_argument("--k", type=int, default=10, help="neighbours [%(default)s]")
+    parser.add_argument("--selection", choices=("worst", "top", "random"), default="worst", help="heads [%(default)s]")
+    parser.add_argument("--m", type=int, default=5, help="number of heads to choose [%(default)s]")
+    parser.add_argument(
+        "--context",
+        choices=("text", "image"),
+        default="text",
+        help="text: captions go through the language model alone, as in the paper; image: after their image, as in "
+        f"training. Captions then answer {CAPTION_QUESTION!r} [%(default)s]",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--split", default="train", help="split, or a part such as train[:10%%] [%(default)s]")
+    data.add_argument("--dataset-config", default=None, help="configuration (subset) of the data set")
+    data.add_argument("--image-column", default=None, help="column of images [image or images]")
+    data.add_argument(
+        "--caption-column",
+        default=None,
+        help="column of texts; of a list, the first [completion, the assistant's turns in messages, or text]",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--revision", default=None, help="branch, tag or commit of MODEL")
+    model.add_argument("--base-model", default=None, help="base model of an adapter, if not the one that it names")
+    model.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="[auto]")
+    model.add_argument("--load-in-4bit", action="store_true", help="quantize to 4 bit (bitsandbytes NF4)")
+    model.add_argument("--device", default=None, help="such as cuda:1 or cpu [the accelerator if there is one]")
+    model.add_argument("--batch-size", type=int, default=16, help="samples in a forward pass [%(default)s]")
+    parser.add_argument("--teacher-batch-size", type=int, default=32, help="images the teacher encodes [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of samples [%(default)s]")
+    parser.add_argument("--no-plot", action="store_true", help="no PNG (needs no matplotlib)")
+    return parser
+
+
+def prepare(dataset: Dataset, image_column: str | None, caption_column: str | None, context: str) -> Dataset:
+    """The data set under the column names by which rankings look for images and texts.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Images with texts.
+        image_column (`str`, *optional*): Column of images. `image` or `images` if not given.
+        caption_column (`str`, *optional*): Column of texts, or of lists of them. `completion`, `messages` or `text` if
+            not given.
+        context (`str`): `"text"`, or `"image"`: then captions become answers.
+
+    Raises:
+        `ValueError`: If a column is missing.
+    """
+    names = dataset.column_names
+    for option, name in (("--image-column", image_column), ("--caption-column", caption_column)):
+        if name is not None and name not in names:
+            raise ValueError(f"{option}: the data set has no column {name!r}. It has {', '.join(names)}.")
+    if image_column is None and not {"image", "images"} & set(names):
+        raise ValueError(f"Say which column has the images: --image-column. There are {', '.join(names)}.")
+    if caption_column is None and not set(_TEXT_COLUMNS) & set(names):
+        raise ValueError(f"Say which column has the texts: --caption-column. There are {', '.join(names)}.")
+    if image_column not in (None, "image", "images"):
+        dataset = dataset.remove_columns([name for name in ("image", "images") if name in names])
+        dataset = dataset.rename_column(image_column, "image")
+    is_caption = caption_column is not None or not {"completion", "messages"} & set(names)
+    if not is_caption:
+        return dataset
+    column = caption_column or "text"
+    others = [name for name in ("prompt", *_TEXT_COLUMNS) if name in dataset.column_names and name != column]
+    make = _as_answer if context == "image" else _as_text
+    return dataset.map(
+        make,
+        batched=True,
+        input_columns=[column],
+        remove_columns=[*others, column],
+        desc="Captions",
+        load_from_cache_file=True,
+    )
+
+
+def _first(caption: Any) -> str | None:
+    return (caption[0] if caption else None) if isinstance(caption, list) else caption
+
+
+def _as_text(captions: list[Any]) -> dict[str, list[Any]]:
+    return {"text": [_first(caption) for caption in captions]}
+
+
+def _as_answer(captions: list[Any]) -> dict[str, list[Any]]:
+    question = {"role": "user", "content": CAPTION_QUESTION}
+    answers = [{"role": "assistant", "content": _first(caption) or ""} for caption in captions]
+    return {"prompt": [[question] for _ in captions], "completion": [[answer] for answer in answers]}
+
+
+def draw(dataset: Dataset, num_samples: int, seed: int) -> Dataset:
+    """So many rows that `num_samples` distinct images are among them, or all: the teacher need not see the rest."""
+    import numpy as np
+
+    from ..image_column import ImageColumn
+
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    size = num_samples
+    while size < len(dataset):
+        rows = dataset.select(order[:size])
+        if len(ImageColumn(rows).scan("Distinct images").digests) >= num_samples:
+            return rows
+        size *= 2
+    return dataset
+
+
+def _collator(processor: Any, dataset: Dataset) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """What `HeRATrainer` makes batches with, for the data at hand."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    from ..data import TeacherCollator
+    from ..teacher_column import check_teacher_features
+
+    if not hasattr(processor, "image_processor"):
+        raise ValueError("--context image needs a vision-language model; this one has a tokenizer only.")
+    inner = DataCollatorForVisionLanguageModeling(processor, completion_only_loss="completion" in dataset.column_names)
+    return TeacherCollator(inner, check_teacher_features(dataset))
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = _parser().parse_args(arguments)
+    output = Path(args.output)
+    if output.suffix != ".json":
+        raise ValueError(f"--output {args.output!r} must end in .json.")
+    from ..features import add_teacher_features
+    from ..heads.ranking import rank_heads
+    from ..plots import plot_head_scores
+    from .loading import IMAGE_COLUMNS, load_model, load_rows
+
+    images = IMAGE_COLUMNS if args.image_column is None else (args.image_column,)
+    rows = load_rows(args.dataset, config=args.dataset_config, split=args.split, image_columns=images)
+    rows = prepare(rows, args.image_column, args.caption_column, args.context)
+    rows = draw(rows, args.num_samples, args.seed)
+    rows = add_teacher_features(rows, args.teacher, batch_size=args.teacher_batch_size)
+    model, processor = load_model(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        device=args.device,
+        base_model=args.base_model,
+    )
+    ranking = rank_heads(
+        model,
+        processor,
+        rows,
+        k=args.k,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        data_collator=_collator(processor, rows) if args.context == "image" else None,
+        teacher_name=args.teacher,
+    )
+    ranking = replace(ranking, model=args.model)
+    ranking.save(output)
+    heads = ranking.select(args.selection, args.m, args.seed)
+    mean = ranking.scores[ranking.scores.isfinite()].mean()
+    print(f"{len(ranking.heads())} heads, {ranking.num_samples} samples, mean mutual {ranking.k}-NN {mean:.4f}")
+    print(f"{args.selection}: {' '.join(f'{head}={ranking.score(head):.4f}' for head in heads)}")
+    print(f"Scores: {output}")
+    if not args.no_plot:
+        picture = output.with_suffix(".png")
+        plot_head_scores(ranking, picture, heads)
+        print(f"Heat map: {picture}")
+    more = (
+        ""
+        if (args.selection, args.m) == ("worst", 5)
+        else f" --head_selection {args.selection} --num_aligned_heads {args.m}"
+    )
+    print(f"Train with: hera sft --head_ranking_path {output}{more} ...")

@@ -1,0 +1,298 @@
+"""`hera sft`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import yaml
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from ..config import HeRAConfig
+
+_NEWEST = "newest"
+
+_EXAMPLES = """\
+examples:
+  QLoRA of a 3B model, on one GPU:
+    hera sft --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name trl-lib/llava-instruct-mix \\
+        --use_peft --lora_target_modules all-linear --load_in_4bit --dtype bfloat16 \\
+        --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --learning_rate 2e-4 --output_dir run
+
+  The same from a file; options of the command line go before those of the file:
+    hera sft --config run.yaml --learning_rate 1e-4
+
+  Own data with image paths in it, a part held out, heads that are known already:
+    hera sft --config run.yaml --dataset_name data/train.jsonl --test_split_size 0.05 --eval_strategy epoch \\
+        --head_ranking_path heads.json
+
+  Two processes; after a crash, the same command goes on where it was:
+    accelerate launch --num_processes 2 -m hera_trainer sft --config run.yaml --resume_from_checkpoint
+
+  A file:
+    model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct
+    datasets:
+      - path: data/train.jsonl
+        fraction: 0.7
+      - path: trl-lib/llava-instruct-mix
+        fraction: 0.3
+    use_peft: true
+    lora_target_modules: all-linear
+    alignment_weight: 0.01
+    output_dir: run
+"""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and the examples keep their lines."""
+
+
+class _Parser(TrlParser):
+    """TRL's parser, with messages of one line, and help in sections that begins with what is of this package."""
+
+    def __init__(self) -> None:
+        dataclass_types: Any = (ScriptArguments, HeRAConfig, ModelConfig, DatasetMixtureConfig)
+        super().__init__(
+            dataclass_types,
+            prog="hera sft",
+            usage="hera sft [-h] [--config FILE.yaml] [--option value ...]",
+            description="Fine-tunes a vision-language model with HeRATrainer: SFTTrainer, with chosen attention heads "
+            "aligned to a frozen vision teacher.\nEvery option below can also stand in a YAML file (--config). Options "
+            "that are dictionaries are mappings there, and JSON here: --model_init_kwargs '{\"use_cache\": false}'.",
+            epilog=_EXAMPLES,
+            formatter_class=_HelpFormatter,
+        )
+        for action in self._actions:
+            if action.dest == "resume_from_checkpoint":
+                action.nargs, action.const = "?", _NEWEST
+                action.help = (
+                    "Folder of a checkpoint to go on from. Without a value: the newest complete one in `output_dir`, "
+                    "or from the start if there is none."
+                )
+            elif action.dest == "test_split_size":
+                action.help = "Share (or number) of the training rows to hold out for evaluation, drawn with `seed`."
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` lists all options)\n")
+
+    def parse_args_into_dataclasses(self, args: Any = None, *others: Any, **kwargs: Any) -> tuple[Any, ...]:
+        options, unknown = self.parse_known_args(args)  # before the settings are checked against the hardware
+        if unknown:
+            close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1, cutoff=0.75)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        check(options)
+        return super().parse_args_into_dataclasses(args, *others, **kwargs)
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        known: set[str] = set()
+        inherited = {*SFTConfig.__dataclass_fields__, *TrainingArguments.__dataclass_fields__}
+        for title, names in (
+            ("data", ScriptArguments.__dataclass_fields__),
+            ("mixture of data sets", DatasetMixtureConfig.__dataclass_fields__),
+            ("model, quantization and LoRA", ModelConfig.__dataclass_fields__),
+            ("head-wise representation alignment", set(HeRAConfig.__dataclass_fields__) - inherited),
+            ("supervised fine-tuning (SFTTrainer)", inherited - set(TrainingArguments.__dataclass_fields__)),
+            ("training (Trainer)", inherited),
+        ):
+            formatter.start_section(title)
+            formatter.add_arguments([a for a in self._actions if a.dest in names and a.dest not in known])
+            formatter.end_section()
+            known.update(names)
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        options = {action.dest: action for action in self._actions}
+        for name, value in values.items():
+            if name not in options:
+                close = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+                hint = f"; did you mean `{close[0]}`?" if close else ". `hera sft --help` lists all options."
+                raise ValueError(f"The file has the key `{name}`, which is no option{hint}")
+            if isinstance(value, str) and options[name].nargs in ("+", "*"):
+                values[name] = value.split()  # as on the command line
+            elif name == "resume_from_checkpoint" and isinstance(value, bool):
+                values[name] = _NEWEST if value else None
+        return super().set_defaults_with_config(**values)
+
+
+def parse(arguments: Sequence[str]) -> tuple[ScriptArguments, HeRAConfig, ModelConfig, DatasetMixtureConfig]:
+    """The options of the command line and of the file that `--config` names.
+
+    Raises:
+        `ValueError`: If a value or the file can't be used.
+        `SystemExit`: With 2, after a message, for an option that does not exist or has the wrong type.
+    """
+    parser = _Parser()
+    words = [word for argument in arguments for word in _split_config(argument)]
+    if words[-1:] == ["--config"]:
+        parser.error("argument --config: expected one argument")
+    try:
+        script_args, training_args, model_args, mixture = parser.parse_args_and_config(words)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{words[words.index('--config') + 1]!r} is no YAML file: {error}") from error
+    except TypeError as error:  # a key of `datasets` that does not exist, a list where a number belongs
+        raise ValueError(f"An option has a value of the wrong kind: {error}.") from error
+    return script_args, training_args, model_args, mixture
+
+
+def _split_config(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses what can be known to fail before anything is loaded.
+
+    Args:
+        options (`argparse.Namespace`): All options, by name.
+
+    Raises:
+        `ValueError`: Naming the option.
+    """
+    if options.model_name_or_path is None:
+        raise ValueError("Name the model: --model_name_or_path, a name on the Hub or a folder.")
+    if bool(options.dataset_name) == bool(options.datasets):
+        raise ValueError(
+            "Name the data once: --dataset_name (a name on the Hub, a folder or a file), or `datasets` in the file of "
+            "--config."
+        )
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(options, name) and not options.use_peft:
+            raise ValueError(f"Quantized weights can't be trained: --{name} needs an adapter, --use_peft.")
+
+
+def load_data(
+    script_args: ScriptArguments, mixture: DatasetMixtureConfig, evaluated: bool, seed: int
+) -> tuple[Any, Any]:
+    """The training data, and that to evaluate on (`None` unless `evaluated`).
+
+    Raises:
+        `OSError`, `ValueError`: If the data can't be found or read, or nothing is there to evaluate on.
+    """
+    from .loading import open_rows
+
+    name = script_args.dataset_name or ""
+    if mixture.datasets:
+        train, streaming = _mixed(mixture), mixture.streaming
+    else:
+        streaming = script_args.dataset_streaming
+        options: dict[str, Any] = {"config": script_args.dataset_config, "streaming": streaming}
+        train = open_rows(name, split=script_args.dataset_train_split, **options)
+    if mixture.test_split_size is not None:
+        if streaming:
+            raise ValueError("Nothing can be held out of a stream: leave --test_split_size, or do not stream.")
+        size = mixture.test_split_size
+        parts = train.train_test_split(test_size=int(size) if size >= 1 else size, seed=seed)
+        return parts["train"], parts["test"] if evaluated else None
+    if not evaluated:
+        return train, None
+    cure = "Hold some training rows out with --test_split_size 0.05, or leave --eval_strategy and --monitor_steps."
+    if mixture.datasets:
+        raise ValueError(f"`datasets` has no part to evaluate on. {cure}")
+    try:
+        return train, open_rows(name, split=script_args.dataset_test_split, **options)
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
+        raise ValueError(
+            f"There is nothing to evaluate on: {error} Name another with --dataset_test_split. {cure}"
+        ) from error
+
+
+def _mixed(mixture: DatasetMixtureConfig) -> Any:
+    """All data sets of a mixture in one. Like [`~trl.get_dataset`], but of all that [`open_rows`] opens."""
+    import datasets
+
+    from .loading import open_rows
+
+    parts: list[Any] = []
+    for source in mixture.datasets:
+        more = {key: value for key in ("data_dir", "data_files") if (value := getattr(source, key)) is not None}
+        rows = open_rows(source.path, config=source.name, split=source.split, streaming=mixture.streaming, **more)
+        parts.append(rows if source.columns is None else rows.select_columns(source.columns))
+    fractions = [source.fraction for source in mixture.datasets if source.fraction is not None]
+    if fractions:
+        if len(fractions) < len(parts) or mixture.streaming or min(fractions) < 0 or not sum(fractions):
+            raise ValueError(
+                "`fraction` must be set, and not negative, for all of `datasets` or none; not for streams."
+            )
+        shares = [fraction / sum(fractions) for fraction in fractions]
+        # The most rows of which no part has to be repeated.
+        total = min(len(rows) / share for rows, share in zip(parts, shares, strict=True) if share)
+        parts = [rows.select(range(round(share * total))) for rows, share in zip(parts, shares, strict=True)]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _checkpoint(resume_from: str | None, output_dir: str | None) -> str | bool | None:
+    """What `train(resume_from_checkpoint=...)` is given."""
+    if resume_from is None or resume_from.lower() in ("false", "no"):
+        return None
+    if resume_from.lower() not in (_NEWEST, "true", "yes"):
+        return os.path.expanduser(resume_from)
+    found = any(path.is_dir() for path in Path(output_dir or ".").glob("*checkpoint-*"))
+    return True if found else None
+
+
+@contextmanager
+def _ended(trainer: Any) -> Iterator[None]:
+    """Closes trackers and process groups, also after an error."""
+    try:
+        yield
+    finally:
+        trainer.end()
+
+
+def run(
+    script_args: ScriptArguments, training_args: HeRAConfig, model_args: ModelConfig, mixture: DatasetMixtureConfig
+) -> Any:
+    """Trains, saves and, if asked to, pushes.
+
+    Returns:
+        [`HeRATrainer`]: The trainer, after training.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from ..trainer import HeRATrainer
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype or "auto",
+        **cast(dict[str, Any], training_args.model_init_kwargs or {}),  # no longer JSON
+    }
+    evaluated = training_args.eval_strategy != "no" or bool(training_args.monitor_steps)
+    with training_args.main_process_first(desc="the data sets"):  # the others find them in the cache
+        train, held_out = load_data(script_args, mixture, evaluated, training_args.seed)
+    trainer = HeRATrainer(
+        model=os.path.expanduser(model_args.model_name_or_path or ""),
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    output_dir = training_args.output_dir
+    with _ended(trainer):
+        trainer.train(resume_from_checkpoint=_checkpoint(training_args.resume_from_checkpoint, output_dir))
+        trainer.save_model(output_dir)
+        heads = "" if not trainer.aligned_heads else f" Aligned heads: {' '.join(map(str, trainer.aligned_heads))}."
+        trainer.accelerator.print(f"Saved to {output_dir}.{heads}")
+        if training_args.push_to_hub:
+            name = script_args.dataset_name
+            public = None if name is None or os.path.exists(os.path.expanduser(name)) else name
+            trainer.push_to_hub(dataset_name=public)
+            trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    return trainer
+
+
+def main(arguments: Sequence[str]) -> None:
+    run(*parse(arguments))

@@ -1,0 +1,281 @@
+"""The training scripts in examples/, run on tiny models; their own loop gives the gradients of HeRATrainer."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import load_from_disk
+from peft import PeftModel
+from reference import Recorder, assert_gradients_equal
+from runs import trainer as small_trainer
+from tiny import image_dataset, save_tiny_dinov2, save_vlm
+from transformers import AutoModelForImageTextToText
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from hera_trainer import (
+    Contrast,
+    HeadCapture,
+    HeadRanking,
+    HeRAConfig,
+    HeRALoss,
+    HeRATrainer,
+    get_head_accessor,
+    mutual_knn,
+)
+from hera_trainer.data import TEACHER_COLUMN
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script of examples/ as a module, for this test alone."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a teacher and a data set."""
+    folder = tmp_path_factory.mktemp("examples")
+    save_vlm("llava", folder / "model")
+    save_tiny_dinov2(folder / "teacher")
+    image_dataset(n=24).save_to_disk(folder / "data")
+    return folder
+
+
+# --- A loop of one's own ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_own_loop_has_the_gradients_of_the_trainer(tmp_path: Path, example: Any, family: str, accumulation: int):
+    """Language-model loss, alignment loss and temperature, for the batches of one optimizer step of HeRATrainer."""
+    weight = 5.0
+    trainer = small_trainer(
+        tmp_path,
+        family,
+        alignment_weight=weight,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,
+    )
+    trainer.model_accepts_loss_kwargs = True  # of Qwen2.5-VL, the loss over all tokens of the step, as of the others
+    recorder = Recorder(trainer)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "lm_loss" in entry)
+
+    model, criterion = recorder.model.train(), HeRALoss(num_neighbors=trainer.args.num_neighbors)
+    capture = HeadCapture(get_head_accessor(model), trainer.aligned_heads, family)
+    accelerator = Accelerator(cpu=True)
+    batches = [{**batch, "teacher": batch[TEACHER_COLUMN]} for batch in copy.deepcopy(recorder.batches)]
+    for batch in batches:
+        del batch[TEACHER_COLUMN]
+    loop = example("custom_loop")
+    with capture.attached():
+        losses = loop.train_step(accelerator, model, batches, capture, Contrast(criterion, accelerator), weight)
+
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients["log_temperature"] = criterion.log_temperature.grad
+    assert set(gradients) == set(recorder.gradients)
+    assert_gradients_equal(gradients, recorder.gradients, tolerance=1e-4)
+    assert losses == pytest.approx({name: entry[name] for name in losses}, rel=1e-4)
+
+
+def arguments(parts: Path, out: Path, **others: Any) -> list[str]:
+    settings = {
+        **{"model": parts / "model", "dataset": parts / "data", "teacher": parts / "teacher", "output_dir": out},
+        **{"steps": 4, "batch_size": 4, "accumulation": 3, "num_neighbors": 3, "num_heads": 3, "ranking_samples": 24},
+        **others,
+    }
+    return ["--cpu", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+
+
+def test_own_loop_as_a_script(parts: Path, tmp_path: Path, example: Any) -> None:
+    found = example("custom_loop").main(arguments(parts, tmp_path, learning_rate=1e-2))
+    assert len(found["log"]) == 4
+    assert found["log"][-1]["lm_loss"] < found["log"][0]["lm_loss"]
+    assert 0 <= found["before"] <= 1 and 0 <= found["after"] <= 1
+    ranking = HeadRanking.load(tmp_path / "head_ranking.json")
+    assert ranking.select("worst", 3) == found["heads"]
+    base = AutoModelForImageTextToText.from_pretrained(parts / "model")
+    adapted = PeftModel.from_pretrained(base, tmp_path)
+    trained = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert any(p.abs().max() > 0 for p in trained)
+
+
+def test_own_loop_learns_the_alignment(parts: Path, tmp_path: Path, example: Any) -> None:
+    found = example("custom_loop").main(arguments(parts, tmp_path, weight=10, learning_rate=2e-2, steps=10))
+    assert found["log"][-1]["alignment_loss"] < found["log"][0]["alignment_loss"]
+
+
+def test_own_loop_on_too_little_data(parts: Path, tmp_path: Path, example: Any) -> None:
+    with pytest.raises(ValueError, match="less than one optimizer step"):
+        example("custom_loop").main(arguments(parts, tmp_path, accumulation=7))
+
+
+# --- An objective of one's own ---------------------------------------------------------------------------------------
+
+
+def test_linear_cka_by_its_definition(example: Any) -> None:
+    module = example("own_objective")
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(9, 20, generator=generator), torch.randn(9, 5, generator=generator)
+    centred = [values - values.mean(0) for values in (x, y)]
+    # Kornblith et al., 2019: the cross-covariance, by features instead of samples.
+    cross = (centred[1].T @ centred[0]).norm() ** 2
+    expected = cross / ((centred[0].T @ centred[0]).norm() * (centred[1].T @ centred[1]).norm())
+    torch.testing.assert_close(module.linear_cka(x, y), expected)
+    rotation = torch.linalg.qr(torch.randn(20, 20, generator=generator)).Q
+    torch.testing.assert_close(module.linear_cka(x, 3 * x @ rotation), torch.tensor(1.0))
+
+
+def test_own_objective_leaves_samples_and_small_pools_out(example: Any) -> None:
+    criterion = example("own_objective").LinearCKALoss(min_samples=5)
+    heads, teacher = torch.randn(2, 8, 6, requires_grad=True), torch.randn(8, 4)
+    valid = torch.tensor([True, True, False, True, True, True, False, True])
+    torch.testing.assert_close(criterion(heads, teacher, valid), criterion(heads[:, valid], teacher[valid]))
+    small = criterion(heads, teacher, torch.arange(8) < 4)
+    assert small == 0 and torch.autograd.grad(small, heads)[0].abs().sum() == 0
+    pool = Contrast(criterion)(heads, teacher, valid)
+    (expected,) = torch.autograd.grad(criterion(heads, teacher, valid), heads)
+    assert torch.equal(pool.heads_grad, expected) and pool.samples == 6
+
+
+def test_own_objective_is_what_is_learned(parts: Path, tmp_path: Path, example: Any) -> None:
+    module = example("own_objective")
+    criterion = module.LinearCKALoss(min_samples=8)
+    settings = arguments(parts, tmp_path, weight=10, learning_rate=2e-2, steps=10)
+    found = module.main(settings, criterion=criterion)
+    assert found["log"][-1]["alignment_loss"] < found["log"][0]["alignment_loss"] <= 1
+
+
+def test_own_objective_in_the_trainer(parts: Path, tmp_path: Path, example: Any) -> None:
+    """The loss that is logged, of one step in two micro-batches, is the objective at the first pass's vectors."""
+    loss = example("own_objective").LinearCKALoss(min_samples=5)
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    class Recorded(type(loss)):  # type: ignore[misc]
+        def forward(self, heads: Any, teacher: Any, valid: Any = None, memory: Any = None) -> torch.Tensor:
+            seen.append((heads.detach().clone(), teacher, valid))
+            return super().forward(heads, teacher, valid, memory)
+
+    class CKATrainer(HeRATrainer):
+        def create_criterion(self) -> HeRALoss:
+            return Recorded(min_samples=self.args.num_neighbors + 2)
+
+    settings = HeRAConfig(
+        **{"output_dir": str(tmp_path), "max_steps": 1, "logging_steps": 1, "save_strategy": "no", "use_cpu": True},
+        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_neighbors": 3, "bf16": False},
+        **{"teacher_model_name_or_path": str(parts / "teacher"), "aligned_heads": ["L0H1", "L1H0"]},
+        **{"report_to": "none", "disable_tqdm": True},
+    )
+    trainer = CKATrainer(str(parts / "model"), settings, train_dataset=load_from_disk(str(parts / "data")))
+    trainer.train()
+    ((heads, teacher, valid),) = seen
+    assert heads.shape[:2] == (2, 8)
+    logged = [entry["alignment_loss"] for entry in trainer.state.log_history if "alignment_loss" in entry]
+    assert logged == pytest.approx([loss(heads, teacher, valid).item()])
+
+
+# --- Trainer scripts -------------------------------------------------------------------------------------------------
+
+
+def test_train_hera(parts: Path, tmp_path: Path, example: Any) -> None:
+    module = example("train_hera")
+    settings = {
+        **{"model_name_or_path": parts / "model", "dataset_name": parts / "data", "output_dir": tmp_path},
+        **{"teacher_model_name_or_path": parts / "teacher", "ranking_num_samples": 24, "num_neighbors": 3},
+        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "use_cpu": True},
+        **{"bf16": False, "use_peft": True, "lora_target_modules": "all-linear", "report_to": "none"},
+        **{"logging_steps": 1, "disable_tqdm": True, "save_strategy": "no"},
+    }
+    parser = TrlParser((ScriptArguments, HeRAConfig, ModelConfig))
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    module.main(*parser.parse_args_and_config(flags))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert len(HeadRanking.load(tmp_path / "head_ranking.json").heads()) == 12
+
+
+# --- Tables and figures of README and pages -------------------------------------------------------------------------
+
+
+def test_step_equality(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """Two cuts of the eight, run in this process, and a page whose table is replaced."""
+    module = example("step_equality")
+
+    def run_here(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        assert command[-2] == "--worker" and "--nproc_per_node=1" in command
+        try:
+            module.worker(json.loads(command[-1]))
+        except ValueError as error:
+            return subprocess.CompletedProcess(command, 1, stderr=str(error))
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(module.subprocess, "run", run_here)
+    monkeypatch.setattr(module, "CUTS", [(8, 2, 1), (4, 4, 1)])
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{module.MARKERS[0]}\nold\n{module.MARKERS[1]}\nbelow\n")
+    monkeypatch.setattr(sys, "argv", ["step_equality.py", "--readme", str(page)])
+    module.main()
+    above, *lines, below = page.read_text().splitlines()
+    assert (above, below) == ("above", "below") and "old" not in lines
+    first, second = (line.split(" | ") for line in lines if line.startswith(("| 8 x", "| 4 x")))
+    assert float(first[1]) == 0.0 and float(second[1]) < 1e-5
+    assert second[2].startswith("refused")
+
+
+def test_precision_table(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One row of the table: the backbone in float32."""
+    import precisions
+
+    first = next(iter(precisions.PRECISIONS))
+    monkeypatch.setattr(precisions, "PRECISIONS", {first: precisions.PRECISIONS[first]})
+    module = example("precision_table")
+    page = tmp_path / "page.md"
+    page.write_text(f"{module.MARKERS[0]}{module.MARKERS[1]}")
+    monkeypatch.setattr(sys, "argv", ["precision_table.py", "--family", "llava", "--page", str(page)])
+    module.main()
+    (cells,) = (
+        line.strip("| ").split(" | ") for line in page.read_text().splitlines() if line.startswith(f"| {first} ")
+    )
+    assert all(float(cell) < 1e-5 for cell in cells[2:5]) and cells[5:] == ["yes", "CPU"]
+
+
+def test_every_script_has_a_test() -> None:
+    """A new script in examples/ is named in a test. Those of benchmarks/ are run by the tests of the same name."""
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    scripts = [path.stem for path in EXAMPLES.glob("*.py")]
+    scripts += [path.stem for path in (EXAMPLES / "benchmarks").glob("*.py") if "__main__" in path.read_text()]
+    assert [name for name in scripts if f'"{name}' not in tests and f"import {name}" not in tests] == []
+
+
+def test_method_figure(example: Any, tmp_path: Path) -> None:
+    """The loss brings the head's neighbours together, as the figure says. It is drawn the same every time."""
+    module = example("method_figure")
+    teacher, steps = module.samples()
+    shares = [mutual_knn(points, teacher, module.K) for points in (steps[0], steps[-1])]
+    assert shares[0] < 0.5 and shares[1] == 1.0
+    names = ("method-light.svg", "method-dark.svg")
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        module.main(["--folder", str(folder)])
+    one, two = ([(tmp_path / folder / name).read_bytes() for name in names] for folder in ("one", "two"))
+    assert one == two and one[0] != one[1]

@@ -1,0 +1,352 @@
+"""AlignmentMonitorCallback: what it measures and logs, and that training is the same with it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import concatenate_datasets
+from peft import LoraConfig
+from runs import assert_same_parameters, config, logged, parameters, trainer
+from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from hera_trainer import (
+    AlignmentMonitorCallback,
+    AttentionHead,
+    HeadRanking,
+    HeRATrainer,
+    VisionTeacher,
+    rank_heads,
+    read_run,
+)
+
+K = 3
+GROUPS = ("aligned", "top", "all")
+KEYS = [f"{group}/{name}" for group in ("alignment_mknn", "alignment_mknn_image") for name in GROUPS]
+
+
+def held_out(n=16, **kwargs):
+    return image_dataset(**{"n": n, "seed": 7, "with_features": 8, **kwargs})
+
+
+def monitored_steps(run, key="alignment_mknn/all"):
+    return [entry["step"] for entry in run.state.log_history if key in entry]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Three steps, measured before the first, after the second and after the last."""
+    monitor = AlignmentMonitorCallback(held_out(), every=2, num_samples=14)
+    run = trainer(tmp_path_factory.mktemp("run"), max_steps=3, learning_rate=1e-2, callbacks=[monitor])
+    run.train()
+    return run
+
+
+class TestValues:
+    def test_when(self, run):
+        for key in KEYS:
+            assert monitored_steps(run, key) == [0, 2, 3]
+
+    def test_logged_values_are_means_of_what_rank_heads_gives(self, run):
+        """After the last step, the model is the one in memory."""
+        collator = DataCollatorForVisionLanguageModeling(run.processing_class, completion_only_loss=True)
+        top = run.head_ranking.select("top", 3)
+        for group, data_collator in (("alignment_mknn", None), ("alignment_mknn_image", collator)):
+            ranking = rank_heads(
+                run.model, run.processing_class, held_out(), K, 14, progress=False, data_collator=data_collator
+            )
+            expected = {"aligned": run.aligned_heads, "top": top, "all": ranking.heads()}
+            for name, heads in expected.items():
+                mean = torch.stack([ranking.scores[head.layer, head.head] for head in heads]).mean().item()
+                assert logged(run, f"{group}/{name}")[-1] == pytest.approx(mean, abs=1e-6)
+
+    def test_kept_as_rankings(self, run):
+        kept = read_run(run.args.output_dir)
+        assert {context: list(steps) for context, steps in kept.monitored.items()} == {
+            "text": [0, 2, 3],
+            "image": [0, 2, 3],
+        }
+        for context, group in (("text", "alignment_mknn"), ("image", "alignment_mknn_image")):
+            means = [kept.monitored[context][step].scores.mean().item() for step in (0, 2, 3)]
+            assert logged(run, f"{group}/all") == pytest.approx(means, abs=1e-6)
+            first, last = kept.before_after(context)
+            assert (first.context, first.k, first.num_samples) == (context, K, 14)
+            assert not torch.equal(first.scores, last.scores)  # the model was trained
+
+    def test_losses_are_logged_at_every_step_as_without(self, run, tmp_path):
+        plain = trainer(tmp_path, max_steps=3, learning_rate=1e-2)
+        plain.train()
+        for name in ("loss", "lm_loss", "alignment_loss", "temperature", "grad_norm", "entropy"):
+            assert logged(run, name) == logged(plain, name)
+        assert_same_parameters(parameters(run.model), parameters(plain.model))
+
+
+class Drawing:
+    """A collator that draws from every random state, as one that augments images would."""
+
+    def __init__(self, processor):
+        self.inner = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+
+    def __call__(self, rows):
+        random.random(), np.random.rand(), torch.rand(1)
+        return self.inner(rows)
+
+
+class Draws(TrainerCallback):
+    """Keeps a number from each random state at the end of each step."""
+
+    def __init__(self):
+        self.numbers = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.numbers.append((random.random(), np.random.rand(), torch.rand(1).item()))
+
+
+class TestSameTraining:
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_bit_for_bit(self, tmp_path, checkpointing):
+        """With dropout, whole steps of two micro-batches, logging every other step and a collator that draws."""
+
+        def train(folder, *callbacks):
+            model, processor = build_vlm("llava", attention_dropout=0.2)
+            draws = Draws()
+            run = HeRATrainer(
+                model,
+                config(
+                    folder,
+                    max_steps=4,
+                    gradient_accumulation_steps=2,
+                    logging_steps=2,
+                    gradient_checkpointing=checkpointing,
+                    learning_rate=1e-2,
+                ),
+                train_dataset=image_dataset(n=48, with_features=8),
+                data_collator=Drawing(processor),
+                processing_class=processor,
+                peft_config=LoraConfig(target_modules="all-linear", lora_dropout=0.2),
+                callbacks=[*callbacks, draws],
+            )
+            run.train()
+            return run, draws.numbers
+
+        plain, drawn = train(tmp_path / "plain")
+        watched, drawn_too = train(tmp_path / "watched", AlignmentMonitorCallback(held_out(), every=1))
+        assert monitored_steps(watched) == [0, 1, 2, 3, 4]
+        for name in ("loss", "lm_loss", "alignment_loss", "temperature", "grad_norm"):
+            assert len(logged(plain, name)) == 2 and logged(watched, name) == logged(plain, name)
+        assert drawn == drawn_too
+        assert_same_parameters(parameters(watched.model), parameters(plain.model))
+
+    def test_leaves_the_model_as_it_was(self, tmp_path):
+        states = []
+
+        class Modes(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                hooks = [[*m._forward_hooks, *m._forward_pre_hooks] for m in model.modules()]
+                modes = [m.training for m in model.modules()]
+                states.append((modes, hooks, [p.requires_grad for p in model.parameters()], torch.is_grad_enabled()))
+
+        callbacks = [Modes(), AlignmentMonitorCallback(held_out(), every=1), Modes()]
+        run = trainer(tmp_path, max_steps=1, peft_config=LoraConfig(target_modules="all-linear"), callbacks=callbacks)
+        run.train()
+        before, after = states
+        assert before == after and any(before[0])
+
+
+class TestUse:
+    def test_by_config_on_the_evaluation_data(self, tmp_path):
+        run = trainer(
+            tmp_path,
+            max_steps=2,
+            monitor_steps=1,
+            monitor_num_samples=12,
+            eval_dataset=held_out(),
+            eval_strategy="epoch",
+        )
+        run.train()
+        assert monitored_steps(run) == [0, 1, 2]
+        assert read_run(tmp_path).monitored["image"][2].num_samples == 12
+
+    def test_teachers_vectors_are_computed_once(self, tmp_path, monkeypatch):
+        seen = []
+        original = VisionTeacher.encode
+
+        def encode(self, images, **kwargs):
+            seen.append(len(images))
+            return original(self, images, **kwargs)
+
+        monkeypatch.setattr(VisionTeacher, "encode", encode)
+        teacher = save_tiny_dinov2(tmp_path / "teacher")
+        rows = {"dataset": image_dataset(n=24), "eval_dataset": held_out(with_features=None), "teacher": teacher}
+        for folder in ("a", "b"):
+            run = trainer(tmp_path / folder, max_steps=2, monitor_steps=1, **rows)
+            run.train()
+        assert sum(seen) == 24 + 16
+        assert read_run(tmp_path / "a").monitored["text"][0].teacher == "teacher"
+
+    def test_with_a_stream_as_training_data(self, tmp_path):
+        rows = image_dataset(n=24, with_features=8).to_iterable_dataset()
+        run = trainer(tmp_path, dataset=rows, max_steps=2, callbacks=[AlignmentMonitorCallback(held_out(), every=2)])
+        run.train()
+        assert monitored_steps(run) == [0, 2]
+
+    def test_control_run_without_alignment(self, tmp_path):
+        """The heads of another run are watched while SFTTrainer's loss alone is trained."""
+        run = trainer(
+            tmp_path,
+            max_steps=2,
+            alignment_weight=0.0,
+            aligned_heads=["L0H1"],
+            monitor_steps=2,
+            eval_dataset=held_out(),
+        )
+        run.train()
+        assert monitored_steps(run, "alignment_mknn_image/aligned") == [0, 2]
+        kept = read_run(tmp_path)
+        assert logged(run, "alignment_mknn/aligned")[1] == pytest.approx(
+            kept.monitored["text"][2].score(AttentionHead(0, 1)), abs=1e-6
+        )
+        assert not logged(run, "alignment_loss")
+
+    def test_one_context_and_other_settings(self, tmp_path):
+        monitor = AlignmentMonitorCallback(held_out(), every=5, contexts=["image"], num_samples=10, k=2, heads=["L2H0"])
+        run = trainer(tmp_path, max_steps=1, callbacks=[monitor])
+        run.train()
+        assert not logged(run, "alignment_mknn/all")
+        kept = read_run(tmp_path).monitored
+        assert list(kept) == ["image"] and kept["image"][1].k == 2
+        assert logged(run, "alignment_mknn_image/aligned")[1] == pytest.approx(
+            kept["image"][1].score(AttentionHead(2, 0)), abs=1e-6
+        )
+
+    def test_plain_text_in_a_column_of_another_name(self, tmp_path):
+        def plain(rows):
+            texts = [f"<image> {completion[0]['content']}" for completion in rows["completion"]]
+            return rows.remove_columns(["prompt", "completion"]).add_column("caption", texts)
+
+        run = trainer(
+            tmp_path,
+            dataset=plain(image_dataset(n=24, with_features=8)),
+            max_steps=1,
+            dataset_text_field="caption",
+            monitor_steps=1,
+            eval_dataset=plain(held_out()),
+        )
+        run.train()
+        assert monitored_steps(run, "alignment_mknn_image/all") == [0, 1]
+
+    def test_measured_at_the_end_of_a_run_that_is_stopped(self, tmp_path):
+        class Stop(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                control.should_training_stop = state.global_step == 2
+
+        callbacks = [AlignmentMonitorCallback(held_out(), every=100), Stop()]
+        run = trainer(tmp_path, max_steps=4, callbacks=callbacks)
+        run.train()
+        assert monitored_steps(run) == [0, 2]
+
+
+class TestResuming:
+    SETTINGS = {"save_strategy": "steps", "save_steps": 2, "monitor_steps": 1, "learning_rate": 1e-2}
+
+    def train(self, folder, resume=None, **kwargs):
+        run = trainer(folder, eval_dataset=held_out(), **{"max_steps": 4, **self.SETTINGS, **kwargs})
+        run.train(resume_from_checkpoint=resume)
+        return run
+
+    def test_steps_after_the_checkpoint_are_measured_again(self, tmp_path):
+        whole = self.train(tmp_path)
+        before = read_run(tmp_path)
+        marked = tmp_path / "alignment_monitor" / "step-00000000-text.json"
+        HeadRanking(**{**vars(before.monitored["text"][0]), "teacher": "kept"}).save(marked)
+        resumed = self.train(tmp_path, resume=str(tmp_path / "checkpoint-2"), max_steps=3)
+        after = read_run(tmp_path)
+        for context in ("text", "image"):
+            assert list(after.monitored[context]) == [0, 1, 2, 3]
+            for step, ranking in after.monitored[context].items():
+                assert torch.equal(ranking.scores, before.monitored[context][step].scores)
+        assert after.monitored["text"][0].teacher == "kept"
+        assert monitored_steps(resumed) == [0, 1, 2, 3]
+        for key in KEYS:
+            assert logged(resumed, key) == logged(whole, key)[:4]
+        assert after.record["resumed_from"] == "checkpoint-2"
+        assert after.log_history == resumed.state.log_history
+
+    def test_new_run_forgets_the_old_one(self, tmp_path):
+        self.train(tmp_path)
+        self.train(tmp_path, max_steps=1, monitor_steps=5, save_strategy="no")
+        assert {context: list(steps) for context, steps in read_run(tmp_path).monitored.items()} == {
+            "text": [0, 1],
+            "image": [0, 1],
+        }
+
+    def test_added_in_the_middle(self, tmp_path):
+        self.train(tmp_path, monitor_steps=None)
+        run = self.train(tmp_path, resume=str(tmp_path / "checkpoint-2"))
+        assert monitored_steps(run) == [2, 3, 4]
+
+
+class TestRefused:
+    def test_without_evaluation_data(self, tmp_path):
+        with pytest.raises(ValueError, match=r"`monitor_steps`.*no `eval_dataset`"):
+            trainer(tmp_path, monitor_steps=2)
+
+    def test_several_data_sets(self, tmp_path):
+        with pytest.raises(ValueError, match=r"dictionary of data sets \('a', 'b'\).*name the one"):
+            trainer(tmp_path, monitor_steps=2, eval_dataset={"a": held_out(), "b": held_out()})
+
+    def test_a_stream(self, tmp_path):
+        with pytest.raises(ValueError, match=r"`eval_dataset` is a stream.*Dataset\.from_list"):
+            trainer(tmp_path, monitor_steps=2, eval_dataset=held_out().to_iterable_dataset())
+
+    def test_data_without_images(self, tmp_path):
+        run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(image_dataset(fmt="text"))])
+        with pytest.raises(ValueError, match="`dataset` has no column `image`"):
+            run.train()
+
+    def test_too_few_samples(self, tmp_path):
+        run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(held_out(), num_samples=4)])
+        with pytest.raises(ValueError, match=r"`num_samples` \(4\) must be at least k \+ 2 = 5"):
+            run.train()
+        rows = concatenate_datasets([held_out(4)] * 3)
+        run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(rows)])
+        with pytest.raises(ValueError, match="4 samples with distinct images"):
+            run.train()
+
+    def test_unknown_heads(self, tmp_path):
+        run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(held_out(), heads=["L9H0"])])
+        with pytest.raises(ValueError, match="no attention head L9H0"):
+            run.train()
+
+    def test_two_monitors(self, tmp_path):
+        run = trainer(tmp_path, monitor_steps=2, eval_dataset=held_out())
+        run.callback_handler.callbacks.append(AlignmentMonitorCallback(held_out()))
+        with pytest.raises(ValueError, match="more than one `AlignmentMonitorCallback`"):
+            run.train()
+
+    @pytest.mark.parametrize("settings", [{"contexts": ["pixels"]}, {"contexts": []}, {"contexts": "text"}])
+    def test_contexts(self, settings):
+        with pytest.raises(ValueError, match=r"^`contexts` must be a sequence of 'text' and 'image'"):
+            AlignmentMonitorCallback(held_out(), **settings)
+
+    @pytest.mark.parametrize("name", ["every", "k"])
+    def test_numbers(self, name):
+        with pytest.raises(ValueError, match=f"^`{name}` must be at least 1, got 0"):
+            AlignmentMonitorCallback(held_out(), **{name: 0})
+
+    def test_other_trainers(self, tmp_path):
+        model, processor = build_vlm("llava")
+        run = SFTTrainer(
+            model,
+            SFTConfig(**sft_args(tmp_path, max_steps=1)),
+            train_dataset=image_dataset(),
+            processing_class=processor,
+            callbacks=[AlignmentMonitorCallback(held_out())],
+        )
+        with pytest.raises(ValueError, match="works with `HeRATrainer`"):
+            run.train()

@@ -1,0 +1,233 @@
+"""`push_to_hub` with the real client against a small server: what is uploaded, and what is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import USER, running
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, PeftModel
+from runs import config, trainer
+from safetensors.torch import load_file
+from tiny import image_dataset, save_vlm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hera_trainer import HeRATrainer
+from hera_trainer.publishing import publishable_files, push_folder
+from hera_trainer.run_record import read_run
+
+REPO = f"{USER}/aligned"
+TOKEN = "hf_write"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with running(monkeypatch) as server:
+        yield server
+
+
+def adapter_run(tmp_path, **kwargs):
+    """A LoRA run on a base model in a local folder, with everything in its own folder that may lie there."""
+    base = save_vlm("llava", tmp_path / "the-base")
+    return HeRATrainer(
+        base,
+        config(tmp_path / "out", **{"max_steps": 2, "hub_token": TOKEN, **kwargs}),
+        train_dataset=image_dataset(n=24, with_features=8),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+
+
+def assert_private(contents: dict[str, bytes], *folders: Path) -> None:
+    """Nowhere an access token, a folder of this machine, or a pickled object that could hold them."""
+    for name, content in contents.items():
+        for secret in (TOKEN, os.getcwd(), str(Path.home()), *map(str, folders)):
+            assert secret.encode() not in content, (name, secret)
+        assert Path(name).name != "training_args.bin"
+
+
+def push_with_warning(run, **kwargs):
+    with pytest.warns(UserWarning, match="base model of this adapter is a local folder"):
+        return run.push_to_hub(**kwargs)
+
+
+class TestAdapter:
+    def test_what_is_uploaded(self, hub, tmp_path):
+        hub.chunk_size = 10_000  # the adapter goes in several parts
+        run = adapter_run(tmp_path, save_strategy="steps", save_steps=1, hub_model_id="aligned")
+        out = tmp_path / "out"
+        run.train()
+        for name in ("runs/now/events.out.tfevents.0", "teacher_features.arrow", ".env", "train.log", "notes.py"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(f"{tmp_path} {TOKEN}")
+        info = push_with_warning(run)
+        files = hub.repos[REPO]
+        assert set(files) == {
+            *("README.md", "adapter_config.json", "adapter_model.safetensors", "head_ranking.json", "hera/heads.png"),
+            *("hera_run.json", "trainer_state.json"),
+            *("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+        }
+        assert_private(files, tmp_path)
+        assert_private({str(i): body for i, body in enumerate(hub.received)}, tmp_path)
+        assert len(hub.parts) > 1
+        assert files["adapter_model.safetensors"] == (out / "adapter_model.safetensors").read_bytes()
+        assert files["README.md"] == (out / "README.md").read_bytes()
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "the-base"
+        here = json.loads((out / "adapter_config.json").read_text())
+        assert here["base_model_name_or_path"] == str(tmp_path / "the-base")  # which loads, here
+        assert info.commit_url.startswith(f"{hub.url}/{REPO}/commit/")
+        assert hub.commits[REPO] == ["initial commit", "End of training"]
+
+    def test_a_stranger_loads_it(self, hub, tmp_path):
+        run = adapter_run(tmp_path, hub_model_id="aligned")
+        run.train()
+        push_with_warning(run)
+        folder = HfApi(endpoint=hub.url).snapshot_download(REPO, cache_dir=tmp_path / "cache")
+        base = AutoModelForImageTextToText.from_pretrained(tmp_path / "the-base")
+        model = PeftModel.from_pretrained(base, folder).eval()
+        processor = AutoProcessor.from_pretrained(folder)
+        image = image_dataset(1)[0]["images"][0]
+        inputs = processor(text=["<image>\nwhat is it?"], images=[image], return_tensors="pt")
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, run.model.eval()(**inputs).logits)
+        assert read_run(folder).aligned_heads == run.aligned_heads  # and can make a report of the run
+
+    def test_arguments(self, hub, tmp_path):
+        """As in `Trainer`: token, visibility, branch, message, names for the card, a future."""
+        run = adapter_run(tmp_path, hub_token=None)
+        run.prepare_alignment()
+        future = push_with_warning(
+            run, commit_message="hello", token=TOKEN, private=True, blocking=False, tags="mine", license="mit"
+        )
+        future.result(timeout=60)
+        assert hub.commits[f"{USER}/out"][-1] == "hello"
+        assert hub.visibility[f"{USER}/out"] == "private"
+        card = ModelCard(hub.repos[f"{USER}/out"]["README.md"].decode())
+        assert card.data.license == "mit" and "mine" in card.data.tags
+        push_with_warning(run, dataset_name="somebody/pictures")
+        card = ModelCard(hub.repos[f"{USER}/out"]["README.md"].decode())
+        assert card.data.license == "mit" and card.data.datasets == ["somebody/pictures"]
+
+    def test_from_disk(self, hub, tmp_path):
+        """What a run left behind is published without its trainer, as its trainer would."""
+        run = adapter_run(tmp_path, hub_model_id=REPO)
+        run.train()
+        run.save_model()
+        with pytest.warns(UserWarning, match="local folder"):
+            push_folder(tmp_path / "out", REPO, private=True)
+        first = dict(hub.repos[REPO])
+        push_with_warning(run)
+        assert first == hub.repos[REPO]
+        assert hub.commits[REPO] == ["initial commit", "Upload model"]  # there was nothing left to commit
+        with pytest.raises(ValueError, match="neither a model nor an adapter"):
+            push_folder(tmp_path, REPO)
+
+
+class TestWholeModel:
+    def test_what_is_uploaded(self, hub, tmp_path):
+        run = trainer(tmp_path / "out", max_steps=1, hub_model_id="aligned")
+        run.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            run.push_to_hub()
+        files = hub.repos[REPO]
+        assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} < set(files)
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+        assert_private(files, tmp_path)
+        assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    def test_without_alignment(self, hub, tmp_path):
+        """SFTTrainer's card, and no more private things than with alignment."""
+        run = trainer(tmp_path / "out", max_steps=1, alignment_weight=0.0, hub_model_id="aligned", hub_token=TOKEN)
+        run.train()
+        run.push_to_hub()
+        files = hub.repos[REPO]
+        assert b"It has been trained using [TRL]" in files["README.md"]
+        assert "model.safetensors" in files and "head_ranking.json" not in files
+        assert_private(files, tmp_path)
+
+
+class TestWhileTraining:
+    def test_end(self, hub, tmp_path):
+        run = adapter_run(
+            tmp_path, push_to_hub=True, hub_model_id=REPO, hub_strategy="end", save_strategy="steps", save_steps=1
+        )
+        run.train()
+        assert hub.commits[REPO] == ["initial commit"]
+        with pytest.warns(UserWarning, match="local folder"):
+            run.save_model()
+        assert hub.commits[REPO][1:] == ["Model save"]
+        assert "hera/heads.png" in hub.repos[REPO]
+
+    def test_every_save(self, hub, tmp_path):
+        run = adapter_run(
+            tmp_path,
+            **{"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": "every_save", "hub_always_push": True},
+            **{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1},
+        )
+        run.train()
+        assert hub.commits[REPO][1:] == ["Training in progress, step 1", "Training in progress, step 2"]
+        files = hub.repos[REPO]
+        assert not [name for name in files if "checkpoint" in name or name.endswith(".pt")]
+        assert_private(files, tmp_path)
+        last = tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors"
+        assert files["adapter_model.safetensors"] == last.read_bytes()
+
+    @pytest.mark.parametrize(("strategy", "folder"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", None)])
+    def test_checkpoints(self, hub, tmp_path, strategy, folder):
+        """A checkpoint with its optimizer, since that is what the strategy asks for, and still nothing private."""
+        run = adapter_run(
+            tmp_path,
+            **{"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": strategy},
+            **{"save_strategy": "steps", "save_steps": 2},
+        )
+        run.train()
+        files = hub.repos[REPO]
+        prefix = f"{folder or 'checkpoint-2'}/"
+        names = {name.removeprefix(prefix) for name in files if name.startswith(prefix)}
+        assert {"optimizer.pt", "trainer_state.json", "hera_state.json", "hera_complete"} < names
+        assert "training_args.bin" not in names and "README.md" not in names
+        assert_private(files, tmp_path)
+        hub.repos[REPO] = {name: content for name, content in files.items() if name.startswith(prefix)}
+        copy = HfApi(endpoint=hub.url).snapshot_download(REPO, cache_dir=tmp_path / "cache")
+        resumed = adapter_run(tmp_path / "elsewhere", max_steps=3)
+        resumed.train(resume_from_checkpoint=str(Path(copy, prefix)))
+        assert resumed.state.global_step == 3 and resumed.aligned_heads == run.aligned_heads
+
+
+class TestFiles:
+    def test_paths_and_tokens(self, tmp_path):
+        folder = tmp_path / "run"
+        (folder / "_private").mkdir(parents=True)
+        (folder / "alignment_monitor").mkdir()
+        (folder / "_private" / "a.json").write_text("{}")
+        cached = "/data/hub/models--Org--Model-2B/snapshots/0123abcd"
+        content = {"base": str(tmp_path / "models" / "mine"), "cached": cached, "note": f"see {tmp_path}/run/x"}
+        content |= {"home": "~/models/other", "name": "Org/Model", "template": "a/b\n{{ c }}", "slash": "/", "n": [1.5]}
+        (folder / "config.json").write_text(json.dumps(content))
+        (folder / "tokenizer.json").write_text(json.dumps({"/usr/bin": 1}))
+        (folder / "extra.json").write_text('{"key": "hf_secret"}')
+        (folder / "broken.json").write_text("{")
+        (folder / "alignment_monitor" / "step-00000001-text.json").write_text("{}")
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.warns(UserWarning, match=r"extra\.json' holds an access token"):
+            files = publishable_files(folder, ["hf_secret"])
+        names = {"config.json", "tokenizer.json", "broken.json", "alignment_monitor/step-00000001-text.json"}
+        assert set(files) == names
+        changed = {"base": "mine", "cached": "Org/Model-2B", "note": "see .../x", "home": "other"}
+        assert json.loads(files["config.json"]) == {**content, **changed}
+        assert files["tokenizer.json"] == b'{"/usr/bin": 1}'
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    def test_weights(self, hub, tmp_path):
+        """Large files are streamed from disk, not read into memory."""
+        run = adapter_run(tmp_path)
+        run.prepare_alignment()
+        run.save_model()
+        files = publishable_files(tmp_path / "out")
+        assert files["adapter_model.safetensors"] == tmp_path / "out" / "adapter_model.safetensors"
+        assert load_file(files["adapter_model.safetensors"])
