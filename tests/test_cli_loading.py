@@ -189,14 +189,14 @@ def test_four_bit(base):
 def test_four_bit_under_an_adapter_with_whole_modules(base, tmp_path):
     """Modules that the adapter trained in full are not quantized: they are taken from it as they are."""
     pytest.importorskip("bitsandbytes")
-    model = adapted(base, modules_to_save=["multi_modal_projector"])
+    model = adapted(base, modules_to_save=["merger"])
     with torch.no_grad():
-        for parameter in model.base_model.model.model.multi_modal_projector.parameters():
+        for parameter in model.base_model.model.model.visual.merger.parameters():
             parameter.add_(1.0)
     model.save_pretrained(tmp_path)
     loaded, _ = load_model(tmp_path, base_model=base, load_in_4bit=True)
-    expected = model.base_model.model.model.multi_modal_projector.modules_to_save.state_dict()
-    found = loaded.base_model.model.model.multi_modal_projector.modules_to_save.state_dict()
+    expected = model.base_model.model.model.visual.merger.modules_to_save.state_dict()
+    found = loaded.base_model.model.model.visual.merger.modules_to_save.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].float(), expected[name].float()) for name in expected)
     projection = loaded.base_model.model.model.language_model.layers[0].self_attn.o_proj
