@@ -217,7 +217,11 @@ def export_commands(
     target = merged or model
     lines = ["#!/usr/bin/env bash", "set -euo pipefail", ""]
     if merged is not None:
-        lines += ["# Most models of the harness take no adapter.", shlex.join(["hera", "merge", model, merged]), ""]
+        lines += [
+            "# Most models of the harness take no adapter. A second time, add --overwrite.",
+            shlex.join(["hera", "merge", model, merged]),
+            "",
+        ]
     write = _lmms_eval if harness == "lmms-eval" else _vlmevalkit
     lines += write(target, model_type, runnable, output)
     notes = [f"# {b.name}: {b.note}" for b in benchmarks if b.note and _concerns(b, harness)]

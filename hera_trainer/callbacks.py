@@ -270,8 +270,10 @@ class AlignmentMonitorCallback(TrainerCallback):
         return inner([collatable(row, inner) for row in own])
 
     def _teacher_name(self) -> str:
-        teacher = self._trainer._teacher if self.teacher is None else self.teacher
-        return teacher.name if isinstance(teacher, VisionTeacher) else str(teacher)
+        if self.teacher is None:
+            own = self.dataset is not None and TEACHER_COLUMN in self.dataset.column_names
+            return "" if own else self._trainer.teacher_name
+        return self.teacher.name if isinstance(self.teacher, VisionTeacher) else self.teacher
 
     def _named_heads(self, trainer: Any) -> list[AttentionHead]:
         return [AttentionHead.parse(str(head)) for head in self.heads or trainer.args.aligned_heads or ()]
@@ -346,19 +348,24 @@ class WatchingMixin(_Base):
     args: HeRAConfig
     model: Any
     aligned_heads: list[AttentionHead] | None
+    teacher_name: Any
     _run_record: RunRecordCallback | None = None
 
     def _init_watching(self) -> None:
         if self.args.monitor_steps is not None:
             monitor = AlignmentMonitorCallback(every=self.args.monitor_steps, num_samples=self.args.monitor_num_samples)
-            monitor.check(self)
             self.add_callback(monitor)
+        for monitor in self._monitors():  # before the teacher has worked for hours
+            monitor.check(self)
         if self.args.alignment_weight > 0 or self.args.monitor_steps is not None:
             self._run_record = RunRecordCallback()
             self.add_callback(self._run_record)
 
+    def _monitors(self) -> list[AlignmentMonitorCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, AlignmentMonitorCallback)]
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        monitors = [c for c in self.callback_handler.callbacks if isinstance(c, AlignmentMonitorCallback)]
+        monitors = self._monitors()
         if len(monitors) > 1:
             raise ValueError(
                 "The trainer has more than one `AlignmentMonitorCallback`, and their measurements would replace each "
@@ -375,6 +382,7 @@ class WatchingMixin(_Base):
         if self._run_record is not None:
             self._run_record.dataset = self.train_dataset
             self._run_record.aligned_heads = self.aligned_heads or ()
+            self._run_record.teacher = self.teacher_name
             self._run_record.resumed_from = checkpoint
         if self.is_world_process_zero():
             forget_measurements(str(self.args.output_dir), -1 if checkpoint is None else _step_of(checkpoint))

@@ -71,6 +71,7 @@ class CheckpointMixin(_Base):
     _contrast: Contrast
     _temperature: TemperatureCallback
     _rotates_itself = False
+    _best_step: int | None = None  # of which step the weights are, where training ended with loading the best ones
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -120,6 +121,7 @@ class CheckpointMixin(_Base):
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+        self._best_step = self.state.best_global_step
 
     @property
     def _loads_whole_model(self) -> bool:

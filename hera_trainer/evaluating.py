@@ -30,6 +30,7 @@ class EvaluationMixin(_Base):
     _teacher_width: int
     _capture: HeadCapture | None
     _eval_pools: EvalPools | None
+    _train_batch_size: int
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.prepare_alignment()
@@ -52,7 +53,9 @@ class EvaluationMixin(_Base):
         loop_args = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._capture is None or self.criterion is None:
             return super().evaluation_loop(*loop_args)
-        pools = self._eval_pools = EvalPools(self.criterion, self.args.pool_size(), self.accelerator)
+        # As large as in training, also where `auto_find_batch_size` has found a smaller one.
+        size = self.args.pool_size(self._train_batch_size // max(1, self.args.n_gpu))
+        pools = self._eval_pools = EvalPools(self.criterion, size, self.accelerator)
         try:
             with self._capture.attached():
                 output = super().evaluation_loop(*loop_args)

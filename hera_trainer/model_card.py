@@ -99,6 +99,19 @@ def write_model_card(
     card.save(path)
 
 
+def is_own_text(path: Path) -> bool:
+    """Whether a card is there whose text neither a trainer nor PEFT wrote.
+
+    Args:
+        path (`Path`): Where the card is, if there is one.
+    """
+    if not path.is_file():
+        return False
+    card = path.read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"\A---\n.*?^---\s*$", "", card, count=1, flags=re.DOTALL | re.MULTILINE)
+    return bool(text.strip()) and "generated_from_trainer" not in card and "[More Information Needed]" not in card
+
+
 def _written_by_hand(path: Path) -> dict[str, Any]:
     """What a card that is there already says of licence and language."""
     if not path.is_file():
@@ -158,6 +171,8 @@ def _heads(trainer: HeRATrainer, folder: Path) -> dict[str, Any]:
         return {"heads": []}
     monitored: dict[str, dict[int, HeadRanking]] = {}
     for step, context, path in measurements(folder):
+        if trainer._best_step is not None and step > trainer._best_step:
+            continue  # of weights that were given up for better ones
         monitored.setdefault(context, {})[step] = HeadRanking.load(path)
     run = RunRecord(folder, {}, [], ranking, monitored)
     changes = {context: pair for context in CONTEXTS if (pair := run.before_after(context)) is not None}
@@ -267,10 +282,11 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
     learned = f"learned ({trainer.criterion.temperature:.4g} now)" if args.learn_temperature else "fixed"
     selection = "named" if args.aligned_heads is not None else args.head_selection
     m = len(args.aligned_heads) if args.aligned_heads is not None else args.num_aligned_heads
-    pool = args.pool_size()
-    parts = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
+    batch_size = _micro_batch_size(trainer)
+    pool = args.pool_size(batch_size)
+    parts = f"{batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
     if args.contrast_scope == "micro_batch":
-        parts = f"{args.per_device_train_batch_size} x {args.world_size}"
+        parts = f"{batch_size} x {args.world_size}"
     queue = f", and {args.queue_size} past ones" if args.queue_size else ""
     teacher = _teacher(trainer)
     is_large_dinov2 = "dinov2" in teacher.lower() and "large" in teacher.lower() and "reg" not in teacher.lower()
@@ -300,11 +316,13 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
     return [[name, value if same else f"**{value}**", paper] for name, value, paper, same in rows]
 
 
+def _micro_batch_size(trainer: HeRATrainer) -> int:
+    """What a device takes at a time: with `auto_find_batch_size`, not what was asked for."""
+    return trainer._train_batch_size // max(1, trainer.args.n_gpu)
+
+
 def _teacher(trainer: HeRATrainer) -> str:
-    if trainer._brings_vectors:
-        return "vectors that came with the data"
-    teacher = trainer._teacher
-    return shown_name(teacher if isinstance(teacher, str) else teacher.name)
+    return shown_name(trainer.teacher_name) or "vectors that came with the data"
 
 
 def _training(trainer: HeRATrainer) -> dict[str, str]:
@@ -312,7 +330,7 @@ def _training(trainer: HeRATrainer) -> dict[str, str]:
     args, state = trainer.args, trainer.state
     lines = {
         "Steps": f"{state.global_step} of {state.max_steps}" if state.max_steps > 0 else f"{state.global_step}",
-        "Batch": f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
+        "Batch": f"{_micro_batch_size(trainer)} a device x {args.gradient_accumulation_steps} accumulated x "
         f"{args.world_size} device{'s' if args.world_size > 1 else ''}",
         "Learning rate": f"{args.learning_rate:g}, {_value(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}",
         "Optimizer": f"{_value(args.optim)}, weight decay {args.weight_decay:g}",
@@ -321,6 +339,8 @@ def _training(trainer: HeRATrainer) -> dict[str, str]:
     }
     if state.epoch:
         lines["Steps"] += f" ({state.epoch:.3g} epochs)"
+    if trainer._best_step is not None:
+        lines["Steps"] += f"; the weights are those of step {trainer._best_step}, the best in evaluation"
     losses = [entry["lm_loss"] for entry in state.log_history if "lm_loss" in entry]
     if losses:
         lines["Language-model loss"] = f"{losses[0]:.4g} when first logged, {losses[-1]:.4g} when last"

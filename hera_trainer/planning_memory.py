@@ -252,6 +252,8 @@ class StepMemory:
     def alignment(self, size: int) -> dict[str, int]:
         """Device memory that head alignment adds, with micro-batches of `size` samples."""
         settings = self.settings
+        if not settings.alignment_weight:
+            return {}
         return alignment_bytes(
             heads=settings.num_heads,
             pool=settings.pool_size(size) - settings.queue_size,

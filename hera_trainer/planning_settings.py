@@ -26,6 +26,7 @@ class RunSettings:
         per_device_train_batch_size (`int`, *optional*, defaults to `8`): Samples of a micro-batch.
         gradient_accumulation_steps (`int`, *optional*, defaults to `4`): Micro-batches of an optimizer step.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are recomputed.
+        alignment_weight (`float`, *optional*, defaults to `0.01`): Weight of the alignment loss; 0 plans SFTTrainer.
         contrast_scope (`str`, *optional*, defaults to `"step"`): Which samples are compared.
         queue_size (`int`, *optional*, defaults to `0`): Past samples that join.
         num_neighbors (`int`, *optional*, defaults to `10`): Neighbours k.
@@ -50,6 +51,7 @@ class RunSettings:
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 4
     gradient_checkpointing: bool = True
+    alignment_weight: float = 0.01
     contrast_scope: str = "step"
     queue_size: int = 0
     num_neighbors: int = 10
@@ -67,8 +69,9 @@ class RunSettings:
         least = dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_neighbors"), 1)
         least |= dict.fromkeys(("num_aligned_heads", "processes", "teacher_dim", "text_tokens", "lora_r"), 1)
         for name, bound in {**least, "queue_size": 0}.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"`{name}` must be at least {bound}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < bound:
+                raise ValueError(f"`{name}` must be a whole number of at least {bound}, got {value!r}.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {self.dtype!r}.")
         if self.load_in_4bit and not self.use_peft:
@@ -94,7 +97,7 @@ class RunSettings:
     @property
     def has_first_pass(self) -> bool:
         """Whether each step begins with a pass of its own that reads the heads."""
-        return self.contrast_scope == "step" and self.gradient_accumulation_steps > 1
+        return bool(self.alignment_weight) and self.contrast_scope == "step" and self.gradient_accumulation_steps > 1
 
     @property
     def least_pool(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .checkpoints import STATE_FILE
-from .redaction import public_name
+from .redaction import holds_secret, public_name
 from .run_record import MONITOR_FOLDER
 
 CARD_FILE = "README.md"
@@ -114,7 +114,8 @@ def _without_private(files: dict[str, Path], folder: Path, secrets: Sequence[str
         content = path.read_bytes()
         if path.suffix == ".json" and path.name not in _VOCABULARIES:
             content = _cleaned(content, folders)
-        if any(secret.encode() in content for secret in secrets):
+        unknown = path.name not in _VOCABULARIES and holds_secret(content.decode(errors="replace"))
+        if unknown or any(secret.encode() in content for secret in secrets):
             warnings.warn(f"{str(path)!r} holds an access token and is not uploaded. Remove it there.", stacklevel=4)
             continue
         found[name] = content

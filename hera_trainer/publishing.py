@@ -24,11 +24,9 @@ from trl import SFTTrainer
 
 from .checkpoints import RANKING_FILE
 from .config import HeRAConfig
-from .data import TEACHER_COLUMN
 from .loss import HeRALoss
-from .model_card import write_model_card
+from .model_card import is_own_text, write_model_card
 from .published_files import CARD_FILE, PLOTS_FOLDER, checkpoint_files, is_local, publishable_files, shown_name
-from .streaming import NumberedStream
 from .version import __version__
 
 logger = get_logger(__name__)
@@ -129,7 +127,6 @@ class PublishingMixin(_Base):
     criterion: HeRALoss | None
     train_dataset: Any
     push_in_progress: Any
-    _brings_vectors = False
     _checkpoint_to_push: Path | None = None
 
     @cached_property
@@ -139,13 +136,6 @@ class PublishingMixin(_Base):
     @property
     def _repo_name(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-
-    def _attach_teacher_features(self) -> None:
-        columns = getattr(self.train_dataset, "column_names", None)  # that of a stream may be None
-        self._brings_vectors = TEACHER_COLUMN in (columns or ())
-        super()._attach_teacher_features()  # type: ignore[misc]
-        if isinstance(self.train_dataset, NumberedStream):
-            self._brings_vectors = self.train_dataset.has_vectors
 
     def create_model_card(  # type: ignore[override]  # as TRL's, which takes other arguments than Trainer's
         self,
@@ -174,16 +164,23 @@ class PublishingMixin(_Base):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        here, there = Path(str(self.args.output_dir)), Path(output_dir or str(self.args.output_dir))
+        keeps_card = is_own_text(there / CARD_FILE)  # before PEFT adds to it
         super().save_model(output_dir, _internal_call)
         # What pushes and checkpoints save gets its card from them. Here, PEFT has left a blank form.
-        if self.criterion is None or _internal_call or not self.is_world_process_zero():
+        if self.criterion is None or _internal_call or keeps_card or not self.is_world_process_zero():
             return
-        self.create_model_card(model_name=self._repo_name.split("/")[-1])
-        here, there = Path(str(self.args.output_dir)), Path(output_dir or str(self.args.output_dir))
-        if here.resolve() != there.resolve():
-            shutil.copy(here / CARD_FILE, there / CARD_FILE)
-            if (here / PLOTS_FOLDER).is_dir():
-                shutil.copytree(here / PLOTS_FOLDER, there / PLOTS_FOLDER, dirs_exist_ok=True)
+        card = here / CARD_FILE
+        own = card.read_bytes() if is_own_text(card) else None
+        try:
+            self.create_model_card(model_name=self._repo_name.split("/")[-1])
+            if here.resolve() != there.resolve():
+                shutil.copy(card, there / CARD_FILE)
+                if (here / PLOTS_FOLDER).is_dir():
+                    shutil.copytree(here / PLOTS_FOLDER, there / PLOTS_FOLDER, dirs_exist_ok=True)
+        finally:
+            if own is not None:
+                card.write_bytes(own)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         with explained(self._repo_name, None):
@@ -236,7 +233,7 @@ class PublishingMixin(_Base):
             if self._repo_name != known_as:  # the code in the card names the repository in full
                 self.create_model_card(model_name=name, tags=tags, **kwargs)
         warn_of_local_base(folder)
-        files = publishable_files(folder, _secrets(token))
+        files = publishable_files(folder, _secrets(token, self.args.hub_token))
         revision = revision or self.args.hub_revision
         return self._commit(files, commit_message or "End of training", token, revision, blocking)
 
@@ -305,8 +302,8 @@ def _commit(
         return api.create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
 
 
-def _secrets(token: str | None) -> list[str]:
-    return [secret for secret in {token, get_token()} if secret]
+def _secrets(*tokens: str | None) -> list[str]:
+    return [secret for secret in {*tokens, get_token()} if secret]
 
 
 def _reason(error: BaseException) -> tuple[str, str]:

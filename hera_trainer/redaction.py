@@ -14,6 +14,11 @@ _SECRET_NAME = re.compile(r"(^|_)(token|secret|password|api_key)$")
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})")
 
 
+def holds_secret(text: str) -> bool:
+    """Whether something that looks like an access token stands in a text."""
+    return _SECRET_VALUE.search(text) is not None
+
+
 def public_name(name: str) -> str:
     """A name of a model, a data set or a folder: of a path that begins at the root, or in a home folder, its last part;
     of a folder of the Hub's cache, the name on the Hub.

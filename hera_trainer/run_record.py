@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -188,6 +189,7 @@ class RunRecordCallback(TrainerCallback):
         self.seconds = seconds
         self.dataset: Any = None
         self.aligned_heads: Sequence[AttentionHead] = ()
+        self.teacher: str | None = None
         self.resumed_from: str | None = None
         self._record: dict[str, Any] = {}
         self._written = -float("inf")
@@ -199,6 +201,7 @@ class RunRecordCallback(TrainerCallback):
             return
         self._record = {
             **describe_run(args, model, self.dataset, self.aligned_heads),
+            "teacher": public_name(self.teacher) if self.teacher else None,
             "started": self._started(args),
             "finished": None,
             "resumed_from": None if self.resumed_from is None else Path(self.resumed_from).name,
@@ -229,17 +232,30 @@ class RunRecordCallback(TrainerCallback):
         return (earlier or {}).get("started") or _now()
 
     def _write_record(self, args: TrainingArguments) -> None:
-        text = json.dumps(self._record, indent=1)
-        Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(str(args.output_dir), RUN_FILE), lambda path: path.write_text(text))
+        _write(Path(str(args.output_dir), RUN_FILE), json.dumps(self._record, indent=1))
 
     def _write_state(self, args: TrainingArguments, state: TrainerState) -> None:
         # As `TrainerState.save_to_json` writes it, but for the folder of this computer.
         best = state.best_model_checkpoint
-        content = {**dataclasses.asdict(state), "best_model_checkpoint": None if best is None else Path(best).name}
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        write_atomically(Path(str(args.output_dir), TRAINER_STATE_NAME), lambda path: path.write_text(text))
+        content = {**vars(state), "best_model_checkpoint": None if best is None else Path(best).name}
+        text = json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n"
+        _write(Path(str(args.output_dir), TRAINER_STATE_NAME), text)
         self._written = time.monotonic()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, as it does: a callback of the user's may log tensors and NumPy's numbers."""
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
+    return str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+    except OSError as error:  # a full disk, a file system that is away: no reason to end a run
+        warnings.warn(f"The record of this run could not be written ({error}). Training goes on.", stacklevel=2)
 
 
 def forget_measurements(folder: str | os.PathLike, after: int) -> None:

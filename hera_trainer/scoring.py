@@ -115,6 +115,11 @@ def check_metrics(names: Sequence[str], arguments: Mapping[str, Mapping[str, Any
                 f"There is no metric {name!r}. There are {', '.join(metric_names())}, and those of the `evaluate` "
                 "library by a path or a name on the Hub with a slash."
             )
+        if name == "amber" and not arguments.get(name, {}).get("annotations"):
+            raise ValueError(
+                "The metric 'amber' needs AMBER's folder `data` (https://github.com/junyangwang0410/AMBER): "
+                "`--metric-arg annotations=AMBER/data`, with several metrics `amber.annotations=AMBER/data`."
+            )
         if name in BUILT_IN and arguments.get(name):
             raise ValueError(f"The metric {name!r} takes no arguments, got {', '.join(arguments[name])}.")
     unused = sorted(set(arguments) - set(names))

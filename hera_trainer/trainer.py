@@ -225,7 +225,7 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
                         args,
                         accessor,
                         precision=self.accelerator.mixed_precision,
-                        teacher_name=self._teacher if isinstance(self._teacher, str) else self._teacher.name,
+                        teacher_name=self.teacher_name,
                     )
             check_ranking(self.head_ranking, accessor, self._model_type)
             heads = choose_heads(args, self.head_ranking)
@@ -248,6 +248,7 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
             return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._best_step = None
         if self.criterion is not None:
             check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
         return super()._inner_training_loop(batch_size, *args, **kwargs)

@@ -39,12 +39,23 @@ class TeacherVectorsMixin(_Base):
     _teacher: VisionTeacher | str
     _teacher_width: int
     _stream_teacher: StreamTeacher | None = None
+    _brings_vectors = False
+
+    @property
+    def teacher_name(self) -> str:
+        """Name of the teacher; empty where the training data brought their vectors, of which no more is known."""
+        if self._brings_vectors:
+            return ""
+        return self._teacher if isinstance(self._teacher, str) else self._teacher.name
 
     def _attach_teacher_features(self) -> None:
+        # The column names of a stream may not be known before it is opened.
+        self._brings_vectors = TEACHER_COLUMN in (getattr(self.train_dataset, "column_names", None) or ())
         # Own columns first: a fault in one of them is said before the teacher has worked for hours on another.
         self.train_dataset = self._with_teacher_features(self.train_dataset, "train_dataset")
         rows: Any = self.train_dataset
         if isinstance(rows, NumberedStream):
+            self._brings_vectors = rows.has_vectors
             self._teacher_width, first = rows.width, list(itertools.islice(rows, 2))
         else:
             self._teacher_width, first = check_teacher_features(rows), [rows[i] for i in range(min(2, len(rows)))]

@@ -37,11 +37,29 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"hera-trainer {__version__}"
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance"], ["demo", "--steps", "many"]])
-def test_wrong_arguments(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["hera: error: ", "`hera --help`"]),
+        (["dance"], ["hera: error: ", "'dance'"]),
+        (["demo", "--steps", "many"], ["hera demo: error: ", "'many' is no whole number", "`hera demo --help`"]),
+        (["demo", "--steps", "0"], ["'0' is no whole number of at least 1"]),
+        (["rank", "model"], ["hera rank: error: ", "DATASET"]),
+        (["rank", "model", "data", "--k", "0"], ["--k", "at least 1"]),
+        (["encode", "data", "--batch-size", "-1"], ["--batch-size", "at least 1"]),
+        (["eval", "model"], ["hera eval: error: ", "--metric"]),
+        (["merge", "adapter"], ["hera merge: error: ", "OUTPUT"]),
+        (["plan", "model", "--gpu-memory", "-3"], ["--gpu-memory", "such as 16"]),
+        (["report"], ["hera report: error: ", "RUN_DIR"]),
+        (["env", "--all"], ["hera env: error: ", "--all"]),
+    ],
+)
+def test_wrong_arguments(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in words)
 
 
 def test_errors_are_one_line(monkeypatch, capsys):
@@ -59,6 +77,12 @@ def test_errors_are_one_line(monkeypatch, capsys):
     ("error", "code", "said"),
     [
         (OSError("several\nlines  of text"), 1, "hera env: error: several lines of text\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+            1,
+            "hera env: error: The memory of the GPU is full. Use smaller batches or 4-bit weights; `hera plan` "
+            "estimates what a training run takes. (CUDA out of memory. Tried to allocate 2 GiB)\n",
+        ),
         (KeyboardInterrupt(), 130, "hera env: interrupted\n"),
     ],
 )
@@ -71,6 +95,17 @@ def test_exit_codes(error, code, said, monkeypatch, capsys):
     monkeypatch.setattr(hera_trainer.cli.env, "environment", fail)
     assert main(["env"]) == code
     assert capsys.readouterr().err == said
+
+
+def test_mistakes_of_the_program_keep_their_traceback(monkeypatch):
+    import hera_trainer.cli.env
+
+    def fail():
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(hera_trainer.cli.env, "environment", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["env"])
 
 
 def test_help_and_light_names_do_not_import_trl():

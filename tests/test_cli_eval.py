@@ -225,6 +225,7 @@ def test_chat_template(folder, tmp_path, capsys):
     [
         (["--metric", "accuracy"], ["no metric 'accuracy'", "exact_match"]),
         (["--metric", "mutual_knn"], ["hera rank"]),
+        (["--metric", "amber"], ["--metric-arg annotations=AMBER/data", "https://github.com"]),
         (["--metric", "exact_match", "--metric-arg", "a=1"], ["takes no arguments"]),
         (["--metric", "exact_match", "pope", "--metric-arg", "a=1"], ["exact_match.a=1"]),
         (["--metric", "exact_match", "--metric-arg", "pope.a=1"], ["arguments for pope"]),

@@ -97,9 +97,11 @@ def test_limit_and_columns(stored, rows):
         ("photos/0.png", {}, "Data files end in"),
         ("broken.jsonl", {}, "can't be read"),
         ("lost.jsonl", {}, "names the image 'lost.png'"),
+        ("empty.jsonl", {}, "is empty"),
     ],
 )
 def test_data_that_cannot_be_loaded(stored, name, kwargs, words):
+    (stored / "empty.jsonl").touch()
     with pytest.raises((OSError, ValueError), match=words):
         load_rows(stored / name, **kwargs)
 

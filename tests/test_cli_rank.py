@@ -125,6 +125,7 @@ def test_only_as_many_images_as_needed_are_encoded(parts, monkeypatch, tmp_path)
         (["rows", "--m", "13"], "between 1 and the 12 heads"),
         (["rows", "--teacher", "./nowhere"], "./nowhere"),
         (["nowhere.jsonl"], "no file or folder"),
+        (["rows", "--base-model", "model"], "takes no base model"),
     ],
 )
 def test_errors_are_one_line(parts, arguments, words, capsys, monkeypatch):

@@ -324,3 +324,11 @@ def test_data_that_does_not_work(parts, tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(parts)
     with pytest.raises(ValueError, match=words):
         data_of(parts, tmp_path, **content)
+
+
+def test_a_tracker_that_is_missing(monkeypatch, capsys):
+    from hera_trainer.cli import sft
+
+    monkeypatch.setattr(sft, "get_available_reporting_integrations", lambda: [])
+    arguments = ["--model_name_or_path", "x", "--dataset_name", "y", "--report_to", "tensorboard"]
+    assert "pip install tensorboard" in error_of(arguments, capsys)

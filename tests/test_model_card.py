@@ -100,6 +100,21 @@ class TestMetadata:
         run.create_model_card()
         assert card_of(tmp_path).data.license is None
 
+    def test_own_text_stays(self, tmp_path):
+        """`save_model` leaves a card that is not a trainer's, as it is with SFTTrainer."""
+        own = "---\nlicense: mit\n---\n\n# Mine\n"
+        out, there, other = (tmp_path / name for name in ("out", "there", "other"))
+        run = lora_run(out)
+        run.prepare_alignment()
+        for folder, text in ((out, own), (there, own), (other, "---\nlicense: mit\n---\n")):
+            folder.mkdir(exist_ok=True)
+            (folder / "README.md").write_text(text)
+        for folder in (out, there, other):
+            run.save_model(str(folder))
+            assert ("# Mine" in (folder / "README.md").read_text()) == (folder != other)
+            assert "# Mine" in (out / "README.md").read_text()
+        assert "hera" in card_of(other).data.tags
+
     def test_validation_refuses(self, monkeypatch):
         with running(monkeypatch), pytest.raises(ValueError, match="base_model"):
             ModelCard("---\nbase_model: /home/me/model\n---\nhello").validate()
@@ -178,6 +193,39 @@ class TestText:
         pictures = re.findall(r"!\[.+?\]\((.+?)\)", card.text)
         assert pictures == ["hera/heads_text.png", "hera/heads_image.png"]
         assert all((tmp_path / picture).is_file() for picture in pictures)
+
+    def test_best_weights(self, tmp_path):
+        """What was measured after the step of the weights that were loaded is not theirs."""
+        saving = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+        rows = image_dataset(n=8, with_features=8)
+        run = lora_run(
+            tmp_path, max_steps=3, learning_rate=0.0, load_best_model_at_end=True, eval_dataset=rows, **saving
+        )
+        run.train()  # nothing changes, so the first remains the best
+        first = run.head_ranking
+        for step in (0, 1, 3):
+            measured = type(first)(first.scores + step, first.layer_scores, 3, 20)
+            measured.save(measurement_path(tmp_path, step, "text"))
+        run.create_model_card()
+        head = run.aligned_heads[0]
+        row = table_of(card_of(tmp_path), "head")[f"`{head}`"]
+        assert row == [f"{first.score(head) + change:.3f}" for change in (0, 0, 1)]
+        text = card_of(tmp_path).text
+        assert "before is step 0, after is step 1\n" in text
+        assert "- Steps: 3 of 3 (0.75 epochs); the weights are those of step 1, the best in evaluation\n" in text
+        run.args.load_best_model_at_end = False
+        run.train()
+        run.create_model_card()
+        assert "- Steps: 3 of 3 (0.75 epochs)\n" in card_of(tmp_path).text
+
+    def test_batch_size_that_was_found(self, tmp_path):
+        run = lora_run(tmp_path, per_device_train_batch_size=8)
+        run.prepare_alignment()
+        run._train_batch_size = 6  # as `auto_find_batch_size` sets it
+        run.create_model_card()
+        card = card_of(tmp_path)
+        assert table_of(card, "setting")["samples compared"][0] == "**6 (6 x 1 x 1)**"
+        assert "- Batch: 6 a device x 1 accumulated" in card.text
 
     def test_without_matplotlib(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

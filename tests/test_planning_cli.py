@@ -165,6 +165,7 @@ def test_options_go_before_the_file(folder, capsys):
         (["FOLDER", "--target-modules", "nope"], "nope"),
         (["FOLDER", "--head-ranking", "missing.json"], "missing.json"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["./nowhere"], "no file or folder './nowhere'"),
     ],
 )
 def test_errors_are_one_line(folder, options, message, capsys):
@@ -172,6 +173,45 @@ def test_errors_are_one_line(folder, options, message, capsys):
     error = capsys.readouterr().err
     assert error.startswith("hera plan: error: ") and error.count("\n") == 1
     assert message.replace("\\", "") in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1\nb: 2\n", "is no YAML file"),
+        ("", "Write `name: value` lines"),
+        ("per_device_train_batch_size: many\n", "whole number of at least 1, got 'many'"),
+    ],
+)
+def test_files_that_are_no_settings(folder, content, message, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert main(["plan", folder, "--config", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hera plan: error: ") and error.count("\n") == 1 and message in error
+
+
+def test_files_are_read_as_training_reads_them(folder, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "use_peft: true\nlora_target_modules: q_proj v_proj\naligned_heads: L0H3 L1H2\n"
+        "activation_checkpointing: false\n"
+    )
+    found = as_json([folder, "--config", str(path)], capsys)
+    options = ["--target-modules", "q_proj", "v_proj", "--heads", "L0H3", "L1H2", "--dtype", "float32"]
+    assert found == as_json([folder, *options, "--no-checkpointing"], capsys)
+
+
+def test_a_baseline_costs_no_alignment(folder, tmp_path, capsys):
+    """`alignment_weight: 0` is SFTTrainer, which compares nothing and refuses no batch."""
+    path = tmp_path / "run.yaml"
+    path.write_text("use_peft: true\nlora_target_modules: all-linear\ndtype: bfloat16\nalignment_weight: 0\n")
+    aligned, plain = as_json([folder], capsys), as_json([folder, "--config", str(path)], capsys)
+    assert plain["alignment"] == {} and set(plain["first_pass"].values()) == {0.0}
+    assert plain["fixed"] == aligned["fixed"] and plain["total"] < aligned["total"]
+    assert main(["plan", folder, "--config", str(path), "--batch-size", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "head alignment: none" in text and "refuse" not in text
 
 
 @pytest.mark.parametrize("size", ["0x3", "big", "3x4x5"])

@@ -112,6 +112,16 @@ class TestAdapter:
         card = ModelCard(hub.repos[f"{USER}/out"]["README.md"].decode())
         assert card.data.license == "mit" and card.data.datasets == ["somebody/pictures"]
 
+    def test_configured_token_stays_here(self, hub, tmp_path):
+        """Also when another one is given for the push."""
+        run = adapter_run(tmp_path, hub_token="hf_configured")
+        run.prepare_alignment()
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "notes.json").write_text('{"token": "hf_configured"}')
+        with pytest.warns(UserWarning, match=r"notes\.json' holds an access token"):
+            push_with_warning(run, token=TOKEN)
+        assert "notes.json" not in hub.repos[f"{USER}/out"]
+
     def test_from_disk(self, hub, tmp_path):
         """What a run left behind is published without its trainer, as its trainer would."""
         run = adapter_run(tmp_path, hub_model_id=REPO)

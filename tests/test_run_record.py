@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -103,6 +104,12 @@ class Kill(TrainerCallback):
             raise Killed
 
 
+class Logging(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        half = torch.tensor(0.5, requires_grad=True)
+        self.trainer.log({"numpy": np.float32(0.5), "tensor": half * half})
+
+
 class TestWriting:
     def test_a_whole_run(self, tmp_path, monkeypatch):
         secret = "hf_" + "a" * 30
@@ -169,6 +176,24 @@ class TestWriting:
         trainer(tmp_path, max_steps=1).train()
         assert read_run(tmp_path).record["started"] > "2026-01-02"
         assert read_run(tmp_path).curve("loss")[0] == [1]  # although `checkpoint-2` is still there
+
+    def test_values_that_json_does_not_know(self, tmp_path):
+        """SFTTrainer trains with such a callback, too, as long as it saves no checkpoint."""
+        logging = Logging()
+        run = logging.trainer = trainer(tmp_path, max_steps=1, callbacks=[logging])
+        run.train()
+        kept = read_run(tmp_path)
+        assert kept.record["finished"] and kept.curve("numpy") == ([1], [0.5]) and kept.curve("tensor") == ([1], [0.25])
+
+    def test_a_disk_that_fails(self, tmp_path, monkeypatch):
+        def fail(path, write):
+            raise OSError("no space left")
+
+        monkeypatch.setattr("hera_trainer.run_record.write_atomically", fail)
+        run = trainer(tmp_path, max_steps=2)
+        with pytest.warns(UserWarning, match=r"could not be written \(no space left\)"):
+            run.train()
+        assert run.state.global_step == 2 and not (tmp_path / RUN_FILE).exists()
 
     def test_none_without_alignment(self, tmp_path):
         trainer(tmp_path, max_steps=1, alignment_weight=0.0).train()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ..version import __version__
+from .parser import Parser
 
 # Name -> what `hera --help` says of it. The module of the same name in this package has a `main(arguments)`.
 COMMANDS = {
@@ -26,7 +27,7 @@ COMMANDS = {
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS)) + 2
     listing = "\n".join(f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hera",
         usage="hera [-h] [--version] command ...",
         description="Fine-tune vision-language models with head-wise representation alignment.",
@@ -54,6 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f".{command}", __name__).main(arguments[1:])
     except (ValueError, ImportError, OSError) as error:
         print(f"hera {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise  # not a mistake of the user
+        print(
+            f"hera {command}: error: The memory of the GPU is full. Use smaller batches or 4-bit weights; `hera plan` "
+            f"estimates what a training run takes. ({' '.join(str(error).split())})",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"hera {command}: interrupted", file=sys.stderr)

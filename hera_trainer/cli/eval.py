@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
 from ..version import __version__
+from .parser import Parser
 
 if TYPE_CHECKING:
     from ..questions import Questions
@@ -35,7 +36,7 @@ goes on where it was when it is started again. Under `accelerate launch`, the pr
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hera eval",
         description="Asks a model the questions of a data set, greedily and in batches, saves its answers as they "
         "come, and scores them.",

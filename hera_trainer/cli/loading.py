@@ -77,13 +77,9 @@ def load_model(
         `ValueError`: If `path` is no model, or the adapter does not fit its base model.
         `ImportError`: If `load_in_4bit` is set and bitsandbytes is not installed.
     """
-    path = local_path(path)
-    adapter = adapter_folder(path, revision)
+    adapter, base, base_revision = _found(path, revision, base_model)
     if adapter is None:
-        if base_model is not None:
-            raise ValueError(f"{path!r} is no adapter (it has no adapter_config.json), so it takes no base model.")
-        return _load_full(path, revision, dtype, load_in_4bit, device), load_processor(path, revision)
-    base, base_revision = base_of(adapter, base_model)
+        return _load_full(base, base_revision, dtype, load_in_4bit, device), load_processor(base, base_revision)
     whole = _trained_in_full(adapter)
     adapted = _put_adapter(_load_full(base, base_revision, dtype, load_in_4bit, device, whole), adapter)
     own = any(Path(adapter, name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
@@ -152,6 +148,27 @@ def model_config(path: str, revision: str | None = None) -> PreTrainedConfig:
         raise ValueError(f"The folder {path!r} has neither config.json (a model) nor adapter_config.json (an adapter).")
     with _named(path):
         return AutoConfig.from_pretrained(path, revision=revision)
+
+
+def check_model(
+    path: str | os.PathLike, revision: str | None = None, base_model: str | os.PathLike | None = None
+) -> None:
+    """Looks whether a model, and the base model of an adapter, are there, without reading weights. Arguments and errors
+    are those of [`load_model`]."""
+    model_config(*_found(path, revision, base_model)[1:])
+
+
+def _found(
+    path: str | os.PathLike, revision: str | None, base_model: str | os.PathLike | None
+) -> tuple[str | None, str, str | None]:
+    """The folder of an adapter (`None` for a full model), and name and revision of the full model."""
+    path = local_path(path)
+    adapter = adapter_folder(path, revision)
+    if adapter is not None:
+        return adapter, *base_of(adapter, base_model)
+    if base_model is not None:
+        raise ValueError(f"{path!r} is no adapter (it has no adapter_config.json), so it takes no base model.")
+    return None, path, revision
 
 
 def _put_adapter(model: nn.Module, adapter: str) -> PeftModel:
@@ -294,6 +311,8 @@ def open_rows(
         rows = rows.to_iterable_dataset() if streaming else rows
     else:
         if os.path.isfile(path):
+            if not os.path.getsize(path):
+                raise ValueError(f"The data file {path!r} is empty.")
             builder["data_files"] = path
             path = _format_of(path)
         try:

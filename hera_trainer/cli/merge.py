@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .parser import Parser
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hera merge",
         description="Writes an adapter into its base model, for evaluation and serving. OUTPUT is then an ordinary "
         "model with its processor, in safetensors. The base model of an adapter that was trained in 4 bit is loaded in "
@@ -76,7 +78,9 @@ def merge_adapter(
     name = local_path(adapter)
     folder = adapter_folder(name, revision)
     if folder is None:
-        raise ValueError(f"{name!r} is no adapter: it has no adapter_config.json. A full model needs no merging.")
+        there = os.path.isdir(name)
+        reason = "it has no adapter_config.json" if there else "no adapter_config.json can be read from the Hub"
+        raise ValueError(f"{name!r} is no adapter: {reason}. Check its name; a full model needs no merging.")
     target = Path(output).absolute()
     base = base_of(folder, base_model)
     _check_target(target, overwrite, [Path(folder), Path(base[0])])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .parser import Parser
+
 if TYPE_CHECKING:
     from ..planning import RunPlan, RunSettings
 
@@ -53,8 +55,18 @@ def _size(text: str) -> tuple[int, int]:
     return size
 
 
+def _gib_of_gpu(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory of a GPU; write its GiB, such as 16")
+    return size
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hera plan",
         description="Estimates memory, cost of head alignment and pools of a run from the model's configuration. No "
         "weights are read. Whatever is not given here or in --config has the default named.",
@@ -97,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--scope", choices=["step", "micro_batch"], help="which samples are compared (step)")
     add("--queue-size", type=int, help="past samples that join the pool (0)")
     out = parser.add_argument_group("output")
-    out.add_argument("--gpu-memory", type=float, metavar="GIB", help="say whether it fits, and the largest micro-batch")
+    out.add_argument(
+        "--gpu-memory", type=_gib_of_gpu, metavar="GIB", help="say whether it fits, and the largest micro-batch"
+    )
     out.add_argument("--json", action="store_true", help="print JSON instead of text, in bytes")
     return parser
 
@@ -106,19 +120,27 @@ def settings_of_config(path: str | Path) -> tuple[str | None, dict[str, Any]]:
     """Model and settings that a YAML file of `hera sft` has, TRL's defaults where it is silent.
 
     Raises:
-        `ValueError`: If the file is no mapping.
+        `ValueError`: If the file is no YAML, or no mapping.
     """
     import yaml
 
     from ..planning import RunSettings
 
-    content = yaml.safe_load(Path(path).read_text())
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is no YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} is no YAML file of settings. Write `name: value` lines, as for `hera sft`.")
     found: dict[str, Any] = {"dtype": "float32", "use_peft": False, "lora_target_modules": None}
     found |= {name: value for name, value in content.items() if name in RunSettings.__dataclass_fields__}
     if found["dtype"] == "auto":
         found["dtype"] = "bfloat16"
+    if content.get("activation_checkpointing") is not None:  # the new name goes before the old one
+        found["gradient_checkpointing"] = content["activation_checkpointing"]
+    for name in ("lora_target_modules", "aligned_heads"):  # words of one line are a list, as in `hera sft`
+        if isinstance(found.get(name), str):
+            found[name] = found[name].split()
     modules = found["lora_target_modules"]
     if isinstance(modules, list) and len(modules) == 1:  # as TRL does
         found["lora_target_modules"] = modules[0]
@@ -208,6 +230,8 @@ def _memory_lines(plan: RunPlan) -> list[str]:
 
 def _alignment_lines(plan: RunPlan) -> list[str]:
     settings = plan.settings
+    if not settings.alignment_weight:
+        return ["", "head alignment: none, `alignment_weight` is 0; batch and accumulation are free"]
     rows = [(name.replace("_", " "), _gib(size)) for name, size in plan.alignment.items() if size]
     heads = f"{len(settings.aligned_heads)} heads" if settings.aligned_heads else f"{settings.num_aligned_heads} heads"
     lines = ["", f"head alignment, {heads}, pool of {plan.pool}", *_table(rows)]
@@ -251,8 +275,10 @@ def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     from ..planning import plan_run
     from ..planning_model import read_config
+    from .loading import local_path
 
     name, settings = _settings(args)
+    name = local_path(name)
     plan = plan_run(read_config(name, args.revision), settings)
     if args.json:
         content = {"model": name, **plan.to_dict()}
@@ -261,7 +287,9 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(content, indent=2))
         return
     lines = [f"{name} ({plan.model_type})", "An estimate from the model's configuration; nothing was run or measured."]
-    lines += _model_lines(plan) + _memory_lines(plan) + _alignment_lines(plan) + _pool_lines(settings)
+    lines += _model_lines(plan) + _memory_lines(plan) + _alignment_lines(plan)
+    if settings.alignment_weight:
+        lines += _pool_lines(settings)
     if args.gpu_memory:
         lines += _gpu_lines(plan, args.gpu_memory)
     print("\n".join(lines))

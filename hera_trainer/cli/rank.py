@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .parser import Parser, positive
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -18,7 +20,7 @@ _TEXT_COLUMNS = ("completion", "messages", "text")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hera rank",
         description="Scores every attention head of a model by how well its neighbourhoods agree with those of a "
         "vision teacher (mutual k-NN). Writes the scores as JSON, for training, and as a PNG beside it, and says which "
@@ -34,10 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", metavar="DATASET", help="images with captions, `messages` or `completion`")
     parser.add_argument("--output", default="head_ranking.json", help="JSON file to write [%(default)s]")
     parser.add_argument("--teacher", default="facebook/dinov2-large", help="vision teacher [%(default)s]")
-    parser.add_argument("--num-samples", type=int, default=1000, help="samples with distinct images [%(default)s]")
-    parser.add_argument("--k", type=int, default=10, help="neighbours [%(default)s]")
+    parser.add_argument("--num-samples", type=positive, default=1000, help="samples with distinct images [%(default)s]")
+    parser.add_argument("--k", type=positive, default=10, help="neighbours [%(default)s]")
     parser.add_argument("--selection", choices=("worst", "top", "random"), default="worst", help="heads [%(default)s]")
-    parser.add_argument("--m", type=int, default=5, help="number of heads to choose [%(default)s]")
+    parser.add_argument("--m", type=positive, default=5, help="number of heads to choose [%(default)s]")
     parser.add_argument(
         "--context",
         choices=("text", "image"),
@@ -60,8 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="[auto]")
     model.add_argument("--load-in-4bit", action="store_true", help="quantize to 4 bit (bitsandbytes NF4)")
     model.add_argument("--device", default=None, help="such as cuda:1 or cpu [the accelerator if there is one]")
-    model.add_argument("--batch-size", type=int, default=16, help="samples in a forward pass [%(default)s]")
-    parser.add_argument("--teacher-batch-size", type=int, default=32, help="images the teacher encodes [%(default)s]")
+    model.add_argument("--batch-size", type=positive, default=16, help="samples in a forward pass [%(default)s]")
+    parser.add_argument(
+        "--teacher-batch-size", type=positive, default=32, help="images the teacher encodes [%(default)s]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of samples [%(default)s]")
     parser.add_argument("--no-plot", action="store_true", help="no PNG (needs no matplotlib)")
     return parser
@@ -158,13 +162,15 @@ def main(arguments: Sequence[str]) -> None:
     from ..features import add_teacher_features
     from ..heads.ranking import rank_heads
     from ..plots import plot_head_scores
-    from .loading import IMAGE_COLUMNS, load_model, load_rows
+    from .loading import IMAGE_COLUMNS, check_model, load_model, load_rows, local_path
 
+    check_model(args.model, args.revision, args.base_model)  # before the teacher works for long
+    teacher = local_path(args.teacher)
     images = IMAGE_COLUMNS if args.image_column is None else (args.image_column,)
     rows = load_rows(args.dataset, config=args.dataset_config, split=args.split, image_columns=images)
     rows = prepare(rows, args.image_column, args.caption_column, args.context)
     rows = draw(rows, args.num_samples, args.seed)
-    rows = add_teacher_features(rows, args.teacher, batch_size=args.teacher_batch_size)
+    rows = add_teacher_features(rows, teacher, batch_size=args.teacher_batch_size)
     model, processor = load_model(
         args.model,
         revision=args.revision,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from .parser import Parser
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hera report",
         description="Makes one HTML page of a training run: maps of the attention heads before and after, curves, the "
         "aligned heads, configuration, versions. The page opens from disk, without network. A run that goes on or was "

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import HeRAConfig
@@ -25,7 +26,7 @@ examples:
         --use_peft --lora_target_modules all-linear --load_in_4bit --dtype bfloat16 \\
         --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --learning_rate 2e-4 --output_dir run
 
-  The same from a file; options of the command line go before those of the file:
+  The same from a file; what the command line says overrides the file:
     hera sft --config run.yaml --learning_rate 1e-4
 
   Own data with image paths in it, a part held out, heads that are known already:
@@ -168,6 +169,10 @@ def check(options: argparse.Namespace) -> None:
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(options, name) and not options.use_peft:
             raise ValueError(f"Quantized weights can't be trained: --{name} needs an adapter, --use_peft.")
+    reporters = [options.report_to] if isinstance(options.report_to, str) else options.report_to or []
+    for name in reporters:  # the Trainer says so only after the model was loaded
+        if name in ("tensorboard", "trackio", "wandb") and name not in get_available_reporting_integrations():
+            raise ValueError(f"--report_to {name} needs a library: `pip install {name}`, or leave it out.")
 
 
 def load_data(

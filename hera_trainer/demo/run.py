@@ -36,6 +36,7 @@ from .parts import build_llava, four_bit_config, save_teacher
 
 # 56 x 56 pixels are 16 image tokens: small enough for two CPU cores, large enough to tell shapes and colours.
 IMAGE_SIZE = 56
+TEACHER_NAME = "DINOv2 ViT-S/14"
 BATCH_SIZE = 8
 ACCUMULATION = 2
 STEPS = 120
@@ -114,7 +115,14 @@ def run_demo(
     trainer = make_trainer(out, data, steps, alignment_weight, seed)
     clock.begin(f"Ranking the attention heads on {RANKING_SAMPLES} captions, text only")
     with trainer.accelerator.autocast(), trainer.model.disable_adapter():
-        ranking = rank_heads(trainer.model, processor, data.captions, num_samples=RANKING_SAMPLES, batch_size=64)
+        ranking = rank_heads(
+            trainer.model,
+            processor,
+            data.captions,
+            num_samples=RANKING_SAMPLES,
+            batch_size=64,
+            teacher_name=TEACHER_NAME,
+        )
     trainer.head_ranking = ranking
     trainer.prepare_alignment()
     heads = ranking.select("worst", trainer.args.num_aligned_heads)

@@ -118,7 +118,9 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     teachers = [ranking.teacher for ranking in rankings if ranking is not None and ranking.teacher]
     models = [ranking.model for ranking in rankings if ranking is not None and ranking.model]
     teacher = teachers[0] if teachers else ""
-    if not teacher and config.get("alignment_weight"):
+    if "teacher" in run.record:
+        teacher = run.record["teacher"] or ""
+    elif not teacher and config.get("alignment_weight"):
         teacher = config.get("teacher_model_name_or_path") or ""
     model = run.record.get("model") or (models[0] if models else "")
     facts = [("Model", model), ("Data set", run.record.get("dataset")), ("Teacher", teacher)]
