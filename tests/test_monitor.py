@@ -305,21 +305,22 @@ class TestRefused:
             trainer(tmp_path, monitor_steps=2, eval_dataset=held_out().to_iterable_dataset())
 
     def test_data_without_images(self, tmp_path):
-        run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(image_dataset(fmt="text"))])
         with pytest.raises(ValueError, match="`dataset` has no column `image`"):
-            run.train()
+            trainer(tmp_path, callbacks=[AlignmentMonitorCallback(image_dataset(fmt="text"))])
 
     def test_too_few_samples(self, tmp_path):
-        run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(held_out(), num_samples=4)])
         with pytest.raises(ValueError, match=r"`num_samples` \(4\) must be at least k \+ 2 = 5"):
-            run.train()
+            trainer(tmp_path, callbacks=[AlignmentMonitorCallback(held_out(), num_samples=4)])
         rows = concatenate_datasets([held_out(4)] * 3)
         run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(rows)])
         with pytest.raises(ValueError, match="4 samples with distinct images"):
             run.train()
 
     def test_unknown_heads(self, tmp_path):
-        run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(held_out(), heads=["L9H0"])])
+        with pytest.raises(ValueError, match="no attention head L9H0"):
+            trainer(tmp_path, callbacks=[AlignmentMonitorCallback(held_out(), heads=["L9H0"])])
+        run = trainer(tmp_path)
+        run.add_callback(AlignmentMonitorCallback(held_out(), heads=["L9H0"]))  # too late to be seen before training
         with pytest.raises(ValueError, match="no attention head L9H0"):
             run.train()
 
