@@ -13,7 +13,7 @@ from rankings import HEADS, rank
 from tiny import build_vlm, image_dataset
 
 from hera_trainer.heads.head import AttentionHead
-from hera_trainer.heads.ranking import HeadRanking
+from hera_trainer.heads.ranking import HeadRanking, _gram_factors
 
 NAN = float("nan")
 
@@ -152,3 +152,16 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.json"):
         with pytest.raises(ValueError, match="is not a head ranking that can be read"):
             HeadRanking.load(path)
+
+
+@pytest.mark.parametrize("rank", [6, 3, 0])
+def test_neighbours_in_head_space_are_those_of_the_contributions(rank):
+    """Also where a head's weight uses fewer directions than the head has, or none."""
+    generator = torch.Generator().manual_seed(rank)
+    weights = [
+        torch.randn(6, rank, generator=generator) @ torch.randn(rank, 20, generator=generator),
+        torch.randn(6, 20),
+    ]
+    factors = _gram_factors(torch.stack(weights))
+    for factor, weight in zip(factors, weights, strict=True):
+        torch.testing.assert_close(factor @ factor.T, weight @ weight.T, rtol=1e-5, atol=1e-5)

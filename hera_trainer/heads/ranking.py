@@ -379,5 +379,8 @@ def _gram_factors(blocks: Tensor) -> Tensor:
     """
     blocks = blocks.double()
     gram = blocks @ blocks.transpose(1, 2)
-    values, vectors = torch.linalg.eigh(gram)
+    factors, failed = torch.linalg.cholesky_ex(gram)
+    if not failed.any():
+        return factors.float()
+    values, vectors = torch.linalg.eigh(gram)  # slower, but a head may use fewer directions than it has
     return (vectors * values.clamp(min=0).sqrt()[:, None]).float()
