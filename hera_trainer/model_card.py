@@ -99,17 +99,22 @@ def write_model_card(
     card.save(path)
 
 
-def is_own_text(path: Path) -> bool:
-    """Whether a card is there whose text neither a trainer nor PEFT wrote.
+# Of trainers (PEFT takes the tag away when it saves beside a card), of PEFT's form, and of this library's card.
+_GENERATED = (
+    "generated_from_trainer",
+    "It has been trained using [TRL]",
+    "[More Information Needed]",
+    "It was trained with hera-trainer, which is not needed",
+)
 
-    Args:
-        path (`Path`): Where the card is, if there is one.
-    """
+
+def is_own_text(path: Path) -> bool:
+    """Whether there is a card at `path` whose text neither a trainer nor PEFT wrote."""
     if not path.is_file():
         return False
     card = path.read_text(encoding="utf-8", errors="replace")
     text = re.sub(r"\A---\n.*?^---\s*$", "", card, count=1, flags=re.DOTALL | re.MULTILINE)
-    return bool(text.strip()) and "generated_from_trainer" not in card and "[More Information Needed]" not in card
+    return bool(text.strip()) and not any(mark in card for mark in _GENERATED)
 
 
 def _written_by_hand(path: Path) -> dict[str, Any]:

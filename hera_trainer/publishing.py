@@ -165,13 +165,14 @@ class PublishingMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         here, there = Path(str(self.args.output_dir)), Path(output_dir or str(self.args.output_dir))
-        keeps_card = is_own_text(there / CARD_FILE)  # before PEFT adds to it
+        card = here / CARD_FILE
+        # Before PEFT rewrites what it finds.
+        keeps_card = is_own_text(there / CARD_FILE)
+        own = card.read_bytes() if is_own_text(card) else None
         super().save_model(output_dir, _internal_call)
         # What pushes and checkpoints save gets its card from them. Here, PEFT has left a blank form.
         if self.criterion is None or _internal_call or keeps_card or not self.is_world_process_zero():
             return
-        card = here / CARD_FILE
-        own = card.read_bytes() if is_own_text(card) else None
         try:
             self.create_model_card(model_name=self._repo_name.split("/")[-1])
             if here.resolve() != there.resolve():

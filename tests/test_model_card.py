@@ -115,6 +115,24 @@ class TestMetadata:
             assert "# Mine" in (out / "README.md").read_text()
         assert "hera" in card_of(other).data.tags
 
+    def test_saved_again_beside_the_card_of_a_checkpoint(self, tmp_path):
+        """PEFT edits a card that it finds: the local base model, and the tag by which a generated card is known."""
+        base = save_vlm("llava", tmp_path / "my-base")
+        run = HeRATrainer(
+            base,
+            config(tmp_path / "out", max_steps=1),
+            train_dataset=image_dataset(n=24, with_features=8),
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        )
+        run.prepare_alignment()
+        run.create_model_card()
+        run.save_model()
+        run.model.save_pretrained(tmp_path / "out")  # by hand, without the trainer
+        assert str(base) in (tmp_path / "out" / "README.md").read_text()
+        run.save_model()
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert str(base) not in text and "`my-base`" in text
+
     def test_validation_refuses(self, monkeypatch):
         with running(monkeypatch), pytest.raises(ValueError, match="base_model"):
             ModelCard("---\nbase_model: /home/me/model\n---\nhello").validate()
