@@ -103,6 +103,13 @@ class CheckpointMixin(_Base):
         if self.head_ranking is not None and self.args.should_save and directory is not None:
             public_ranking(self.head_ranking).save(os.path.join(directory, RANKING_FILE))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks whether a run is over only when it has done a step more: resuming a finished one would.
+        if self.criterion is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.criterion is not None and self.args.should_save:

@@ -191,3 +191,16 @@ class TestCheckpoints:
         run.create_model_card("tiny")
         card = (tmp_path / "README.md").read_text()
         assert "2606.23885" in card and "hera" in card
+
+
+def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path):
+    """Its last checkpoint lies within an epoch: 48 samples, of which three steps of eight are taken."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    rows = image_dataset(n=48, with_features=8)
+    first = trainer(tmp_path, dataset=rows, per_device_train_batch_size=8, **settings)
+    first.train()
+    again = trainer(tmp_path, dataset=rows, per_device_train_batch_size=8, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3 and not (tmp_path / "checkpoint-4").exists()
+    assert_same_parameters(parameters(again.model), parameters(first.model))
+    assert again.criterion.temperature == first.criterion.temperature
