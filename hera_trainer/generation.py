@@ -136,7 +136,7 @@ def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:
             come in its order, and of several with the same one the last counts.
 
     Raises:
-        `ValueError`: If a line is no JSON object with a `prediction`.
+        `ValueError`: If a line is no JSON object with a text as `prediction`.
     """
     lines = Path(path).read_bytes().split(b"\n")
     # What follows the last line break was written half, or is nothing; a file of another program may lack the break.
@@ -146,8 +146,8 @@ def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, line in enumerate(lines):
         if line.strip():
             entry = json.loads(line) if _is_json(line) else None
-            if not isinstance(entry, dict) or "prediction" not in entry:
-                raise ValueError(f"Line {number + 1} of {str(path)!r} is no JSON object with a `prediction`.")
+            if not isinstance(entry, dict) or not isinstance(entry.get("prediction"), str):
+                raise ValueError(f"Line {number + 1} of {str(path)!r} is no JSON object with a text as `prediction`.")
             entries[entry.get("row", f"line {number}")] = entry
     found = list(entries.values())
     return sorted(found, key=lambda entry: entry["row"]) if all("row" in entry for entry in found) else found

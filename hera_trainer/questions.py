@@ -64,7 +64,7 @@ class Questions:
         if "video" in names or "videos" in names:
             raise ValueError("The data has videos, which are not evaluated here. Store frames of them as `images`.")
         self._stored = dataset.with_format("arrow")
-        labels = {name: dataset.features[name] for name in self.answer_columns}
+        labels = {name: _element(dataset.features[name]) for name in self.answer_columns}
         self._class_names = {name: label for name, label in labels.items() if isinstance(label, datasets.ClassLabel)}
 
     def __len__(self) -> int:
@@ -87,6 +87,13 @@ class Questions:
         for image in images:
             digest.update(_content(image))
         return {**entry, "digest": digest.hexdigest()[:16]}
+
+    def references(self) -> list[Any]:
+        """What is right, of every row; images are not read."""
+        if not self.answer_columns:
+            return [None] * len(self)
+        batches = self._stored.select_columns(self.answer_columns).iter(batch_size=256)
+        return [self._reference(row) for batch in batches for row in batch.to_pylist()]
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """The conversation that is put before the model, RGB images in the places of their placeholders.
@@ -133,8 +140,11 @@ class Questions:
         values = {}
         for name in self.answer_columns:
             value = row[name]
-            if name in self._class_names and value is not None:
-                value = self._class_names[name].int2str(value)
+            if name in self._class_names:
+                names = self._class_names[name].names
+                labels = value if isinstance(value, list) else [value]
+                texts = [names[label] if label is not None and label >= 0 else None for label in labels]  # -1: none
+                value = texts if isinstance(value, list) else texts[0]
             elif _is_conversation(value):
                 value = answer_text({"messages": [_clean(turn) for turn in value][-1:]})
             values[name] = value
@@ -172,6 +182,11 @@ def _clean(turn: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(content, list):
         content = [{key: value for key, value in part.items() if value is not None} for part in content]
     return {"role": turn["role"], "content": "" if content is None else content}
+
+
+def _element(feature: Any) -> Any:
+    """The feature of a column, or of what its lists hold."""
+    return feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
 
 
 def _is_conversation(value: Any) -> bool:

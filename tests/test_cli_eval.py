@@ -14,42 +14,8 @@ from tiny import build_vlm, image_dataset, save_vlm
 from hera_trainer.cli import main
 from hera_trainer.generation import answer
 from hera_trainer.questions import Questions
-from hera_trainer.scoring import exact_match, normalize_answer, vqa_accuracy
 
 LENGTH = 6
-
-
-# --- Scores ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("The two dogs.", "2 dogs"),
-        ("  A  Red-Circle! ", "red circle"),
-        ("1,200.5 km", "1200.5 km"),
-        ("don't", "dont"),
-        ("none", "0"),
-        ("the", "the"),
-        ("x_y", "x y"),
-        ("No.", "no"),
-    ],
-)
-def test_normalized_answers(text, normal):
-    assert normalize_answer(text) == normal
-
-
-def test_exact_match():
-    scores = exact_match(["Yes.", "Yes, it is", "two", "a cat"], ["yes", "yes", ["2", "3"], "dog"])
-    assert scores == {"exact_match": 0.5}
-
-
-def test_vqa_accuracy():
-    """With two of ten humans agreed: leaving out one of these two leaves 1/3, leaving out another leaves 2/3."""
-    humans = ["red"] * 2 + ["blue"] * 8
-    scores = vqa_accuracy(["red", "Blue!", "green"], [humans, humans, humans])
-    assert scores["vqa_accuracy"] == pytest.approx(((2 * 1 / 3 + 8 * 2 / 3) / 10 + 1 + 0) / 3)
-    assert vqa_accuracy(["red"], ["red"]) == {"vqa_accuracy": 1.0}
 
 
 # --- Questions -------------------------------------------------------------------------------------------------------
@@ -226,7 +192,15 @@ def test_chat_template(folder, tmp_path, capsys):
         (["--metric", "accuracy"], ["no metric 'accuracy'", "exact_match"]),
         (["--metric", "mutual_knn"], ["hera rank"]),
         (["--metric", "amber"], ["--metric-arg annotations=AMBER/data", "https://github.com"]),
-        (["--metric", "exact_match", "--metric-arg", "a=1"], ["takes no arguments"]),
+        (["--metric", "exact_match", "--metric-arg", "a=1"], ["takes no arguments", "'a'"]),
+        (["--metric", "pope", "--metric-arg", "anotations=x"], ["takes `annotations`", "'anotations'"]),
+        (["--metric", "chair", "--metric-arg", "synonym=x"], ["takes `annotations`, `synonyms`", "'synonym'"]),
+        (
+            ["--metric", "exact_match", "--answer-column", "answer,id"],
+            ["Row 0", "record of answer, id", "--answer-column"],
+        ),
+        (["--metric", "pope", "--answer-column", "question"], ["'pope'", "row 0 is 'what is in", "--answer-column"]),
+        (["--metric", "chair"], ["'chair'", "row 0 is 'yes'", "--answer-column"]),
         (["--metric", "exact_match", "pope", "--metric-arg", "a=1"], ["exact_match.a=1"]),
         (["--metric", "exact_match", "--metric-arg", "pope.a=1"], ["arguments for pope"]),
         (["--metric", "exact_match", "--answer-column", "right"], ["no column `right`", "--answer-column"]),
@@ -257,7 +231,88 @@ def test_help(capsys):
     assert all(word in text for word in ("hera eval", "--metric-arg", "--predictions", "--export", "examples:"))
 
 
-def test_easy_vqa_example(tmp_path):
+# As they come from the Hub (lmms-lab/VQAv2, HuggingFaceM4/OK-VQA, lmms-lab/textvqa, HuggingFaceM4/VizWiz), and the
+# accuracy of the answer net: two, five and ten of the ten agree with it.
+HUMANS = ["net"] * 2 + ["tennis net"] * 8
+FORMS = {
+    "VQA v2": {
+        "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i + 1} for i, a in enumerate(HUMANS)]
+    },
+    "OK-VQA": {
+        "answers": [{"answer": a, "raw_answer": a + "s", "answer_confidence": "yes", "answer_id": 1} for a in HUMANS]
+    },
+    "VizWiz": {"answers": [{"answer_confidence": "maybe", "answer": answer} for answer in HUMANS]},
+    "TextVQA": {"answers": HUMANS},
+    "records of lists": {"answers": {"answer": HUMANS, "answer_id": list(range(10))}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_references_as_they_come_from_the_hub(folder, tmp_path, capsys, monkeypatch, form):
+    """From Parquet, through Arrow, predictions on disk and back."""
+    from hera_trainer import generation
+
+    monkeypatch.setattr(generation, "answer", lambda model, processor, asked, *_: ["A net."] * len(asked))
+    rows = Dataset.from_list([{"question_id": 7, "question": "What is it?", **FORMS[form]}] * 2)
+    rows = rows.add_column("multiple_choice_answer", ["tennis net", "net"])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    data = ("--dataset", str(tmp_path / "rows.parquet"))
+    assert evaluate(folder, "base", tmp_path / "out", *data, "--metric", "vqa_accuracy", "exact_match") == 0
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    # Of the ten ways to leave one human out, two leave one who agrees, eight leave two.
+    assert metrics["vqa_accuracy"]["vqa_accuracy"] == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert metrics["exact_match"]["exact_match"] == 1.0
+    arguments = ("--metric", "exact_match", "--answer-column", "multiple_choice_answer")
+    assert evaluate(folder, "base", tmp_path / "one", *data, *arguments) == 0
+    assert json.loads((tmp_path / "one" / "results.json").read_text())["metrics"] == {
+        "exact_match": {"exact_match": 0.5}
+    }
+    capsys.readouterr()
+    again = ["eval", "--predictions", str(tmp_path / "out" / "predictions.jsonl"), "--metric", "vqa_accuracy"]
+    assert main(again) == 0 and "0.6000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "metric", "words"),
+    [
+        ([True, False], "exact_match", ["Row 0", "True", 'such as "yes" and "no"']),
+        ([1.0, 2.5], "vqa_accuracy", ["Row 0", "1.0", "Store the text"]),
+        ([["red"], []], "vqa_accuracy", ["Row 1", "missing", "--answer-column"]),
+        (["red", None], "exact_match", ["Row 1", "missing", "--answer-column"]),
+        (["red", " "], "exact_match", ["Row 1", "missing"]),
+        (["red", "['red', 'blue']"], "vqa_accuracy", ["Row 1", "list that is stored as a text", "JSON or Parquet"]),
+        ([{"ids": [1], "weights": [0.3]}] * 2, "vqa_accuracy", ["Row 0", "record of ids, weights", "--answer-column"]),
+        ([True, False], "pope", ["'pope'", "row 0 is True"]),
+        (["cat", "dog"], "chair", ["'chair'", "row 0 is 'cat'"]),
+        ([1.0, 2.0], "amber", ["'amber'", "row 0 is 1.0"]),
+        (["yes", "no"], "hallusionbench", ["'hallusionbench'", "row 0 is 'yes'"]),
+        ([1, 2], "hallusionbench", ["HallusionBench.json", "annotations"]),
+    ],
+)
+def test_references_are_checked_before_the_model_is_loaded(tmp_path, capsys, values, metric, words):
+    """All rows, whatever the first one is: the model that is named is not there."""
+    lines = [{"question": "What?", "answer": value} for value in values]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--answer-column", "answer", "--metric", metric]
+    if metric == "amber":
+        (tmp_path / "annotations.json").write_text("[]")
+        options += ["--metric-arg", f"annotations={tmp_path}"]
+    assert main(["eval", "no/such-model", "--dataset", str(tmp_path / "rows.jsonl"), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_labels_in_lists_have_their_names():
+    names = ClassLabel(names=["cat", "dog"])
+    rows = Dataset.from_dict(
+        {"question": ["?"] * 3, "answers": [[1, 0], [1], [0]], "label": [0, 1, -1]},
+        features=Features({"question": Value("string"), "answers": List(names), "label": names}),
+    )
+    assert Questions(rows).references() == [["dog", "cat"], ["dog"], ["cat"]]
+    assert Questions(rows, answer_column="label").references() == ["cat", "dog", None]  # -1: not labelled
+
+
+def test_easy_vqa_example(tmp_path, capsys):
     """The example's file has the demo's questions and pictures."""
     pytest.importorskip("easy_vqa")
     from hera_trainer.cli.loading import load_rows
@@ -272,3 +327,9 @@ def test_easy_vqa_example(tmp_path):
     assert written["answer"][:] == original["answer"][:]
     first, second = (Questions(rows).messages(4)[0]["content"] for rows in (written, original))
     assert first[1] == second[1] and first[0]["image"].tobytes() == second[0]["image"].tobytes()
+    # Its folder, which `datasets` takes for one of images alone.
+    assert load_rows(tmp_path, split="test")["answer"][:] == load_rows(tmp_path, split="test[:6]")["answer"][:]
+    assert Questions(load_rows(tmp_path, split="test")).messages(4)[0]["content"][1] == first[1]
+    assert main(["eval", "model", "--dataset", str(tmp_path), "--metric", "exact_match"]) == 1
+    error = capsys.readouterr().err
+    assert "--split test" in error and f"--dataset {tmp_path / 'test.jsonl'}" in error

@@ -207,3 +207,10 @@ def test_wrong_input_is_refused(data: Path, tmp_path: Path) -> None:
     (data / "annotations.json").write_text(json.dumps([{**ANNOTATIONS[0], "truth": ["unicorn"]}]))
     with pytest.raises(ValueError, match=r"relation\.json has no 'unicorn'"):
         compute([1], annotations=data, nouns="tokens")
+
+
+@pytest.mark.parametrize("reference", [True, 1005.0, None, "x", [1005]])
+def test_what_is_no_id_is_refused(reference: object) -> None:
+    """`datasets` would take True for the id 1, and 1005.9 for 1005."""
+    with pytest.raises(ValueError, match=r"must be AMBER's ids.*row 1 is"):
+        load_metric("amber").compute(predictions=["No.", "No."], references=[1005, reference], annotations="nothing")

@@ -214,3 +214,21 @@ def test_a_missing_or_empty_list_is_refused(tmp_path: Path) -> None:
     empty.write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
         compute(empty)
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        (["a cat"], "row 0 is 'a cat'"),
+        ([["a cat"], "a dog"], "row 1 is 'a dog'"),
+        ([{"a": "cat"}], "row 0 is {'a': 'cat'}"),
+        ([["cat", None]], r"row 0 is \['cat', None\]"),
+        ([True], "row 0 is True"),
+        ([1.5], r"row 0 is 1\.5"),
+        ([["cat"], 17], r"texts or ids, not both: \['cat'\] and 17"),
+    ],
+)
+def test_what_is_no_list_of_texts_and_no_id_is_refused(references: list, message: str) -> None:
+    """`datasets` would take a text for a list of its letters, which name no object, and True for the id 1."""
+    with pytest.raises(ValueError, match=message):
+        load_metric("chair").compute(predictions=["a cat"] * len(references), references=references)

@@ -172,3 +172,18 @@ def test_wrong_input_is_refused(tmp_path: Path) -> None:
         compute({**BENCHMARK[0], "gt_answer": None})
     with pytest.raises(ValueError, match=r"answered twice.*'subcategory': 'illusion'"):
         compute(BENCHMARK[0], BENCHMARK[1], BENCHMARK[0])
+
+
+@pytest.mark.parametrize("answer", ["yes", True, 1.0, "2"])
+def test_what_is_no_answer_of_the_benchmark_is_refused(answer: object) -> None:
+    keys = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id")
+    rows = [{**dict.fromkeys(keys, str(index)), "gt_answer": gt} for index, gt in enumerate(("1", answer))]
+    with pytest.raises(ValueError, match=r"`gt_answer` must be 0 \(no\) or 1 \(yes\); in row 1 it is"):
+        load_metric("hallusionbench").compute(predictions=["Yes.", "Yes."], references=rows)
+
+
+@pytest.mark.parametrize("reference", [True, 1.5, "x", None])
+def test_what_is_no_row_and_no_number_is_refused(reference: object) -> None:
+    """`datasets` would take True and 1.5 for row 1."""
+    with pytest.raises(ValueError, match="row 1 is"):
+        load_metric("hallusionbench").compute(predictions=["Yes.", "Yes."], references=[0, reference])

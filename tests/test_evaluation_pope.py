@@ -128,5 +128,27 @@ def test_wrong_input_is_refused(question_file: Path, tmp_path: Path) -> None:
         compute([1], annotations=str(tmp_path / "missing.json"))
     with pytest.raises(ValueError, match="no question 3"):
         compute([1, 3], annotations=question_file)
-    with pytest.raises(ValueError, match='must be "yes" or "no", got \'maybe\''):
+    with pytest.raises(ValueError, match='must be "yes" or "no"; row 1 is \'maybe\''):
         compute(["yes", "maybe"])
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        (["no", True], "row 1 is True"),
+        ([True], "row 0 is True"),
+        ([1.0], r"row 0 is 1\.0"),
+        ([None], "row 0 is None"),
+        ([["yes"]], r"row 0 is \['yes'\]"),
+        (["no", 1], "labels or ids, not both: 'no' and 1"),
+        ([1, "no"], "labels or ids, not both: 1 and 'no'"),
+    ],
+)
+def test_what_is_no_label_and_no_id_is_refused(references: list, message: str, question_file: str) -> None:
+    """Also at once and one by one: `datasets` would take True and 1.5 for the id 1."""
+    predictions = ["no"] * len(references)
+    with pytest.raises(ValueError, match=message):
+        load_metric("pope").compute(predictions=predictions, references=references, annotations=question_file)
+    if len(references) == 1:
+        with pytest.raises(ValueError, match=message):
+            load_metric("pope").add(prediction="no", reference=references[0])

@@ -151,13 +151,18 @@ def _metric_arguments(given: Sequence[str], metrics: Sequence[str]) -> dict[str,
 
 def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, Any]]) -> None:
     import torch
-    from accelerate import PartialState
 
     from ..generation import PREDICTIONS_FILE, SETTINGS_FILE, predict
+    from ..processes import Team
+    from ..scoring import check_references
 
     start = time.perf_counter()
     split = args.split or _only_split(args.dataset)
     questions = _questions(args, split)
+    team = Team(distributed=True)
+    with team.together():
+        if team.is_main:
+            check_references(args.metric, questions.references(), metric_arguments)
     model, processor = _model(args)
     folder = Path(args.output or "eval")
     entries = predict(
@@ -171,7 +176,7 @@ def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, An
         autocast_dtype=None if args.autocast is None else getattr(torch, args.autocast),
         restart=args.restart,
     )
-    if not PartialState().is_main_process:
+    if not team.is_main:
         return
     results = {
         "metrics": _scores(args.metric, entries, metric_arguments),
@@ -206,10 +211,10 @@ def _questions(args: argparse.Namespace, split: str) -> Questions:
     answer_column = args.answer_column or next(filter(None, map(REFERENCE_COLUMNS.get, args.metric)), None)
     suffix = args.suffix.replace("\\n", "\n")
     questions = Questions(rows, args.prompt_column, answer_column, args.image_column, args.system, suffix)
-    if questions.describe(0)["reference"] is None:
+    if not questions.answer_columns:
         raise ValueError(
-            f"The data has no right answers: none of its columns {', '.join(rows.column_names)} is known to hold them, "
-            "or the first row has none. Name the column with `--answer-column`."
+            f"The data has no right answers: none of its columns {', '.join(rows.column_names)} is known to hold them. "
+            "Name the column with `--answer-column`."
         )
     return questions
 
@@ -237,12 +242,14 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _only_split(dataset: str) -> str:
     """The split of data without splits. Of data with splits nobody should score the training part by mistake."""
-    from .loading import local_path
+    from .loading import FILE_FORMATS, local_path
 
     path = Path(local_path(dataset))
     if path.is_file() or (path.is_dir() and (path / "state.json").is_file()):
         return "train"
-    raise ValueError(f"Say which split of {dataset!r} to evaluate on, such as `--split test`.")
+    files = sorted(str(file) for file in (path.iterdir() if path.is_dir() else ()) if file.suffix in FILE_FORMATS)
+    named = f", or name one of its files: {', '.join(f'`--dataset {file}`' for file in files)}" if files else ""
+    raise ValueError(f"Say which split of {dataset!r} to evaluate on, such as `--split test`{named}.")
 
 
 def _score_file(args: argparse.Namespace, metric_arguments: dict[str, dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -55,16 +56,13 @@ def load_model(
     """Loads a model, or a PEFT adapter on its base model, for inference.
 
     Args:
-        path (`str` or `os.PathLike`):
-            Name on the Hub or folder of a full model or of a PEFT adapter.
+        path (`str` or `os.PathLike`): Name on the Hub or folder of a full model or of a PEFT adapter.
         revision (`str`, *optional*):
             Branch, tag or commit of `path`. That of an adapter's base model is what the adapter says.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Data type of the weights: `"auto"` (as they are stored), `"bfloat16"`, `"float16"` or `"float32"`.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Quantize the (base) model to 4 bit, NF4, while loading.
-        device (`str` or `torch.device`, *optional*):
-            Where it goes. The accelerator if there is one, else the CPU.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): Quantize the (base) model to 4 bit, NF4, while loading.
+        device (`str` or `torch.device`, *optional*): Where it goes. The accelerator if there is one, else the CPU.
         base_model (`str` or `os.PathLike`, *optional*):
             Base model of an adapter, instead of the one that the adapter names.
 
@@ -315,6 +313,10 @@ def open_rows(
                 raise ValueError(f"The data file {path!r} is empty.")
             builder["data_files"] = path
             path = _format_of(path)
+        elif (name := re.fullmatch(r"(\w+)(\[.*\])?", split)) and config is None and not builder:
+            # Where its images lie beside `test.jsonl`, `datasets` would take the folder for one of images alone.
+            files = [file.name for file in Path(path).glob(f"{name[1]}.*") if file.suffix in FILE_FORMATS]
+            builder = {"data_files": {name[1]: files[0]}} if len(files) == 1 else {}
         try:
             rows = datasets.load_dataset(path, name=config, split=split, streaming=streaming, **builder)
         except datasets.exceptions.DatasetGenerationError as error:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ _NLTK_DATA = ("punkt_tab", "averaged_perceptron_tagger_eng", "wordnet")
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+def _check(references: Sequence[Any]) -> None:
+    """`datasets` would take True and 1.5 for the id 1."""
+    for index, reference in enumerate(references):
+        is_number = isinstance(reference, Integral) and not isinstance(reference, bool)
+        if not is_number and not (isinstance(reference, str) and reference.isdecimal()):
+            raise ValueError(f"`references` must be AMBER's ids, such as 1005; row {index} is {reference!r}.")
 
 
 def _read(path: Path, what: str) -> str:
@@ -239,6 +248,16 @@ class AMBER(evaluate.Metric):
             codebase_urls=["https://github.com/junyangwang0410/AMBER"],
             reference_urls=["https://arxiv.org/abs/2311.07397"],
         )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Adds a batch of predictions and references."""
+        _check(references if references is not None else ())
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Adds one prediction and reference."""
+        _check([reference])
+        super().add(prediction=prediction, reference=reference, **kwargs)
 
     def _compute(
         self,

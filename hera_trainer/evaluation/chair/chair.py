@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import datasets
@@ -180,6 +181,20 @@ def _objects_of_images(ids: Sequence[int], paths: Any, vocabulary: _Vocabulary) 
     return [objects[i] for i in ids]
 
 
+def _check(references: Sequence[Any]) -> None:
+    """`datasets` would take True and 1.5 for the id 1, and a text or a record for a list of its letters or keys."""
+    for index, reference in enumerate(references):
+        is_id = isinstance(reference, Integral) and not isinstance(reference, bool)
+        is_list = isinstance(reference, (list, tuple)) and all(isinstance(text, str) for text in reference)
+        if not is_id and not is_list:
+            raise ValueError(
+                "`references` must be lists of texts, of names of objects or reference captions, or ids of COCO "
+                f"images, which are whole numbers; row {index} is {reference!r}."
+            )
+        if is_id != isinstance(references[0], Integral):
+            raise ValueError(f"`references` must be texts or ids, not both: {references[0]!r} and {reference!r}.")
+
+
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
@@ -198,6 +213,16 @@ class CHAIR(evaluate.Metric):
             codebase_urls=["https://github.com/LisaAnne/Hallucination"],
             reference_urls=["https://arxiv.org/abs/1809.02156"],
         )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Adds a batch of predictions and references."""
+        _check(references if references is not None else ())
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Adds one prediction and reference."""
+        _check([reference])
+        super().add(prediction=prediction, reference=reference, **kwargs)
 
     def _compute(
         self,

@@ -7,6 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import datasets
@@ -86,13 +87,19 @@ def _rows(numbers: Sequence[int], path: str | os.PathLike | None) -> list[dict[s
     return [rows[i] for i in numbers]
 
 
-def _checked(row: Any) -> Any:
+def _checked(row: Any, index: int) -> Any:
     """The row with what is read of it, as strings. Numbers of rows stay numbers."""
-    if not isinstance(row, dict):
+    if isinstance(row, Integral) and not isinstance(row, bool):  # `datasets` would take True and 1.5 for row 1
         return row
+    if not isinstance(row, dict):
+        raise ValueError(f"`references` must be rows of {_SOURCE}, or numbers of rows from 0; row {index} is {row!r}.")
     missing = [key for key in _KEYS if row.get(key) is None]
     if missing:
-        raise ValueError(f"A row in `references` has no `{missing[0]}`. Of {_SOURCE}, these are needed: {list(_KEYS)}.")
+        raise ValueError(
+            f"Row {index} of `references` has no `{missing[0]}`. Of {_SOURCE}, these are needed: {list(_KEYS)}."
+        )
+    if str(row["gt_answer"]) not in ("0", "1"):
+        raise ValueError(f"`gt_answer` must be 0 (no) or 1 (yes); in row {index} it is {row['gt_answer']!r}.")
     return {key: str(row[key]) for key in _KEYS}
 
 
@@ -121,12 +128,12 @@ class HallusionBench(evaluate.Metric):
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Adds a batch of predictions and references. Of rows, only what is scored is kept, not their images."""
-        rows = [_checked(row) for row in references] if references is not None else None
+        rows = [_checked(row, index) for index, row in enumerate(references)] if references is not None else None
         super().add_batch(predictions=predictions, references=rows, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Adds one prediction and reference. Of a row, only what is scored is kept, not its image."""
-        super().add(prediction=prediction, reference=_checked(reference), **kwargs)
+        super().add(prediction=prediction, reference=_checked(reference, 0), **kwargs)
 
     def _compute(
         self,
@@ -135,7 +142,7 @@ class HallusionBench(evaluate.Metric):
         annotations: str | os.PathLike | None = None,
     ) -> dict[str, float]:
         if not isinstance(references[0], dict):
-            references = [_checked(row) for row in _rows(references, annotations)]
+            references = [_checked(row, i) for i, row in enumerate(_rows(references, annotations))]
         asked = [tuple(row[key] for key in _KEYS[:-1]) for row in references]
         if len(set(asked)) < len(asked):
             twice = next(key for key in asked if asked.count(key) > 1)

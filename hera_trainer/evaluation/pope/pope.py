@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import datasets
@@ -61,6 +62,19 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
+def _check(references: Sequence[Any]) -> None:
+    """`datasets` would take True and 1.5 for the id 1, and a number among labels for a label."""
+    for index, reference in enumerate(references):
+        is_id = isinstance(reference, Integral) and not isinstance(reference, bool)
+        if not is_id and not isinstance(reference, str):
+            raise ValueError(
+                f'`references` must be "yes" or "no", or ids of questions, which are whole numbers; row {index} is '
+                f"{reference!r}."
+            )
+        if isinstance(reference, str) != isinstance(references[0], str):
+            raise ValueError(f"`references` must be labels or ids, not both: {references[0]!r} and {reference!r}.")
+
+
 def _labels(ids: Sequence[int], path: str | os.PathLike | None) -> list[str]:
     if path is None or not os.path.isfile(path):
         raise FileNotFoundError(
@@ -90,6 +104,16 @@ class POPE(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2305.10355"],
         )
 
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Adds a batch of predictions and references."""
+        _check(references if references is not None else ())
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Adds one prediction and reference."""
+        _check([reference])
+        super().add(prediction=prediction, reference=reference, **kwargs)
+
     def _compute(
         self,
         predictions: Sequence[str],
@@ -98,9 +122,9 @@ class POPE(evaluate.Metric):
     ) -> dict[str, float]:
         labels = references if isinstance(references[0], str) else _labels(references, annotations)
         labels = [label.strip().lower() for label in labels]
-        wrong = set(labels) - {"yes", "no"}
-        if wrong:
-            raise ValueError(f'`references` must be "yes" or "no", got {sorted(wrong)[0]!r}.')
+        wrong = next((index for index, label in enumerate(labels) if label not in ("yes", "no")), None)
+        if wrong is not None:
+            raise ValueError(f'`references` must be "yes" or "no"; row {wrong} is {labels[wrong]!r}.')
         empty = sum(not answer.strip() for answer in predictions)
         if empty:
             logger.warning(
