@@ -12,18 +12,13 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
+from .alignment import Alignment
 from .completion import make_room, mark_complete, rotate
 from .config import HeRAConfig
-from .contrast import Contrast
-from .heads.head import AttentionHead
 from .heads.ranking import HeadRanking
-from .loss import HeRALoss
 from .redaction import public_name
-from .temperature import TemperatureCallback
 
 RANKING_FILE = "head_ranking.json"
-STATE_FILE = "hera_state.json"
-QUEUE_FILE = "hera_queue.safetensors"
 
 # The mixin calls on to a Trainer: type checkers must see it, the class hierarchy must not repeat it.
 if TYPE_CHECKING:
@@ -65,11 +60,8 @@ class CheckpointMixin(_Base):
 
     args: HeRAConfig
     model: Any
-    criterion: HeRALoss | None
-    aligned_heads: list[AttentionHead] | None
+    alignment: Alignment | None
     head_ranking: HeadRanking | None
-    _contrast: Contrast
-    _temperature: TemperatureCallback
     _rotates_itself = False
     _best_step: int | None = None  # of which step the weights are, where training ended with loading the best ones
 
@@ -80,7 +72,7 @@ class CheckpointMixin(_Base):
             self.args.save_total_limit = None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.criterion is None:
+        if self.alignment is None:
             return super()._save_checkpoint(model, trial)
         output_dir = self._get_output_dir(trial=trial)
         checkpoint = Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -95,6 +87,7 @@ class CheckpointMixin(_Base):
             self.args.save_total_limit, self._rotates_itself = limit, False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self.alignment.save(checkpoint)  # also where `save_only_model` leaves out the optimizer
             mark_complete(checkpoint, self.state.global_step)
             best = self.state.best_model_checkpoint
             rotate(output_dir, limit, {checkpoint, *([] if best is None else [Path(best)])})
@@ -105,17 +98,10 @@ class CheckpointMixin(_Base):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # `Trainer` looks whether a run is over only when it has done a step more: resuming a finished one would.
-        if self.criterion is not None and self.state.global_step >= self.state.max_steps:
+        if self.alignment is not None and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.criterion is not None and self.args.should_save:
-            self._temperature.save(os.path.join(output_dir, STATE_FILE), self.aligned_heads or [])
-            if self._contrast.queue is not None:
-                self._contrast.queue.save(os.path.join(output_dir, QUEUE_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_whole_model and Path(resume_from_checkpoint, CONFIG_NAME).is_file():
@@ -133,7 +119,7 @@ class CheckpointMixin(_Base):
     @property
     def _loads_whole_model(self) -> bool:
         """Whether a checkpoint holds all weights of an unsharded model, which `Trainer` may fail to find there."""
-        return self.criterion is not None and not self._is_sharded and isinstance(self.model, PreTrainedModel)
+        return self.alignment is not None and not self._is_sharded and isinstance(self.model, PreTrainedModel)
 
     @property
     def _is_sharded(self) -> bool:
@@ -142,10 +128,5 @@ class CheckpointMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.criterion is None or checkpoint is None:
-            return
-        state, queue = Path(checkpoint, STATE_FILE), Path(checkpoint, QUEUE_FILE)
-        if state.is_file():
-            self._temperature.load(state, self.aligned_heads or [])
-        if self._contrast.queue is not None and queue.is_file():
-            self._contrast.queue.load(queue, self.args.device)
+        if self.alignment is not None and checkpoint is not None:
+            self.alignment.load(checkpoint)

@@ -66,6 +66,12 @@ def check_arguments(args: HeRAConfig) -> None:
         `ValueError`: Naming the setting and the value that passes.
     """
     check_pool(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, over which Trainer would divide each batch (`nn.DataParallel`), and "
+            "head representations cannot be read there. Start one process a GPU with `accelerate launch`, or let it "
+            "see one: `CUDA_VISIBLE_DEVICES=0`."
+        )
     for name in ("packing", "padding_free"):
         if getattr(args, name):
             raise ValueError(
@@ -151,6 +157,28 @@ def check_device_map(model: nn.Module) -> None:
             f"The model is split over several devices ({', '.join(sorted(devices))}), which head alignment does not "
             "support yet. Load it on one device (`device_map=None`), train with several processes, or set "
             "`alignment_weight=0`."
+        )
+
+
+def check_tokens_stay(model: nn.Module, accelerator: Accelerator) -> None:
+    """Refuses what gives the language model other positions than the labels have: prompt-learning adapters (prompt,
+    prefix and P-tuning), which put some in front, and parallelism that divides sequences.
+
+    Raises:
+        `ValueError`: Naming the cure.
+    """
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        if adapter.is_prompt_learning:
+            raise ValueError(
+                f"The prompt-learning adapter {name!r} ({adapter.peft_type.value}) puts virtual tokens before the text, "
+                "so head representations cannot be matched with labels. Use another adapter, such as LoRA, or set "
+                "`alignment_weight=0`."
+            )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Context and sequence parallelism divide the tokens of a sample over processes, so head representations "
+            "cannot be pooled. Set `cp_size` and `sp_size` of the parallelism config to 1, or `alignment_weight=0`."
         )
 
 

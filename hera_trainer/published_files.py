@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .checkpoints import STATE_FILE
+from .alignment import STATE_FILE
 from .redaction import holds_secret, public_name
 from .run_record import MONITOR_FOLDER
 

@@ -10,11 +10,12 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
+from .alignment import Alignment
 from .config import HeRAConfig
 from .data import ROW_PLACE, TEACHER_COLUMN, TEACHER_IMAGES, TeacherCollator, check_collator
 from .features import check_teacher_features
-from .loss import HeRALoss
 from .preparation import check_dataset, check_width, with_teacher_features
+from .randomness import same_randomness
 from .rows import CARRIED_COLUMNS, check_tools
 from .stream_start import open_stream, ranking_samples, stream_width
 from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, row_images
@@ -33,13 +34,15 @@ class TeacherVectorsMixin(_Base):
     """Attaches teacher vectors to a trainer's data sets, or computes them as batches come, and carries them along."""
 
     args: HeRAConfig
-    criterion: HeRALoss | None
+    alignment: Alignment | None
+    eval_dataset: Any
     processing_class: Any
     _signature_columns: Any
     _teacher: VisionTeacher | str
-    _teacher_width: int
+    _teacher_width: int | None = None
     _stream_teacher: StreamTeacher | None = None
     _brings_vectors = False
+    _prepared_data: tuple[Any, Any, Any] = (None, None, None)
 
     @property
     def teacher_name(self) -> str:
@@ -48,11 +51,16 @@ class TeacherVectorsMixin(_Base):
             return ""
         return self._teacher if isinstance(self._teacher, str) else self._teacher.name
 
-    def _attach_teacher_features(self) -> None:
-        # The column names of a stream may not be known before it is opened.
-        self._brings_vectors = TEACHER_COLUMN in (getattr(self.train_dataset, "column_names", None) or ())
+    def _prepare_data(self) -> None:
+        """Gives teacher vectors to the data sets and the collator that the trainer holds now, unless they have them.
+        Any of the three may have been replaced since the last time."""
+        if (self.train_dataset, self.eval_dataset, self.data_collator) == self._prepared_data:
+            return
         # Own columns first: a fault in one of them is said before the teacher has worked for hours on another.
-        self.train_dataset = self._with_teacher_features(self.train_dataset, "train_dataset")
+        if self.train_dataset is not self._prepared_data[0]:
+            # The column names of a stream may not be known before it is opened.
+            self._brings_vectors = TEACHER_COLUMN in (getattr(self.train_dataset, "column_names", None) or ())
+            self.train_dataset = self._with_teacher_features(self.train_dataset, "train_dataset", self._teacher_width)
         rows: Any = self.train_dataset
         if isinstance(rows, NumberedStream):
             self._brings_vectors = rows.has_vectors
@@ -61,10 +69,32 @@ class TeacherVectorsMixin(_Base):
             self._teacher_width, first = check_teacher_features(rows), [rows[i] for i in range(min(2, len(rows)))]
         if self.eval_dataset is not None:
             self.eval_dataset = self._with_teacher_features(self.eval_dataset, "eval_dataset", self._teacher_width)
-        collator = TeacherCollator(self.data_collator, self._teacher_width)
-        check_collator(collator, first)
-        self.data_collator = collator
+        if not isinstance(self.data_collator, TeacherCollator):
+            self.data_collator = TeacherCollator(self.data_collator, self._teacher_width)
+        check_collator(self.data_collator, first)
         self._prepare_images()
+        self._prepared_data = self.train_dataset, self.eval_dataset, self.data_collator
+
+    def get_train_dataloader(self) -> Any:
+        self._prepare_replaced_data()
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        self._prepare_replaced_data()
+        if self._teacher_width is not None and eval_dataset is not None:
+            # A named one may have been put into the dictionary since.
+            given = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+            prepared = self._with_teacher_features(given, "eval_dataset", self._teacher_width)
+            if isinstance(eval_dataset, str):
+                self.eval_dataset[eval_dataset] = prepared
+            else:
+                eval_dataset = prepared
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _prepare_replaced_data(self) -> None:
+        if self._teacher_width is not None:  # otherwise, nothing was prepared yet
+            with same_randomness(self.args.device):
+                self._prepare_data()
 
     def _with_teacher_features(self, dataset: Any, name: str, width: int | None = None) -> Any:
         """A data set, or each one of a dictionary, with teacher vectors of `width`; or a stream that will have them."""
@@ -131,7 +161,7 @@ class TeacherVectorsMixin(_Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.criterion is not None:
+        if self.alignment is not None:
             columns: list[str] = self._signature_columns or []
             own = (TEACHER_COLUMN, ROW_PLACE, *CARRIED_COLUMNS, self.args.dataset_text_field)
             self._signature_columns = [*columns, *(name for name in own if name not in columns)]

@@ -45,13 +45,13 @@ class Recorder(HeRATrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         vectors, ids = inputs[TEACHER_COLUMN].clone(), inputs["input_ids"]
         self.pixels = {name: value for name, value in inputs.items() if "pixel" in name}
-        start = self._capture.start
+        start = self.alignment.capture.start
         masks: list[torch.Tensor] = []
-        self._capture.start = lambda mask, train: (masks.append(mask), start(mask, train))
+        self.alignment.capture.start = lambda mask, train: (masks.append(mask), start(mask, train))
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self._capture.start = start
+            self.alignment.capture.start = start
             self.samples = {tuple(row[keep].tolist()): v for row, keep, v in zip(ids, masks[0], vectors, strict=True)}
 
 

@@ -133,7 +133,7 @@ class TestTraining:
                 with torch.no_grad():
                     seen.append(base_model(model).get_decoder()(input_ids=ids).last_hidden_state)
                 assert torch.equal(before, torch.get_rng_state())
-                assert run._capture._record is None
+                assert run.alignment.capture._record is None
 
         run = trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2, callbacks=[Look()])
         run.train()

@@ -8,22 +8,14 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from runs import assert_same_parameters, config, logged, parameters, trainer
-from tiny import build_vlm, image_dataset
+from runs import assert_same_parameters, logged, parameters, trainer
+from tiny import image_dataset
 from transformers import TrainerCallback
 
-from hera_trainer import AttentionHead, HeRATrainer
+from hera_trainer import AttentionHead
 
 
 class TestTemperature:
-    def test_own_group_without_weight_decay(self, tmp_path):
-        run = trainer(tmp_path, weight_decay=0.1, max_steps=1)
-        run.train()
-        (group,) = [
-            g for g in run.optimizer.param_groups if any(p is run.criterion.log_temperature for p in g["params"])
-        ]
-        assert group["weight_decay"] == 0.0 and len(group["params"]) == 1
-
     def test_one_adam_step(self, tmp_path):
         """Adam's first step moves a parameter by the learning rate, gradient accumulation or not; and the gradient
         does not pile up from step to step."""
@@ -55,24 +47,6 @@ class TestTemperature:
         run = trainer(tmp_path, max_steps=3, temperature=0.0101, learning_rate=0.5)
         run.train()
         assert run.criterion.temperature >= 0.01 - 1e-8
-
-    def test_companion_optimizer_follows_the_same_trajectory(self, tmp_path):
-        """With a user's own optimizer, the temperature is trained beside it just as in its own group."""
-        kwargs = {"max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "warmup_steps": 2}
-        own = trainer(tmp_path / "a", **kwargs)
-        own.train()
-        model, processor = build_vlm("llava")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-        beside = HeRATrainer(
-            model,
-            config(tmp_path / "b", **kwargs),
-            train_dataset=image_dataset(n=24, with_features=8),
-            processing_class=processor,
-            optimizers=(optimizer, None),
-        )
-        beside.train()
-        assert beside._temperature.companion is not None and own._temperature.companion is None
-        assert logged(beside, "temperature") == pytest.approx(logged(own, "temperature"), rel=1e-6)
 
 
 class TestCheckpoints:
@@ -123,26 +97,6 @@ class TestCheckpoints:
         second = trainer(tmp_path, max_steps=2, **kwargs)
         second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert second.aligned_heads[0] == AttentionHead(2, 2)
-
-    def test_companion_optimizer_is_restored(self, tmp_path):
-        def run(path, steps, resume=None):
-            model, processor = build_vlm("llava")
-            args = config(path, max_steps=steps, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            result = HeRATrainer(
-                model,
-                args,
-                train_dataset=image_dataset(n=24, with_features=8),
-                processing_class=processor,
-                optimizers=(optimizer, None),
-            )
-            result.train(resume_from_checkpoint=resume)
-            return result
-
-        whole = run(tmp_path / "whole", 4)
-        run(tmp_path / "half", 2)
-        resumed = run(tmp_path / "half", 4, resume=True)
-        assert torch.equal(resumed.criterion.log_temperature, whole.criterion.log_temperature)
 
     @pytest.mark.parametrize("tuning", ["full", "lora"])
     def test_best_model_is_loaded(self, tmp_path, tuning):

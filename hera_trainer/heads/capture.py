@@ -96,6 +96,22 @@ class ForwardDone(Exception):
     """Leaves a forward pass of which nothing more is needed."""
 
 
+@contextmanager
+def done_after(module: nn.Module | None) -> Iterator[None]:
+    """Each forward of `module` ends with [`ForwardDone`] inside: it is run, and what calls it is left. Nothing happens
+    without a module."""
+
+    def hook(*_: Any) -> None:
+        raise ForwardDone
+
+    handle = None if module is None else module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 class HeadCapture:
     """Reads the pooled representations of chosen heads from a model's forward pass.
 
@@ -141,8 +157,11 @@ class HeadCapture:
         self._by_layer: dict[int, list[int]] = {}
         for head in self.heads:
             self._by_layer.setdefault(head.layer, []).append(head.head)
+        self.dtype = torch.float32  # what the heads compute in, once a forward pass was read
         self._record: _Record | None = None
         self._attached = 0
+        self._reading = False
+        self._stop_early = False
 
     @property
     def layers(self) -> list[int]:
@@ -178,7 +197,23 @@ class HeadCapture:
             mask (`BoolTensor` of shape `[B, T]`): Positions to pool over.
             train (`bool`, *optional*, defaults to `True`): Whether a loss on `vectors()` will be backpropagated.
         """
-        self._record = _Record(mask, train)
+        last_layer = self.layers[-1] if self._stop_early else None
+        self._record = _Record(mask, train and not self._reading, last_layer)
+
+    @contextmanager
+    def reading(self, stop_early: bool) -> Iterator[None]:
+        """Forward passes inside are read for their head representations alone.
+
+        Args:
+            stop_early (`bool`): Leave each by [`ForwardDone`] after the deepest chosen head.
+        """
+        before = self._reading, self._stop_early
+        self._reading, self._stop_early = True, stop_early
+        try:
+            yield
+        finally:
+            self._reading, self._stop_early = before
+            self.stop()
 
     def read(
         self, forward: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], mask: Tensor, stop_early: bool
@@ -194,13 +229,11 @@ class HeadCapture:
         Returns:
             `Tensor` of shape `[m, B, d_model]`, as `vectors` gives it.
         """
-        self._record = _Record(mask, train=False, last_layer=self.layers[-1] if stop_early else None)
-        try:
+        with self.reading(stop_early):
+            self.start(mask)
             with suppress(ForwardDone):
                 forward(inputs)
             return self.vectors()
-        finally:
-            self.stop()
 
     def stop(self) -> None:
         """Forget the observed pass. To be called after its backward, which may recompute activations."""
@@ -251,6 +284,7 @@ class HeadCapture:
         if slot is None:
             # The leaf needs a gradient also where grad mode is off: reentrant checkpointing runs the first forward so.
             slot = record.slots[layer] = _Slot(vectors.detach().requires_grad_(record.train))
+            self.dtype = args[0].dtype
             if layer == record.last_layer:
                 raise ForwardDone
         return _Tap.apply(out, vectors, slot) if torch.is_grad_enabled() else None
