@@ -170,8 +170,8 @@ def check_tokens_stay(model: nn.Module, accelerator: Accelerator) -> None:
     for name, adapter in (getattr(model, "peft_config", None) or {}).items():
         if adapter.is_prompt_learning:
             raise ValueError(
-                f"The prompt-learning adapter {name!r} ({adapter.peft_type.value}) puts virtual tokens before the text, "
-                "so head representations cannot be matched with labels. Use another adapter, such as LoRA, or set "
+                f"The prompt-learning adapter {name!r} ({adapter.peft_type.value}) puts virtual tokens before the text,"
+                " so head representations cannot be matched with labels. Use another adapter, such as LoRA, or set "
                 "`alignment_weight=0`."
             )
     parallelism = getattr(accelerator, "parallelism_config", None)
