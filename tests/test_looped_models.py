@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_zoo import MAPPING, build, text_inputs
+from model_zoo import MAPPING, build, text_inputs, tiny_config
 from torch import Tensor, nn
 
 from hera_trainer.heads.capture import HeadCapture, pool_heads
@@ -13,6 +13,8 @@ from hera_trainer.heads.head import AttentionHead
 from hera_trainer.heads.observer import Observer, run_text
 from hera_trainer.heads.projection import project_heads
 from hera_trainer.heads.registry import get_head_accessor
+from hera_trainer.planning_compute import ImageShape, operations
+from hera_trainer.planning_model import find_parts, meta_model
 from hera_trainer.processes import Team
 
 TYPE = "inkling2_loop"
@@ -100,3 +102,13 @@ def test_what_is_trained_above_a_head_does_not_reach_its_first_pass() -> None:
     check_trainable(model, accessor, [AttentionHead(2, 0), AttentionHead(3, 0)])
     with pytest.raises(ValueError, match="No trainable parameter influences attention head L1H0"):
         check_trainable(model, accessor, [AttentionHead(1, 0), AttentionHead(3, 0)])
+
+
+def test_each_pass_is_planned() -> None:
+    work = operations(find_parts(meta_model(tiny_config(TYPE))), ImageShape(0, 0, 0), text_tokens=10)
+    first, second, third, last = work.layers
+    trained = {"vision": False, "projector": False, "language": True}
+    step = 3 * (first + 3 * second + 3 * third + last) + 4 * work.lm_head + work.vision + work.projector
+    assert work.step(trained, adapters=False, checkpointing=False) == pytest.approx(step)
+    assert work.first_pass(2) == pytest.approx(first + second + work.attentions[2])
+    assert work.first_pass(3) == pytest.approx(first + 3 * second + 3 * third + work.attentions[3])
