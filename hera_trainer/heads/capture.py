@@ -55,6 +55,7 @@ class _Slot:
     """What one layer's tap keeps between forward and backward."""
 
     leaf: Tensor | None = None  # [B, h, d_model], the loss is built on it
+    recomputed: int = 0  # how often the layer was run again under activation checkpointing
 
 
 class _Tap(torch.autograd.Function):
@@ -278,6 +279,11 @@ class HeadCapture:
         first = slot is None
         if not first and not (record.forward_done and torch.is_grad_enabled()):
             return None  # a further forward (label smoothing, metrics): the loss was built on the first one
+        if slot is not None:
+            slot.recomputed += 1
+            # The backward visits the passes through a looped layer from the last to the first, which is the one read.
+            if slot.recomputed % self.accessor.passes(layer):
+                return None
         num_heads, heads = self.accessor.num_heads(layer), self._by_layer[layer]
         with without_autocast(out):
             vectors = project_heads(module, pool_heads(args[0], record.mask, num_heads, heads), heads)
