@@ -31,13 +31,16 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
 
 def make_room(checkpoint: Path) -> None:
     """Clears the place of a checkpoint that is about to be written. What a killed run left there goes; a complete
-    checkpoint is put aside until `mark_complete`.
+    checkpoint is put aside until `mark_complete`, and so is one with the trainer's state but no marker, which may be a
+    whole one of `SFTTrainer`, unless it would take the place of a complete one.
+
+    `Trainer` writes the new one under its name, bit by bit, so [`~files.replacing_folder`] does not fit here.
 
     Args:
         checkpoint (`Path`): Folder of the checkpoint.
     """
-    if is_complete(checkpoint):
-        aside = checkpoint.with_name(_REPLACED + checkpoint.name)
+    aside = checkpoint.with_name(_REPLACED + checkpoint.name)
+    if is_complete(checkpoint) or (Path(checkpoint, TRAINER_STATE_NAME).is_file() and not is_complete(aside)):
         _remove(aside)
         os.replace(checkpoint, aside)
     else:

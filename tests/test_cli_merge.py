@@ -196,3 +196,36 @@ def test_nothing_is_left_of_a_merge_that_failed(base, tmp_path, capsys, monkeypa
     assert "No space left" in message
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_old_result_stays_whatever_step_of_its_replacement_fails(base, tmp_path, capsys, monkeypatch):
+    """The second change of names fails, and then, in another command, it can't be undone either."""
+    import os
+
+    save_adapter(base, tmp_path / "adapter")
+    merged, arguments = tmp_path / "merged", [tmp_path / "adapter", tmp_path / "merged", "--overwrite"]
+    merged.mkdir()
+    (merged / "precious").write_text("x")
+    original, calls = os.replace, []
+
+    def failing(source, target):
+        # Of the names of folders; files within them are written by other libraries.
+        if merged.name in Path(source).name and Path(source).is_dir():
+            calls.append(source)
+            if len(calls) in fatal:
+                raise OSError("Input/output error")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    for fatal in ({1}, {2}, {2, 3}):
+        calls.clear()
+        assert "Input/output error" in error_of(arguments, capsys)
+        places = [merged] if fatal != {2, 3} else list(tmp_path.glob(".merged.*.old"))
+        assert [(place / "precious").read_text() for place in places] == ["x"]
+        assert len(list(tmp_path.iterdir())) == 2
+    fatal = set()
+    # The next command finds what was put aside, and refuses to lose it.
+    assert "--overwrite" in error_of(arguments[:2], capsys)
+    assert (merged / "precious").read_text() == "x"
+    assert main(["merge", *map(str, arguments)]) == 0
+    assert (merged / "model.safetensors").is_file() and len(list(tmp_path.iterdir())) == 2

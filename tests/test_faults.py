@@ -216,6 +216,15 @@ class TestReplacingAndDeleting:
         folder_of(tmp_path, 4, True)
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
+    def test_one_without_a_marker_stays_too(self, tmp_path):
+        """SFTTrainer's are whole without one. But it does not take the place of a complete one."""
+        checkpoint, aside = folder_of(tmp_path, 4, False), tmp_path / "replaced-checkpoint-4"
+        make_room(checkpoint)
+        assert (aside / "trainer_state.json").is_file() and not checkpoint.exists()
+        mark_complete(aside, 4)
+        make_room(folder_of(tmp_path, 4, False))
+        assert (aside / MARKER_FILE).is_file() and not checkpoint.exists()
+
     def test_rotation_keeps_the_newest_and_the_best(self, tmp_path):
         paths = {step: folder_of(tmp_path, step, complete=step != 9) for step in (1, 2, 3, 4, 9)}
         for number, path in enumerate(paths.values()):

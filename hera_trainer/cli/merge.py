@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing_folder, restore_folder
 from .parser import Parser
 
 
@@ -83,10 +81,11 @@ def merge_adapter(
         raise ValueError(f"{name!r} is no adapter: {reason}. Check its name; a full model needs no merging.")
     target = Path(output).absolute()
     base = base_of(folder, base_model)
+    restore_folder(target)
     _check_target(target, overwrite, [Path(folder), Path(base[0])])
     _check_not_quantized(*base)
     model, processor = load_model(folder, dtype=dtype, device=device, base_model=base_model)
-    with _complete_folder(target) as temporary:
+    with replacing_folder(target) as temporary:
         merged = merge(model)
         merged.save_pretrained(temporary, max_shard_size=max_shard_size)
         processor.save_pretrained(temporary)
@@ -136,22 +135,6 @@ def _check_not_quantized(base: str, revision: str | None) -> None:
         f"The base model {base!r} is stored quantized ({getattr(method, 'value', method)}), and an adapter can't be "
         "written into such weights without loss. Name the 16-bit model that it was made from: --base-model."
     )
-
-
-@contextmanager
-def _complete_folder(target: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `target` at the end, or vanishes after an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}.{part}") for part in ("new", "old"))
-    try:
-        temporary.mkdir()
-        yield temporary
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
-    finally:
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(arguments: Sequence[str]) -> None:

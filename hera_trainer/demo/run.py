@@ -27,6 +27,7 @@ from hera_trainer import (
     rank_heads,
     read_run,
 )
+from hera_trainer.files import replacing_folder, write_atomically
 from hera_trainer.report import write_report
 
 from . import CREDITS
@@ -134,7 +135,8 @@ def run_demo(
         f"{HELD_OUT_CAPTIONS} held-out captions before and after"
     )
     trainer.train()
-    trainer.save_model(str(out / "adapter"))
+    with replacing_folder(out / "adapter") as adapter:
+        trainer.save_model(str(adapter))
     measured = {name: _measured(out, context) for name, context in CONTEXTS.items()}
     clock.begin("Loading the adapter with PEFT alone and answering held-out questions")
     model = AutoModelForImageTextToText.from_pretrained(out / "model", quantization_config=four_bit_config())
@@ -162,7 +164,7 @@ def run_demo(
         "peak_memory_gb": round(_peak_memory(), 2),
     }
     ranking.save(out / "head_ranking.json")
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     plot_head_scores(ranking, out / "heads.png", heads, "SmolLM2-135M: agreement of attention heads with DINOv2 ViT-S")
     before, after = measured["with image"]
     after.plot(out / "heads_before_after.png", heads, before, "Held-out captions, image in context")
