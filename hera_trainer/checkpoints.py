@@ -130,14 +130,14 @@ class CheckpointMixin(_Base):
         if self._loads_whole_model and Path(resume_from_checkpoint, CONFIG_NAME).is_file():
             load_weights(self.model, resume_from_checkpoint)
         else:
-            with nullcontext() if self.criterion is None else kept_dtypes(self.model):
+            with nullcontext() if self.alignment is None else kept_dtypes(self.model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._loads_whole_model and self.state.best_model_checkpoint is not None:
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
-            with nullcontext() if self.criterion is None else kept_dtypes(self.model):
+            with nullcontext() if self.alignment is None else kept_dtypes(self.model):
                 super()._load_best_model()
         self._best_step = self.state.best_global_step
 
