@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -49,7 +50,7 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
     mode, by which quantized ones choose a kernel; only its dropout, if it has any, is off.
     """
     layers = list(module.modules())
-    tuners = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+    tuners: list[Any] = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
     wrapped = {inner for tuner in tuners for inner in tuner.get_base_layer().modules()}
     adapters = {part for tuner in tuners for part in tuner.modules()} - wrapped
     random = [layer for layer in layers if layer in adapters or isinstance(layer, _DropoutNd)]
