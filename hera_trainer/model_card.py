@@ -294,7 +294,7 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
     if args.contrast_scope == "micro_batch":
         parts = f"{batch_size} x {args.world_size}"
     queue = f", and {args.queue_size} past ones" if args.queue_size else ""
-    teacher = _teacher(trainer)
+    teacher = shown_name(trainer.teacher_name) or "vectors that came with the data"
     is_large_dinov2 = "dinov2" in teacher.lower() and "large" in teacher.lower() and "reg" not in teacher.lower()
     rows = [
         ("weight of the alignment loss, λ", f"{args.alignment_weight:g}", "0.01", args.alignment_weight == 0.01),
@@ -325,10 +325,6 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
 def _micro_batch_size(trainer: HeRATrainer) -> int:
     """What a device takes at a time: with `auto_find_batch_size`, not what was asked for."""
     return trainer._train_batch_size // max(1, trainer.args.n_gpu)
-
-
-def _teacher(trainer: HeRATrainer) -> str:
-    return shown_name(trainer.teacher_name) or "vectors that came with the data"
 
 
 def _training(trainer: HeRATrainer) -> dict[str, str]:

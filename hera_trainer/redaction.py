@@ -17,7 +17,7 @@ _HOMES = ("home", "Users")
 _SECRET_WORDS = r"(?:token|secret|passw(?:or)?d|passphrase|key|credentials?|auth(?:orization)?|signature|sig)"
 _SECRET_NAME = re.compile(rf"(?:{_SECRET_WORDS}|secrets|keys|passwords)$", re.IGNORECASE)
 _ASSIGNED = re.compile(rf"""{_SECRET_WORDS}["']?\s*[:=]\s*(?:["'](?P<quoted>[\w+/=.-]{{16,}})["'])?""", re.IGNORECASE)
-# As their issuers document them: Hugging Face, OpenAI and its likes, GitHub, GitLab, AWS, Google, Slack, W&B, npm, PyPI,
+# As issuers document them: Hugging Face, OpenAI and its likes, GitHub, GitLab, AWS, Google, Slack, W&B, npm, PyPI; and
 # JSON web tokens, private keys.
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[oprsu]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
