@@ -233,8 +233,10 @@ def test_env_shows_the_accelerate_config(capsys, monkeypatch, tmp_path):
     path.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: bf16\nnum_processes: 2\n"
         "use_cpu: false\ndebug: false\nmain_process_ip: 10.1.2.3\n"
+        "deepspeed_config: {deepspeed_config_file: /home/jane/zero3.json, deepspeed_hostfile: /home/jane/hosts}\n"
     )
     monkeypatch.setattr(config, "default_config_file", str(path))
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert "- accelerate config:\n  - " in out and "  - num_processes: 2\n" in out and "10.1.2.3" not in out
+    assert "jane" not in out and "zero3.json" in out

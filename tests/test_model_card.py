@@ -156,6 +156,17 @@ class TestText:
             assert "[More Information Needed]" not in text  # PEFT's form
             assert (tmp_path / folder / "hera" / "heads.png").is_file()
 
+    def test_links_of_trackers(self, tmp_path, monkeypatch):
+        """An anonymous run has its key in its address."""
+        key = "0f3b9c2e7a6d41c58e92b0f7d4a3c6e1905b8d27"
+        link = "https://www.comet.com/somebody/faces"
+        monkeypatch.setattr("trl.trainer.base_trainer.get_comet_experiment_url", lambda: f"{link}?apiKey={key}")
+        run = lora_run(tmp_path)
+        run.prepare_alignment()
+        run.create_model_card(dataset_name="https://me:pw@example.com/faces")
+        text = card_of(tmp_path).text
+        assert f"]({link}?apiKey=)" in text and key not in text and ":pw@" not in text
+
     def test_hub_cache(self, tmp_path):
         """A folder of the Hub's cache is the repository that it was downloaded from."""
         run = lora_run(tmp_path)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..redaction import public_settings
 from ..version import __version__
 from .parser import Parser
 
@@ -95,7 +96,7 @@ def _accelerate_config() -> str:
 
     if not os.path.isfile(default_config_file):
         return "none"
-    settings = load_config_from_file(default_config_file).to_dict()
+    settings = public_settings(load_config_from_file(default_config_file).to_dict())  # some name files and servers
     private = ("main_process_ip", "tpu_name", "tpu_zone", "rdzv")
     shown = {
         key: value for key, value in settings.items() if value not in (None, {}, []) and not key.startswith(private)
