@@ -42,11 +42,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Dropout off in `module` and below (for a LoRA layer: its adapter dropout), everything else as it is."""
-    dropouts = [child for child in module.modules() if isinstance(child, _DropoutNd)]
-    with _restored_flags(dropouts):
-        for dropout in dropouts:
-            dropout.eval()
+    """Nothing is drawn at random in `module` and below, everything else is as it is.
+
+    Not every adapter drops with an `nn.Dropout`: LoHa and LoKr look at their own flag, BOFT has a layer of its own,
+    PVeRA and MonteCLoRA draw noise. So PEFT's layers are in eval mode as a whole. The layer that they wrap keeps its
+    mode, by which quantized ones choose a kernel; only its dropout, if it has any, is off.
+    """
+    layers = list(module.modules())
+    tuners = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+    wrapped = {inner for tuner in tuners for inner in tuner.get_base_layer().modules()}
+    adapters = {part for tuner in tuners for part in tuner.modules()} - wrapped
+    random = [layer for layer in layers if layer in adapters or isinstance(layer, _DropoutNd)]
+    with _restored_flags(random):
+        for layer in random:
+            layer.training = False  # not by `eval()`, which goes on to the layers inside
         yield
 
 
