@@ -73,6 +73,13 @@ class Contrast:
         self.accelerator = accelerator
         self.queue = queue
 
+    def reset(self) -> None:
+        """Forgets what an earlier run has left, also one that ran out of memory within a step: past samples and the
+        temperature's gradient."""
+        self.criterion.log_temperature.grad = None
+        if self.queue is not None:
+            self.queue.clear()
+
     @property
     def num_processes(self) -> int:
         """Number of processes that share a pool."""

@@ -24,6 +24,10 @@ class SampleQueue:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all samples."""
         self.heads: Tensor | None = None  # [m, Q, d_model]
         self.teacher: Tensor | None = None  # [Q, d_teacher]
 

@@ -251,6 +251,9 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         self._best_step = None
         if self.criterion is not None:
             check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
+            self._meter = AlignmentMeter()
+            self._contrast.reset()
+        self._window = self._pending_batches = None
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
