@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -22,8 +24,11 @@ from .contrast import Contrast
 from .heads.head import AttentionHead
 from .heads.ranking import HeadRanking
 from .loss import HeRALoss
+from .memory import SampleQueue
 from .redaction import public_name
 from .temperature import TemperatureCallback
+
+logger = get_logger(__name__)
 
 RANKING_FILE = "head_ranking.json"
 STATE_FILE = "hera_state.json"
@@ -93,6 +98,8 @@ class CheckpointMixin(_Base):
     head_ranking: HeadRanking | None
     _contrast: Contrast
     _temperature: TemperatureCallback
+    _teacher_identity: str
+    _teacher_width: int
     _rotates_itself = False
     _best_step: int | None = None  # of which step the weights are, where training ended with loading the best ones
 
@@ -138,7 +145,7 @@ class CheckpointMixin(_Base):
         if self.criterion is not None and self.args.should_save:
             self._temperature.save(os.path.join(output_dir, STATE_FILE), self.aligned_heads or [])
             if self._contrast.queue is not None:
-                self._contrast.queue.save(os.path.join(output_dir, QUEUE_FILE))
+                self._contrast.queue.save(os.path.join(output_dir, QUEUE_FILE), self._queue_identity())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_whole_model and Path(resume_from_checkpoint, CONFIG_NAME).is_file():
@@ -173,4 +180,27 @@ class CheckpointMixin(_Base):
         if state.is_file():
             self._temperature.load(state, self.aligned_heads or [])
         if self._contrast.queue is not None and queue.is_file():
-            self._contrast.queue.load(queue, self.args.device)
+            self._load_queue(self._contrast.queue, queue, state)
+
+    def _queue_identity(self) -> dict[str, str]:
+        """What samples of the queue depend on, beside the weights of the model."""
+        return {
+            "aligned heads": " ".join(map(str, self.aligned_heads or ())),
+            "teacher": self._teacher_identity,
+            "normalize": str(self.args.normalize),
+        }
+
+    def _load_queue(self, queue: SampleQueue, path: Path, state: Path) -> None:
+        """Takes the queue of a checkpoint, unless its samples mean something else in this run."""
+        then = SampleQueue.identity_of(path)
+        if "aligned heads" not in then and state.is_file():  # earlier versions named the heads in that file only
+            then["aligned heads"] = " ".join(json.loads(state.read_text())["aligned_heads"])
+        now = {**self._queue_identity(), "teacher width": str(self._teacher_width)}
+        differing = [name for name, value in then.items() if now.get(name) != value]
+        if not differing:
+            queue.load(path, self.args.device)
+            return
+        logger.warning(
+            f"The queue of past samples in {path} is not taken: they are of another run ({', '.join(differing)} "
+            "differ). It fills again within the next steps."
+        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
@@ -18,7 +20,7 @@ from .preparation import check_dataset, check_width, with_teacher_features
 from .rows import CARRIED_COLUMNS, check_tools
 from .stream_start import open_stream, ranking_samples, stream_width
 from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, row_images
-from .teacher import VisionTeacher
+from .teacher import VisionTeacher, teacher_identity
 
 logger = get_logger(__name__)
 
@@ -38,6 +40,7 @@ class TeacherVectorsMixin(_Base):
     _signature_columns: Any
     _teacher: VisionTeacher | str
     _teacher_width: int
+    _teacher_identity: str
     _stream_teacher: StreamTeacher | None = None
     _brings_vectors = False
 
@@ -61,6 +64,8 @@ class TeacherVectorsMixin(_Base):
             self._teacher_width, first = check_teacher_features(rows), [rows[i] for i in range(min(2, len(rows)))]
         if self.eval_dataset is not None:
             self.eval_dataset = self._with_teacher_features(self.eval_dataset, "eval_dataset", self._teacher_width)
+        if self.args.queue_size:  # now: looking a teacher up while training could fail
+            self._teacher_identity = self._identify_teacher()
         collator = TeacherCollator(self.data_collator, self._teacher_width)
         check_collator(collator, first)
         self.data_collator = collator
@@ -118,15 +123,23 @@ class TeacherVectorsMixin(_Base):
         teacher = None if rows.has_vectors else self._load_stream_teacher()
         return ranking_samples(rows, tokenizer, self.args.ranking_num_samples, teacher, text_field)
 
-    def _image_batch(self) -> dict[str, Any]:
-        """Inputs of the model for the first row that has a teacher vector or, in a stream without vectors, an image."""
+    def _first_image_row(self) -> dict[str, Any]:
+        """The first row that has a teacher vector or, in a stream without vectors, an image."""
         rows: Any = self.train_dataset
         if isinstance(rows, NumberedStream):
-            row = next(row for row in rows if (own_vector(row) is not None if rows.has_vectors else row_images(row)))
-        else:
-            vectors = rows.with_format(None).select_columns([TEACHER_COLUMN])
-            row = rows[next(i for i, columns in enumerate(vectors) if columns[TEACHER_COLUMN] is not None)]
-        batch = self.data_collator([row])
+            return next(row for row in rows if (own_vector(row) is not None if rows.has_vectors else row_images(row)))
+        vectors = rows.with_format(None).select_columns([TEACHER_COLUMN])
+        return rows[next(i for i, columns in enumerate(vectors) if columns[TEACHER_COLUMN] is not None)]
+
+    def _identify_teacher(self) -> str:
+        """Tells teachers apart; of vectors that the data brought, nothing but the first of them can."""
+        if self._brings_vectors:
+            return hashlib.sha256(np.asarray(self._first_image_row()[TEACHER_COLUMN], np.float32).tobytes()).hexdigest()
+        return teacher_identity(self._teacher) if isinstance(self._teacher, str) else self._teacher.identity
+
+    def _image_batch(self) -> dict[str, Any]:
+        """Inputs of the model for the first row with an image."""
+        batch = self.data_collator([self._first_image_row()])
         return {name: value for name, value in batch.items() if name not in (TEACHER_COLUMN, TEACHER_IMAGES, "labels")}
 
     def _set_signature_columns_if_needed(self) -> None:
