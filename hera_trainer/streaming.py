@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .data import ROW_PLACE, TEACHER_IMAGES, checked_vector
-from .image_column import mean_direction
+from .image_column import mean_vector
 from .rows import pictures, readable
 from .teacher import VisionTeacher, to_rgb
 from .teacher_column import TEACHER_COLUMN
@@ -236,8 +236,8 @@ def image_digest(image: PIL.Image.Image) -> bytes:
 
 
 def row_vector(vectors: Sequence[np.ndarray]) -> Tensor:
-    """A row's vector, `[d_teacher]` float32, from those of its images: one as it is, of several the mean direction."""
-    own = vectors[0] if len(vectors) == 1 else mean_direction(np.stack(vectors))
+    """A row's vector, `[d_teacher]` float32, from those of its images: one as it is, of several the mean."""
+    own = vectors[0] if len(vectors) == 1 else mean_vector(np.stack(vectors))
     return torch.from_numpy(np.asarray(own, dtype=np.float32))
 
 
