@@ -207,12 +207,19 @@ def row_images(row: Mapping[str, Any]) -> list[PIL.Image.Image]:
     Raises:
         `ValueError`: If one can't be used.
     """
-    place = row[ROW_PLACE]
+    return [_decoded(value, row[ROW_PLACE]) for value in stored_images(row)]
+
+
+def stored_images(row: Mapping[str, Any]) -> list[Any]:
+    """The images of [`row_images`] as they are stored.
+
+    Raises:
+        `ValueError`: If a video is no list of frames.
+    """
     try:
-        found = pictures(row)
+        return pictures(row)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-    return [_decoded(value, place) for value in found]
+        raise ValueError(f"{row[ROW_PLACE]}: {error}") from error
 
 
 def _decoded(value: Any, place: str) -> PIL.Image.Image:

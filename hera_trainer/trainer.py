@@ -34,6 +34,7 @@ from .preparation import (
     check_arguments,
     check_dataset,
     check_device_map,
+    check_expected_pool,
     check_loss_scaling,
     check_pool,
     check_ranking,
@@ -207,6 +208,7 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
             check_not_packed(self.model)
             self._attach_teacher_features()
             self._choose_heads(resume_from_checkpoint)
+            check_expected_pool(self.args, *self._usable_rows(), isinstance(self.train_dataset, IterableDataset))
 
     def _choose_heads(self, checkpoint: str | None) -> None:
         args = self.args

@@ -13,16 +13,21 @@ from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
 from .config import HeRAConfig
-from .data import ROW_PLACE, TEACHER_COLUMN, TEACHER_IMAGES, TeacherCollator, check_collator
+from .data import ROW_PLACE, TEACHER_COLUMN, TEACHER_IMAGES, TeacherCollator, check_collator, pooling_mask
 from .features import check_teacher_features
 from .loss import HeRALoss
 from .preparation import check_dataset, check_width, with_teacher_features
 from .rows import CARRIED_COLUMNS, check_tools
 from .stream_start import open_stream, ranking_samples, stream_width
-from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, row_images
+from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, stored_images
 from .teacher import VisionTeacher, teacher_identity
+from .teacher_column import rows_with_vectors
 
 logger = get_logger(__name__)
+
+# To see how many rows can take part: read of a stream, and collated of those with an image.
+_ROWS_OF_A_STREAM = 256
+_ROWS_COLLATED = 32
 
 # The mixin calls on to a Trainer: type checkers must see it, the class hierarchy must not repeat it.
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ class TeacherVectorsMixin(_Base):
     _teacher: VisionTeacher | str
     _teacher_width: int
     _teacher_identity: str
+    _placeholder_ids: list[int]
     _stream_teacher: StreamTeacher | None = None
     _brings_vectors = False
 
@@ -127,15 +133,29 @@ class TeacherVectorsMixin(_Base):
         """The first row that has a teacher vector or, in a stream without vectors, an image."""
         rows: Any = self.train_dataset
         if isinstance(rows, NumberedStream):
-            return next(row for row in rows if (own_vector(row) is not None if rows.has_vectors else row_images(row)))
-        vectors = rows.with_format(None).select_columns([TEACHER_COLUMN])
-        return rows[next(i for i, columns in enumerate(vectors) if columns[TEACHER_COLUMN] is not None)]
+            return next(row for row in rows if _has_image(row, rows.has_vectors))
+        return rows[int(rows_with_vectors(rows)[0])]
 
     def _identify_teacher(self) -> str:
         """Tells teachers apart; of vectors that the data brought, nothing but the first of them can."""
         if self._brings_vectors:
             return hashlib.sha256(np.asarray(self._first_image_row()[TEACHER_COLUMN], np.float32).tobytes()).hexdigest()
         return teacher_identity(self._teacher) if isinstance(self._teacher, str) else self._teacher.identity
+
+    def _usable_rows(self) -> tuple[int, int]:
+        """How many rows, out of how many, can take part in the alignment loss: those that have an image and, as far as
+        some of these tell, a label. Of a stream, its first rows are looked at."""
+        rows: Any = self.train_dataset
+        if isinstance(rows, NumberedStream):
+            vectors, rows = rows.has_vectors, list(itertools.islice(rows, _ROWS_OF_A_STREAM))
+            usable: Any = [i for i, row in enumerate(rows) if _has_image(row, vectors)]
+        else:
+            usable = rows_with_vectors(rows)
+        # At random: at equal distances, data of alternating kinds would show one of them.
+        chosen = [int(i) for i in np.random.default_rng(0).permutation(usable)[:_ROWS_COLLATED]]
+        batches = (self.data_collator([rows[i]]) for i in chosen)
+        masks = [pooling_mask(batch["labels"], batch["input_ids"], self._placeholder_ids) for batch in batches]
+        return round(len(usable) * sum(bool(mask.any()) for mask in masks) / max(1, len(chosen))), len(rows)
 
     def _image_batch(self) -> dict[str, Any]:
         """Inputs of the model for the first row with an image."""
@@ -164,3 +184,8 @@ class TeacherVectorsMixin(_Base):
         if vectors is not None:
             inputs[TEACHER_COLUMN] = vectors.to(self.args.device)
         return inputs
+
+
+def _has_image(row: dict[str, Any], has_vectors: bool) -> bool:
+    """Whether a row of a stream, which has vectors or images, has one."""
+    return own_vector(row) is not None if has_vectors else bool(stored_images(row))
