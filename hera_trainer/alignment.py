@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -26,6 +27,8 @@ from .loss import HeRALoss
 from .memory import SampleQueue
 from .temperature import TemperatureOptimizer
 from .window import StepWindow, seeded
+
+logger = get_logger(__name__)
 
 STATE_FILE = "hera_state.json"
 QUEUE_FILE = "hera_queue.safetensors"
@@ -56,6 +59,8 @@ class Alignment:
         meter ([`~contrast.AlignmentMeter`]): Sums up what is logged.
         temperature ([`~temperature.TemperatureOptimizer`]): Trains the temperature.
         window ([`StepWindow`] or `None`): The optimizer step under way, if it takes two passes.
+        teacher_identity (`str`), teacher_width (`int`):
+            Which teacher the vectors are of. Past samples of a checkpoint are taken for the same one alone.
     """
 
     def __init__(
@@ -80,8 +85,9 @@ class Alignment:
         self.meter = AlignmentMeter()
         self.capture: HeadCapture | None = None
         self.window: StepWindow | None = None
+        self.teacher_identity, self.teacher_width = "", 0
         self._model_type: str = config.model_type
-        self._placeholder_ids = placeholder_token_ids(config, processing_class)
+        self.placeholder_ids = placeholder_token_ids(config, processing_class)
         self._count = 1
         self._observed: tuple[TeacherBatch, Tensor] | None = None
         self._checks_passes = True
@@ -116,8 +122,8 @@ class Alignment:
     def reset(self) -> None:
         """Forgets a run, also one that broke off within a step. The temperature and its optimizer stay as they are."""
         self.window, self._count = None, 1
-        self.meter.reset()
-        self.temperature.zero_grad()
+        self.meter = AlignmentMeter()
+        self.contrast.reset()
         self.check_passes()
 
     def check_passes(self) -> None:
@@ -189,7 +195,7 @@ class Alignment:
                     "begins; otherwise set `alignment_weight=0` to train without alignment."
                 )
             return False
-        mask = pooling_mask(inputs["labels"], inputs["input_ids"], self._placeholder_ids)
+        mask = pooling_mask(inputs["labels"], inputs["input_ids"], self.placeholder_ids)
         self._observed = teacher, mask
         self.capture.start(mask, train)
         return True
@@ -243,7 +249,7 @@ class Alignment:
         state = {"aligned_heads": [str(head) for head in self.heads], **self.temperature.state_dict()}
         write_atomically(Path(folder, STATE_FILE), lambda path: path.write_text(json.dumps(state, indent=1)))
         if self.contrast.queue is not None:
-            self.contrast.queue.save(Path(folder, QUEUE_FILE))
+            self.contrast.queue.save(Path(folder, QUEUE_FILE), self._queue_identity())
 
     def load(self, folder: str | os.PathLike) -> None:
         """Takes what `save` wrote; nothing from a checkpoint without it. Warns if other heads were aligned then."""
@@ -259,4 +265,26 @@ class Alignment:
                 stacklevel=2,
             )
         if self.contrast.queue is not None and queue.is_file():
-            self.contrast.queue.load(queue, self.criterion.log_temperature.device)
+            self._load_queue(self.contrast.queue, queue, state["aligned_heads"])
+
+    def _queue_identity(self) -> dict[str, str]:
+        """What samples of the queue depend on, beside the weights of the model."""
+        return {
+            "aligned heads": " ".join(map(str, self.heads)),
+            "teacher": self.teacher_identity,
+            "normalize": str(self.criterion.normalize),
+        }
+
+    def _load_queue(self, queue: SampleQueue, path: Path, heads: list[str]) -> None:
+        """Takes the queue of a checkpoint, unless its samples mean something else in this run."""
+        # Earlier versions named the heads in the file beside it only.
+        then = {"aligned heads": " ".join(heads), **SampleQueue.identity_of(path)}
+        now = {**self._queue_identity(), "teacher width": str(self.teacher_width)}
+        differing = [name for name, value in then.items() if now.get(name) != value]
+        if not differing:
+            queue.load(path, self.criterion.log_temperature.device)
+            return
+        logger.warning(
+            f"The queue of past samples in {path} is not taken: they are of another run ({', '.join(differing)} "
+            "differ). It fills again within the next steps."
+        )

@@ -22,7 +22,7 @@ from .teacher import TeacherOutputError, VisionTeacher, to_rgb
 from .teacher_column import TEACHER_COLUMN
 
 # Part of every cache key: raised whenever the cached files or their meaning change.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _ROWS_PER_READ = 256
 _ROWS_PER_WRITE = 1024
 _DECODE_THREADS = min(8, os.cpu_count() or 1)
@@ -65,18 +65,20 @@ class Images:
             values = np.empty((len(used), vectors.shape[1]), dtype=np.float32)
             for out, row in zip(values, begin + used, strict=True):
                 own = vectors[self.ids[starts[row] : starts[row + 1]]]
-                out[:] = own[0] if len(own) == 1 else mean_direction(own)
+                out[:] = own[0] if len(own) == 1 else mean_vector(own)
             offsets = np.concatenate([[0], np.cumsum(counts > 0)]) * vectors.shape[1]
             yield pa.ListArray.from_arrays(
                 pa.array(offsets, type=pa.int32()), pa.array(values.ravel()), mask=pa.array(counts == 0)
             )
 
 
-def mean_direction(vectors: np.ndarray) -> np.ndarray:
-    """Mean of the L2-normalised rows of `[n, d]`; a zero vector stays zero."""
-    wide = vectors.astype(np.float64)
+def mean_vector(vectors: np.ndarray) -> np.ndarray:
+    """Mean direction of the rows of `[n, d]`, as long as they are on average. Dot products without normalisation would
+    tell how many images a row has by a shorter vector: unlike images cancel each other out."""
+    wide, tiny = vectors.astype(np.float64), np.finfo(np.float64).tiny
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    return (wide / np.maximum(norms, np.finfo(np.float64).tiny)).mean(axis=0)
+    mean = (wide / np.maximum(norms, tiny)).mean(axis=0)
+    return mean * (norms.mean() / max(np.linalg.norm(mean), tiny))
 
 
 class ImageColumn:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .data import ROW_PLACE, TEACHER_IMAGES, checked_vector
-from .image_column import mean_direction
+from .image_column import mean_vector
 from .rows import pictures, readable
 from .teacher import VisionTeacher, to_rgb
 from .teacher_column import TEACHER_COLUMN
@@ -207,12 +207,19 @@ def row_images(row: Mapping[str, Any]) -> list[PIL.Image.Image]:
     Raises:
         `ValueError`: If one can't be used.
     """
-    place = row[ROW_PLACE]
+    return [_decoded(value, row[ROW_PLACE]) for value in stored_images(row)]
+
+
+def stored_images(row: Mapping[str, Any]) -> list[Any]:
+    """The images of [`row_images`] as they are stored.
+
+    Raises:
+        `ValueError`: If a video is no list of frames.
+    """
     try:
-        found = pictures(row)
+        return pictures(row)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-    return [_decoded(value, place) for value in found]
+        raise ValueError(f"{row[ROW_PLACE]}: {error}") from error
 
 
 def _decoded(value: Any, place: str) -> PIL.Image.Image:
@@ -236,8 +243,8 @@ def image_digest(image: PIL.Image.Image) -> bytes:
 
 
 def row_vector(vectors: Sequence[np.ndarray]) -> Tensor:
-    """A row's vector, `[d_teacher]` float32, from those of its images: one as it is, of several the mean direction."""
-    own = vectors[0] if len(vectors) == 1 else mean_direction(np.stack(vectors))
+    """A row's vector, `[d_teacher]` float32, from those of its images: one as it is, of several the mean."""
+    own = vectors[0] if len(vectors) == 1 else mean_vector(np.stack(vectors))
     return torch.from_numpy(np.asarray(own, dtype=np.float32))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
@@ -12,16 +14,21 @@ from transformers import Trainer
 
 from .alignment import Alignment
 from .config import HeRAConfig
-from .data import ROW_PLACE, TEACHER_COLUMN, TEACHER_IMAGES, TeacherCollator, check_collator
+from .data import ROW_PLACE, TEACHER_COLUMN, TEACHER_IMAGES, TeacherCollator, check_collator, pooling_mask
 from .features import check_teacher_features
-from .preparation import check_dataset, check_width, with_teacher_features
+from .preparation import check_dataset, check_expected_pool, check_width, with_teacher_features
 from .randomness import same_randomness
 from .rows import CARRIED_COLUMNS, check_tools
 from .stream_start import open_stream, ranking_samples, stream_width
-from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, row_images
-from .teacher import VisionTeacher
+from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, stored_images
+from .teacher import VisionTeacher, teacher_identity
+from .teacher_column import rows_with_vectors
 
 logger = get_logger(__name__)
+
+# To see how many rows can take part: read of a stream, and collated of those with an image.
+_ROWS_OF_A_STREAM = 256
+_ROWS_COLLATED = 32
 
 # The mixin calls on to a Trainer: type checkers must see it, the class hierarchy must not repeat it.
 if TYPE_CHECKING:
@@ -73,6 +80,11 @@ class TeacherVectorsMixin(_Base):
             self.data_collator = TeacherCollator(self.data_collator, self._teacher_width)
         check_collator(self.data_collator, first)
         self._prepare_images()
+        assert self.alignment is not None
+        self.alignment.teacher_width = self._teacher_width
+        if self.args.queue_size:  # now: looking a teacher up while training could fail
+            self.alignment.teacher_identity = self._identify_teacher()
+        check_expected_pool(self.args, *self._usable_rows(), isinstance(self.train_dataset, IterableDataset))
         self._prepared_data = self.train_dataset, self.eval_dataset, self.data_collator
 
     def get_train_dataloader(self) -> Any:
@@ -148,15 +160,38 @@ class TeacherVectorsMixin(_Base):
         teacher = None if rows.has_vectors else self._load_stream_teacher()
         return ranking_samples(rows, tokenizer, self.args.ranking_num_samples, teacher, text_field)
 
-    def _image_batch(self) -> dict[str, Any]:
-        """Inputs of the model for the first row that has a teacher vector or, in a stream without vectors, an image."""
+    def _first_image_row(self) -> dict[str, Any]:
+        """The first row that has a teacher vector or, in a stream without vectors, an image."""
         rows: Any = self.train_dataset
         if isinstance(rows, NumberedStream):
-            row = next(row for row in rows if (own_vector(row) is not None if rows.has_vectors else row_images(row)))
+            return next(row for row in rows if _has_image(row, rows.has_vectors))
+        return rows[int(rows_with_vectors(rows)[0])]
+
+    def _identify_teacher(self) -> str:
+        """Tells teachers apart; of vectors that the data brought, nothing but the first of them can."""
+        if self._brings_vectors:
+            return hashlib.sha256(np.asarray(self._first_image_row()[TEACHER_COLUMN], np.float32).tobytes()).hexdigest()
+        return teacher_identity(self._teacher) if isinstance(self._teacher, str) else self._teacher.identity
+
+    def _usable_rows(self) -> tuple[int, int]:
+        """How many rows, out of how many, can take part in the alignment loss: those that have an image and, as far as
+        some of these tell, a label. Of a stream, its first rows are looked at."""
+        assert self.alignment is not None
+        rows: Any = self.train_dataset
+        if isinstance(rows, NumberedStream):
+            vectors, rows = rows.has_vectors, list(itertools.islice(rows, _ROWS_OF_A_STREAM))
+            usable: Any = [i for i, row in enumerate(rows) if _has_image(row, vectors)]
         else:
-            vectors = rows.with_format(None).select_columns([TEACHER_COLUMN])
-            row = rows[next(i for i, columns in enumerate(vectors) if columns[TEACHER_COLUMN] is not None)]
-        batch = self.data_collator([row])
+            usable = rows_with_vectors(rows)
+        # At random: at equal distances, data of alternating kinds would show one of them.
+        chosen = [int(i) for i in np.random.default_rng(0).permutation(usable)[:_ROWS_COLLATED]]
+        batches = (self.data_collator([rows[i]]) for i in chosen)
+        masks = [pooling_mask(batch["labels"], batch["input_ids"], self.alignment.placeholder_ids) for batch in batches]
+        return round(len(usable) * sum(bool(mask.any()) for mask in masks) / max(1, len(chosen))), len(rows)
+
+    def _image_batch(self) -> dict[str, Any]:
+        """Inputs of the model for the first row with an image."""
+        batch = self.data_collator([self._first_image_row()])
         return {name: value for name, value in batch.items() if name not in (TEACHER_COLUMN, TEACHER_IMAGES, "labels")}
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -181,3 +216,8 @@ class TeacherVectorsMixin(_Base):
         if vectors is not None:
             inputs[TEACHER_COLUMN] = vectors.to(self.args.device)
         return inputs
+
+
+def _has_image(row: dict[str, Any], has_vectors: bool) -> bool:
+    """Whether a row of a stream, which has vectors or images, has one."""
+    return own_vector(row) is not None if has_vectors else bool(stored_images(row))

@@ -43,7 +43,8 @@ def by_hand(folder):
 
 
 def mean(vectors: list[np.ndarray]) -> np.ndarray:
-    return np.mean([v / np.linalg.norm(v) for v in vectors], axis=0)
+    direction = np.mean([v / np.linalg.norm(v) for v in vectors], axis=0)
+    return direction / np.linalg.norm(direction) * np.mean([np.linalg.norm(v) for v in vectors])
 
 
 def close(found: Any, expected: np.ndarray) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from runs import assert_same_parameters, config, logged, parameters, trainer
-from tiny import build_vlm, image_dataset
+from safetensors.torch import load_file, save_file
+from tiny import build_vlm, image_dataset, save_tiny_dinov2
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
-from hera_trainer import AttentionHead, HeRATrainer
+from hera_trainer import AttentionHead, HeRATrainer, VisionTeacher
 from hera_trainer.checkpoints import load_weights
 
 
@@ -130,8 +134,6 @@ class TestCheckpoints:
         assert_same_parameters(parameters(run.model), keep.after[1])
 
     def test_temperature_is_no_part_of_the_adapter(self, tmp_path):
-        from safetensors.torch import load_file
-
         run = trainer(
             tmp_path,
             peft_config=LoraConfig(target_modules="all-linear"),
@@ -258,3 +260,58 @@ def test_resumed_run_of_any_dtypes_equals_uninterrupted_run(tmp_path, form):
     best.train()
     assert best.state.best_global_step == 2 and first != second
     assert_same_parameters(parameters(best.model), kept.after[2])
+
+
+# --- The queue of past samples belongs to one run --------------------------------------------------------------------
+
+
+def with_teacher_vectors(n, seed):
+    """The same rows, with the vectors of one teacher or another."""
+    rows = image_dataset(n=n, with_features=8)
+    vectors = np.random.default_rng(seed).standard_normal((n, 8)).astype(np.float32)
+    feature = datasets.List(datasets.Value("float32"))
+    return rows.remove_columns("teacher_features").add_column("teacher_features", list(vectors), feature=feature)
+
+
+QUEUE = {"queue_size": 18, "save_strategy": "steps", "save_steps": 2, "aligned_heads": ["L0H1", "L1H2"]}
+CHANGES = {
+    "nothing": ({}, None),
+    "normalize": ({"normalize": False}, "normalize differ"),
+    "heads": ({"aligned_heads": ["L0H1", "L2H2"]}, "aligned heads differ"),
+    "order of heads": ({"aligned_heads": ["L1H2", "L0H1"]}, "aligned heads differ"),
+    "number of heads": ({"aligned_heads": ["L0H1"]}, "aligned heads differ"),
+    "teacher": ({"dataset": with_teacher_vectors(24, seed=2)}, "teacher differ"),
+    "width": ({"dataset": image_dataset(n=24, with_features=9)}, "teacher, teacher width differ"),
+}
+
+
+@pytest.mark.parametrize("has_metadata", [True, False], ids=["", "without metadata"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_queue_is_taken_by_the_same_run_alone(tmp_path, change, has_metadata, caplog):
+    rows = with_teacher_vectors(24, seed=1)
+    trainer(tmp_path, dataset=rows, max_steps=2, **QUEUE).train()
+    path = tmp_path / "checkpoint-2" / "hera_queue.safetensors"
+    stored = load_file(path)
+    assert [len(stored["teacher"]), stored["heads"].shape[1]] == [12, 12]
+    settings, message = CHANGES[change]
+    if not has_metadata:  # as earlier versions wrote it: known are the widths, and the heads from the file beside it
+        save_file(stored, path)
+        message = {"teacher": None, "normalize": None, "width": "teacher width differ"}.get(change, message)
+    resumed = trainer(tmp_path, **{"dataset": rows, "max_steps": 3, **QUEUE, **settings})
+    resumed.train(resume_from_checkpoint=True)
+    # The step's own six samples, with the twelve of the queue or without.
+    assert logged(resumed, "alignment_pool")[-1] == (18 if message is None else 6)
+    warnings = [record.message for record in caplog.records if "The queue of past samples" in record.message]
+    assert len(warnings) == (message is not None) and all(f"({message})" in warning for warning in warnings)
+
+
+def test_the_queue_knows_its_teacher_by_its_weights(tmp_path, caplog):
+    teachers = [save_tiny_dinov2(tmp_path / f"teacher{seed}", seed=seed) for seed in range(2)]
+    moved = shutil.copytree(teachers[0], tmp_path / "elsewhere")
+    rows = image_dataset(n=24)
+    trainer(tmp_path / "out", dataset=rows, teacher=teachers[0], max_steps=2, **QUEUE).train()
+    for teacher, pool in ((str(moved), 18), (VisionTeacher.from_pretrained(teachers[0]), 18), (teachers[1], 6)):
+        resumed = trainer(tmp_path / "out", dataset=rows, teacher=teacher, max_steps=3, **QUEUE)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        assert logged(resumed, "alignment_pool")[-1] == pool
+    assert sum("(teacher differ)" in record.message for record in caplog.records) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -49,11 +48,14 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
     PVeRA and MonteCLoRA draw noise. So PEFT's layers are in eval mode as a whole. The layer that they wrap keeps its
     mode, by which quantized ones choose a kernel; only its dropout, if it has any, is off.
     """
-    layers = list(module.modules())
-    tuners: list[Any] = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
-    wrapped = {inner for tuner in tuners for inner in tuner.get_base_layer().modules()}
-    adapters = {part for tuner in tuners for part in tuner.modules()} - wrapped
-    random = [layer for layer in layers if layer in adapters or isinstance(layer, _DropoutNd)]
+    adapted: set[nn.Module] = set()
+    wrapped: set[nn.Module] = set()
+    for layer in module.modules():
+        parts = layer.modules()
+        if isinstance(layer, BaseTunerLayer):
+            adapted.update(parts)
+            wrapped.update(layer.get_base_layer().modules())
+    random = [layer for layer in module.modules() if layer in adapted - wrapped or isinstance(layer, _DropoutNd)]
     with _restored_flags(random):
         for layer in random:
             layer.training = False  # not by `eval()`, which goes on to the layers inside
