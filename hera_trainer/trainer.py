@@ -205,16 +205,17 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         # A run must draw the same random numbers whether teacher and ranking come from a cache or not.
         with torch.random.fork_rng(devices=devices):
             check_not_packed(self.model)
-            self._attach_teacher_features()
-            self._choose_heads(resume_from_checkpoint)
+            if self.args.aligned_heads is None:
+                self.head_ranking = checkpoint_ranking(resume_from_checkpoint, RANKING_FILE) or self.head_ranking
+            self._attach_teacher_features(self.args.aligned_heads is None and self.head_ranking is None)
+            self._choose_heads()
 
-    def _choose_heads(self, checkpoint: str | None) -> None:
+    def _choose_heads(self) -> None:
         args = self.args
         accessor = get_head_accessor(self.model)
         if args.aligned_heads is not None:
             heads = [AttentionHead.parse(head) for head in args.aligned_heads]
         else:
-            self.head_ranking = checkpoint_ranking(checkpoint, RANKING_FILE) or self.head_ranking
             if self.head_ranking is None:
                 samples = self._ranking_samples()
                 with self.accelerator.autocast():
