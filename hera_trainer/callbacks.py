@@ -179,10 +179,7 @@ class AlignmentMonitorCallback(TrainerCallback):
         else:
             batch_size = trainer.args.teacher_batch_size
             rows = with_teacher_features(rows, "the monitor's data set", self.teacher, batch_size)
-        field = trainer.args.dataset_text_field
-        if field != "text" and field in rows.column_names:  # by the name under which rankings look for plain text
-            rows = rows.select_columns([name for name in rows.column_names if name != "text"])
-            rows = rows.rename_column(field, "text")
+        trainer._text_columns.required(rows.column_names)
         self._rows = rows
 
     def _neighbors(self, trainer: Any) -> int:
@@ -256,16 +253,15 @@ class AlignmentMonitorCallback(TrainerCallback):
                 teacher_name=self._teacher_name(),
                 progress=False,
                 distributed=True,
+                text_column=trainer._text_columns.ranked(self._rows.column_names),
             )
 
     def _collate(self, rows: list[dict[str, Any]]) -> Any:
         """A batch as in training, but for the teacher's vectors."""
         collator: Callable = self._trainer.data_collator
         inner = collator.inner if isinstance(collator, TeacherCollator) else collator
-        field = self._trainer.args.dataset_text_field
-        names = {"text": field} if field != "text" else {}
-        own = [{names.get(name, name): v for name, v in row.items() if name != TEACHER_COLUMN} for row in rows]
-        return inner([collatable(row, inner) for row in own])
+        own = [{name: value for name, value in row.items() if name != TEACHER_COLUMN} for row in rows]
+        return inner([collatable(row, inner, self._trainer._text_columns) for row in own])
 
     def _teacher_name(self) -> str:
         if self.teacher is None:

@@ -14,7 +14,7 @@ import PIL.Image
 from trl.data_utils import prepare_multimodal_messages
 
 from .data import answer_text
-from .rows import readable
+from .picture_sources import decoded, part_value, turns, typed_parts, written_image
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "query", "text")
 ANSWER_COLUMNS = ("answer", "answers", "label", "completion", "messages")
@@ -71,8 +71,9 @@ class Questions:
         return len(self.dataset)
 
     def row(self, index: int) -> dict[str, Any]:
-        """A row as it is stored, images as dictionaries of bytes and path."""
-        return self._stored[index : index + 1].to_pylist()[0]
+        """A row as it is stored, images as dictionaries of bytes and path; `messages` that are JSON text are read."""
+        row = self._stored[index : index + 1].to_pylist()[0]
+        return {**row, "messages": turns(row["messages"])} if isinstance(row.get("messages"), str) else row
 
     def describe(self, index: int) -> dict[str, Any]:
         """What is saved of a question besides its answer: `row` (its number), `id` (what the data set calls it, if it
@@ -108,26 +109,27 @@ class Questions:
         """The turns before the answer, without images, and the images in the order of their placeholders."""
         value = row[self.prompt_column]
         if not isinstance(value, list):
-            turns = [{"role": "user", "content": "" if value is None else str(value)}]
+            asked = [{"role": "user", "content": "" if value is None else str(value)}]
         else:
-            turns = [_clean(turn) for turn in value]
-            answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+            asked = [_clean(turn) for turn in value]
+            answers = [number for number, turn in enumerate(asked) if turn["role"] == "assistant"]
             if self.prompt_column == "messages" and answers:
-                turns = turns[: answers[-1]]
+                asked = asked[: answers[-1]]
         waiting = [image for name in self.image_columns for image in _listed(row[name])]
+        parts = [(part, part_value(part)) for part, _ in typed_parts({"messages": asked}, "image", "image_url")]
+        waiting = _without_repeats(waiting, [own for _, own in parts if own is not None], len(parts))
         images: list[Any] = []
-        for turn in turns:
-            parts: list[dict[str, Any]] = turn["content"] if isinstance(turn["content"], list) else []
-            for part in parts:
-                if part.get("type") == "image":
-                    own = part.pop("image", None)
-                    images += [own] if own is not None else waiting[:1]
-                    waiting = waiting if own is not None else waiting[1:]
+        for part, own in parts:
+            images += [own] if own is not None else waiting[:1]
+            waiting = waiting if own is not None else waiting[1:]
+            part.clear()
+            part["type"] = "image"
+        images += waiting
         if self.suffix:
-            _append(turns, self.suffix)
+            _append(asked, self.suffix)
         if self.system is not None:
-            turns = [{"role": "system", "content": self.system}, *(t for t in turns if t["role"] != "system")]
-        return turns, images + waiting
+            asked = [{"role": "system", "content": self.system}, *(t for t in asked if t["role"] != "system")]
+        return asked, images
 
     def _reference(self, row: Mapping[str, Any]) -> Any:
         values = {}
@@ -178,6 +180,18 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
+def _without_repeats(images: list[Any], inside: list[Any], placeholders: int) -> list[Any]:
+    """The images of columns but for those beyond the placeholders that stand inside of the messages as well."""
+    excess, known = len(images) + len(inside) - placeholders, {_content(image) for image in inside}
+    kept = []
+    for image in images:
+        if excess > 0 and _content(image) in known:
+            excess -= 1
+        else:
+            kept.append(image)
+    return kept
+
+
 def _append(turns: list[dict[str, Any]], suffix: str) -> None:
     """Writes `suffix` behind the user's last words."""
     turn = next((turn for turn in reversed(turns) if turn["role"] == "user"), None)
@@ -205,11 +219,13 @@ def _content(image: Any) -> bytes:
     if isinstance(data, bytes):
         return hashlib.sha256(data).digest()
     path = image.get("path") if isinstance(image, Mapping) else image
+    written = written_image(path) if isinstance(path, str) else None
+    if written is not None:
+        return hashlib.sha256(written).digest()
     if isinstance(path, str) and os.path.isfile(path):
         return hashlib.sha256(Path(path).read_bytes()).digest()
     return str(path).encode()
 
 
 def _decoded(image: Any) -> PIL.Image.Image:
-    picture = readable({"bytes": None, "path": image} if isinstance(image, str) else image)
-    return picture.convert("RGB")
+    return decoded(image).convert("RGB")

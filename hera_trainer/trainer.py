@@ -213,17 +213,18 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         # A run must draw the same random numbers whether teacher and ranking come from a cache or not.
         with same_randomness(self.args.device):
             check_not_packed(self.model)
-            self._prepare_data()
-            self._choose_heads(resume_from_checkpoint)
+            if self.args.aligned_heads is None:
+                # A checkpoint goes on with its own heads, also where others were chosen before it was named.
+                self.head_ranking = checkpoint_ranking(resume_from_checkpoint, RANKING_FILE) or self.head_ranking
+            self._prepare_data(ranks_heads=self.args.aligned_heads is None and self.head_ranking is None)
+            self._choose_heads()
 
-    def _choose_heads(self, checkpoint: str | None) -> None:
+    def _choose_heads(self) -> None:
         assert self.alignment is not None
         args, accessor = self.args, self.alignment.accessor
         if args.aligned_heads is not None:
             heads = [AttentionHead.parse(head) for head in args.aligned_heads]
         else:
-            # A checkpoint goes on with its own heads, also where others were chosen before it was named.
-            self.head_ranking = checkpoint_ranking(checkpoint, RANKING_FILE) or self.head_ranking
             if self.head_ranking is None:
                 samples = self._ranking_samples()
                 with self.accelerator.autocast():
