@@ -114,6 +114,8 @@ def check_expected_pool(args: HeRAConfig, usable: int, rows: int, is_stream: boo
         logger.log(logging.WARNING if skipped > _FEW else logging.INFO, expected)
         return
     more = "shuffle the stream, so that rows with images come early" if is_stream else "add rows with images"
+    if args.max_length is not None:
+        more += f", or raise `max_length` ({args.max_length}), which cuts labels and image tokens off"
     if usable < (1 if is_stream else least):  # not even all of them in one pool would do
         raise ValueError(f"{expected} Please {more}, or set `alignment_weight=0` to train as SFTTrainer does.")
     name = "gradient_accumulation_steps" if whole_step else "per_device_train_batch_size"
