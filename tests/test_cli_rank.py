@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from hera_trainer import HeadRanking, HeRAConfig, HeRATrainer, add_teacher_features, rank_heads
 from hera_trainer.cli import main
 from hera_trainer.cli.rank import draw
+from hera_trainer.heads import registry
 from hera_trainer.heads.modes import without_adapters
 
 SMALL = ["--k", "3", "--batch-size", "4"]
@@ -216,12 +217,16 @@ def test_env(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
     monkeypatch.setenv("HOME", str(tmp_path / "jane"))
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "jane" / ".cache" / "huggingface"))
+    monkeypatch.delitem(registry._FACTORIES, "llava")
+    monkeypatch.delitem(registry._FACTORIES, "qwen3_vl")
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     lines = dict(line[2:].split(": ", 1) for line in out.splitlines() if line.startswith("- "))
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets"):
         assert lines[name] == version(name)
     assert lines["Hugging Face cache"] == "~/.cache/huggingface"
+    unknown = lines["model types of transformers that this release does not know"].split(", ")
+    assert {"llava", "qwen3_vl"} <= set(unknown) and "idefics3" not in unknown
     assert {"hera-trainer", "Python", "platform", "CPU", "RAM", "accelerator 0", "bitsandbytes"} <= lines.keys()
     assert "secret" not in out and "jane" not in out
 

@@ -109,6 +109,8 @@ def environment() -> dict[str, str]:
     import datasets
     import torch
 
+    from ..heads.registry import unknown_model_types
+
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     accelerators = {f"accelerator {index}": name for index, name in enumerate(_accelerators())}
     return {
@@ -121,6 +123,7 @@ def environment() -> dict[str, str]:
         "CUDA of torch": f"{torch.version.cuda or torch.version.hip or 'none'}" + (f", cuDNN {cudnn}" if cudnn else ""),
         **{name: _installed(name) for name in REQUIRED},
         **{name: _installed(name) for name in OPTIONAL},
+        "model types of transformers that this release does not know": ", ".join(unknown_model_types()) or "none",
         "Hugging Face cache": _abbreviated(datasets.config.HF_CACHE_HOME),
         "offline": str(bool(datasets.config.HF_HUB_OFFLINE)).lower(),
         "accelerate config": _accelerate_config(),
