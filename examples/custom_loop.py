@@ -25,17 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
-from hera_trainer import (
-    Contrast,
-    HeadCapture,
-    HeRALoss,
-    StepWindow,
-    TeacherBatch,
-    add_teacher_features,
-    get_head_accessor,
-    mutual_knn,
-    rank_heads,
-)
+from hera_trainer import Alignment, HeadCapture, HeRALoss, add_teacher_features, mutual_knn, rank_heads
 
 
 def with_parts(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,73 +53,48 @@ def collate(rows: list[dict[str, Any]], processor: ProcessorMixin) -> dict[str, 
     batch["labels"] = torch.full_like(batch["input_ids"], -100)
     for labels, ids, length, answer in zip(batch["labels"], batch["input_ids"], lengths, answers, strict=True):
         labels[length - len(answer) : length] = ids[length - len(answer) : length]
-    batch["teacher"] = torch.tensor([row["teacher_features"] for row in rows])
+    batch["teacher_features"] = torch.tensor([row["teacher_features"] for row in rows])
     return dict(batch)
 
 
 def train_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    batches: Sequence[dict[str, Any]],
-    capture: HeadCapture,
-    contrast: Contrast,
-    weight: float,
+    accelerator: Accelerator, model: nn.Module, batches: Sequence[dict[str, Any]], alignment: Alignment
 ) -> dict[str, float]:
-    """The backward passes of one optimizer step over its micro-batches: what `HeRATrainer` does with
-    `contrast_scope="step"`. The language-model loss is the mean over all tokens of the step, on all processes. (For
-    models with `accepts_loss_kwargs = False`, such as Qwen-VL, `Trainer` takes the mean of the means instead.)
+    """The backward passes of one optimizer step over its micro-batches: what `HeRATrainer` does. The language-model
+    loss is the mean over all tokens of the step, on all processes. (For models with `accepts_loss_kwargs = False`, such
+    as Qwen-VL, `Trainer` takes the mean of the means instead.)
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): As it prepared the model.
         model (`nn.Module`): The model, in training mode.
-        batches (sequence of `dict`): Model inputs, `labels` `[B, T]` and `teacher` `[B, d_teacher]`, NaN for no image.
-        capture ([`HeadCapture`]): Attached to the model.
-        contrast ([`Contrast`]): Compares the samples.
-        weight (`float`): Weight of the alignment loss.
+        batches (sequence of `dict`):
+            Model inputs, `labels` `[B, T]` and `teacher_features` `[B, d_teacher]`, NaN for no image.
+        alignment ([`Alignment`]): Attached to the model.
 
     Returns:
-        `dict[str, float]`: The two losses.
+        `dict[str, float]`: What [`HeRATrainer`] logs: `lm_loss`, `alignment_loss`, `temperature`, ...
     """
-    prepared, all_labels = [], []
-    for batch in batches:
-        inputs = dict(batch)
-        labels, vectors = inputs.pop("labels"), inputs.pop("teacher")
-        teacher = TeacherBatch(vectors.nan_to_num(0.0), present=~vectors.isnan().any(-1))
-        # Pooled: every position with a label. A collator that labels image placeholders must leave them out here.
-        prepared.append((inputs, teacher, labels != -100))
-        all_labels.append(labels)
-    counts = [(labels[:, 1:] != -100).sum() for labels in all_labels]
+    counts = [(batch["labels"][:, 1:] != -100).sum() for batch in batches]
     tokens = accelerator.reduce(torch.stack(counts).sum(), reduction="sum")
 
-    # First pass, without gradients and up to the deepest aligned head: the representations of the whole step, its
-    # alignment loss, and the gradient of that loss at each representation.
-    plain = accelerator.unwrap_model(model)
+    def forward(batch: dict[str, Any]) -> Tensor:
+        inputs = dict(batch)
+        alignment.observe(inputs)  # reads the heads of the next forward pass
+        return model(**inputs, use_cache=False).loss
 
-    def forward(inputs: dict[str, Any]) -> None:
-        plain(**inputs, use_cache=False)
-
-    precision = accelerator.autocast()
-    window = StepWindow(capture, contrast, prepared, forward, True, accelerator.device, precision)
-
-    # Second pass: ordinary training, in which each micro-batch carries its part of these gradients into the model.
-    total = torch.zeros((), device=accelerator.device)
-    for i, (inputs, _, mask) in enumerate(prepared):
-        last = i == len(prepared) - 1
+    alignment.begin_step(len(batches))
+    if alignment.needs_first_pass:  # without gradient, up to the deepest aligned head
+        alignment.first_pass(batches, forward)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            capture.start(mask)
-            with window.same_randomness(), accelerator.autocast():  # the dropout of the first pass
-                loss = model(**inputs, labels=all_labels[i], use_cache=False).loss
+            with alignment.same_randomness():  # the dropout of the first pass
+                loss = forward(batch)
             loss = loss * counts[i] * accelerator.num_processes / tokens
-            part = window.carrier(capture.vectors(), contrast.criterion.log_temperature)
-            accelerator.backward(loss + weight * part)
-            capture.stop()  # only now: activation checkpointing runs layers again during backward
-        total += loss.detach()
-    # The temperature is no part of the model, so nobody else averages its gradient over processes.
-    temperature = contrast.criterion.log_temperature
-    if temperature.grad is not None:
-        temperature.grad = accelerator.reduce(temperature.grad, reduction="mean")
-    lm_loss = accelerator.reduce(total, reduction="mean")
-    return {"lm_loss": lm_loss.item(), "alignment_loss": window.pool.value.item()}
+            alignment.meter.add_micro_batch(loss, share=1 / len(batches))
+            accelerator.backward(loss + alignment.term())
+            alignment.end_micro_batch()
+    return alignment.metrics()
 
 
 @torch.no_grad()
@@ -140,9 +105,9 @@ def measure(model: nn.Module, batches: Sequence[dict[str, Any]], capture: HeadCa
     heads, teacher = [], []
     with capture.attached():
         for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name not in ("labels", "teacher")}
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "teacher_features")}
             heads.append(capture.read(lambda x: model(**x, use_cache=False), inputs, batch["labels"] != -100, True))
-            teacher.append(batch["teacher"])
+            teacher.append(batch["teacher_features"])
     model.train(training)
     vectors = torch.cat(teacher)
     return sum(mutual_knn(z, vectors, k) for z in torch.cat(heads, dim=1)) / len(capture.heads)
@@ -200,31 +165,33 @@ def main(arguments: Sequence[str] | None = None, criterion: HeRALoss | None = No
     criterion = HeRALoss(args.num_neighbors) if criterion is None else criterion
     criterion.to(accelerator.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": trained}]
-    if criterion.log_temperature.requires_grad:
-        groups.append({"params": [criterion.log_temperature], "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
     loader = DataLoader(
         dataset.with_format(None), args.batch_size, shuffle=True, collate_fn=partial(collate, processor=processor)
     )
     # After the adapter is in place: the projections are other modules now.
-    capture = HeadCapture(get_head_accessor(model), heads, model.config.model_type)
+    alignment = Alignment(model, criterion, heads, weight=args.weight, accelerator=accelerator)
+    assert alignment.capture is not None
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    contrast = Contrast(criterion, accelerator)
 
     some = list(islice(iter(loader), args.accumulation))  # enough to see a trend; take held-out rows for a result
-    results: dict[str, Any] = {"heads": heads, "before": measure(model, some, capture, args.num_neighbors), "log": []}
+    results: dict[str, Any] = {
+        "heads": heads,
+        "before": measure(model, some, alignment.capture, args.num_neighbors),
+        "log": [],
+    }
     model.train()
-    with capture.attached():
+    with alignment.attached():
         for step, batches in enumerate(steps_of(loader, args.accumulation, args.steps), start=1):
-            losses = train_step(accelerator, model, batches, capture, contrast, args.weight)
+            logs = train_step(accelerator, model, batches, alignment)
             accelerator.clip_grad_norm_(trained, 1.0)
+            alignment.temperature.before_step()
             optimizer.step()
+            alignment.temperature.step(args.learning_rate)
             optimizer.zero_grad()
-            criterion.clamp_temperature_()
-            results["log"].append(losses)
-            accelerator.print(f"step {step}", *(f"{name} {value:.4f}" for name, value in losses.items()))
-    results["after"] = measure(model, some, capture, args.num_neighbors)
+            results["log"].append(logs)
+            accelerator.print(f"step {step}", *(f"{name} {value:.4f}" for name, value in logs.items()))
+    results["after"] = measure(model, some, alignment.capture, args.num_neighbors)
     accelerator.print(f"Mutual k-NN of the aligned heads: {results['before']:.3f} before, {results['after']:.3f} after")
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .alignment import Alignment
     from .callbacks import AlignmentMonitorCallback
     from .config import HeRAConfig
     from .contrast import Contrast
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: the loss and the metrics need torch only, and should not cost the import of TRL.
 _HOMES = {
+    "Alignment": "alignment",
     "AlignmentMonitorCallback": "callbacks",
     "AttentionHead": "heads.head",
     "Contrast": "contrast",
@@ -57,6 +59,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Alignment",
     "AlignmentMonitorCallback",
     "AttentionHead",
     "Contrast",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
@@ -26,6 +23,7 @@ from .heads.registry import get_head_accessor
 from .plots import monitor_group, pixels, plot_head_scores
 from .preparation import check_dataset, with_teacher_features
 from .processes import Team
+from .randomness import same_randomness
 from .rows import collatable
 from .run_record import CONTEXTS, RunRecordCallback, forget_measurements, measurement_path, measurements
 from .teacher import VisionTeacher
@@ -181,10 +179,7 @@ class AlignmentMonitorCallback(TrainerCallback):
         else:
             batch_size = trainer.args.teacher_batch_size
             rows = with_teacher_features(rows, "the monitor's data set", self.teacher, batch_size)
-        field = trainer.args.dataset_text_field
-        if field != "text" and field in rows.column_names:  # by the name under which rankings look for plain text
-            rows = rows.select_columns([name for name in rows.column_names if name != "text"])
-            rows = rows.rename_column(field, "text")
+        trainer._text_columns.required(rows.column_names)
         self._rows = rows
 
     def _neighbors(self, trainer: Any) -> int:
@@ -224,7 +219,7 @@ class AlignmentMonitorCallback(TrainerCallback):
     def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         trainer = self._trainer
         should_log = control.should_log
-        with _same_randomness(args.device), evaluating(trainer.model):
+        with same_randomness(args.device), evaluating(trainer.model):
             rankings = {context: self._rank(context) for context in self.contexts or ()}
             values = {}
             for context, ranking in rankings.items():
@@ -258,16 +253,15 @@ class AlignmentMonitorCallback(TrainerCallback):
                 teacher_name=self._teacher_name(),
                 progress=False,
                 distributed=True,
+                text_column=trainer._text_columns.ranked(self._rows.column_names),
             )
 
     def _collate(self, rows: list[dict[str, Any]]) -> Any:
         """A batch as in training, but for the teacher's vectors."""
         collator: Callable = self._trainer.data_collator
         inner = collator.inner if isinstance(collator, TeacherCollator) else collator
-        field = self._trainer.args.dataset_text_field
-        names = {"text": field} if field != "text" else {}
-        own = [{names.get(name, name): v for name, v in row.items() if name != TEACHER_COLUMN} for row in rows]
-        return inner([collatable(row, inner) for row in own])
+        own = [{name: value for name, value in row.items() if name != TEACHER_COLUMN} for row in rows]
+        return inner([collatable(row, inner, self._trainer._text_columns) for row in own])
 
     def _teacher_name(self) -> str:
         if self.teacher is None:
@@ -329,19 +323,6 @@ def _give_image(tracker: TrainerCallback, name: str, image: np.ndarray, step: in
         wandb.log({name: wandb.Image(image), "train/global_step": step})
 
 
-@contextmanager
-def _same_randomness(device: torch.device) -> Iterator[None]:
-    """All random states are afterwards as they were; a data collator may draw from any of them."""
-    devices = [] if device.type == "cpu" else [device]
-    own, numpys = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
-            yield
-    finally:
-        random.setstate(own)
-        np.random.set_state(numpys)
-
-
 class WatchingMixin(_Base):
     """Prepares a trainer's monitor and keeps the record of its runs."""
 
@@ -372,7 +353,7 @@ class WatchingMixin(_Base):
                 "other. Leave one of them, or `monitor_steps`, out."
             )
         for monitor in monitors:
-            with _same_randomness(self.args.device):
+            with same_randomness(self.args.device):
                 monitor.prepare(self)
         self._begin_record(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)

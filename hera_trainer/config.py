@@ -34,7 +34,8 @@ class HeRAConfig(SFTConfig):
         temperature (`float`, *optional*, defaults to `0.07`):
             Initial temperature τ of the contrastive loss (eq. 8).
         learn_temperature (`bool`, *optional*, defaults to `True`):
-            Whether log τ is trained, with the learning rate and schedule of the model and without weight decay.
+            Whether log τ is trained, by an optimizer of its own at the schedule's rate of `learning_rate`, without
+            weight decay.
         normalize (`bool`, *optional*, defaults to `True`):
             Whether head representations and teacher vectors are L2-normalised before dot products.
         contrast_scope (`str`, *optional*, defaults to `"step"`):
@@ -118,8 +119,8 @@ class HeRAConfig(SFTConfig):
     learn_temperature: bool = field(
         default=True,
         metadata={
-            "help": "Whether the log temperature is trained, with the learning rate and schedule of the model and "
-            "without weight decay."
+            "help": "Whether the log temperature is trained, by an optimizer of its own at the schedule's rate of "
+            "`learning_rate`, without weight decay."
         },
     )
     normalize: bool = field(

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from .data import TeacherBatch
 from .loss import HeRALoss
 from .memory import SampleQueue
+
+logger = get_logger(__name__)
+
+_FIRST_STEPS = 50  # of a run: whether most of them went without alignment is looked at once
 
 
 @dataclass
@@ -73,6 +78,13 @@ class Contrast:
         self.accelerator = accelerator
         self.queue = queue
 
+    def reset(self) -> None:
+        """Forgets what an earlier run has left, also one that ran out of memory within a step: past samples and the
+        temperature's gradient."""
+        self.criterion.log_temperature.grad = None
+        if self.queue is not None:
+            self.queue.clear()
+
     @property
     def num_processes(self) -> int:
         """Number of processes that share a pool."""
@@ -104,7 +116,7 @@ class Contrast:
         temperature_grad = gradients[1] if len(inputs) > 1 else torch.zeros_like(log_temperature)
         finite = loss.isfinite() & heads_grad.isfinite().all() & temperature_grad.isfinite()
         samples = pool_valid.sum() + len(self.queue or ())
-        taken = finite & (samples >= self.criterion.num_neighbors + 2)
+        taken = finite & pool_valid.any() & (samples >= self.criterion.num_neighbors + 2)
         if self.queue is not None:
             usable = pool_valid & pool_heads.detach().isfinite().all(-1).all(0)
             order = pool_turns.argsort(stable=True)
@@ -188,10 +200,12 @@ class AlignmentMeter:
 
     def __init__(self) -> None:
         self.has_warned = False  # the trainer's: values that are not finite are said once a run
+        self._steps = 0.0
+        self._too_small: list[Tensor] | None = []  # whether pools of the first steps were, until that is looked at
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forgets what was summed for the log."""
         self._sums: dict[str, Tensor] = {name: torch.zeros(()) for name in self._NAMES}
 
     def _add(self, **values: Tensor | float) -> None:
@@ -204,6 +218,7 @@ class AlignmentMeter:
             lm_loss (`Tensor`): The language-model loss as it is backpropagated, scaled for accumulation.
             share (`float`): Share of the micro-batch in its optimizer step.
         """
+        self._steps += share
         self._add(windows=share, lm_loss=lm_loss)
 
     def add_pool(self, pool: PoolLoss) -> None:
@@ -219,6 +234,21 @@ class AlignmentMeter:
             left_out=pool.left_out,
             not_finite=pool.not_finite,
         )
+        if self._too_small is not None:
+            self._too_small.append(pool.skipped - pool.not_finite)
+            if round(self._steps, 6) >= _FIRST_STEPS:
+                self._look_at_first_steps(self._too_small)
+                self._too_small = None
+
+    @staticmethod
+    def _look_at_first_steps(too_small: list[Tensor]) -> None:
+        count, skipped = len(too_small), int(torch.stack(too_small).sum())
+        if skipped > count / 2:
+            logger.warning(
+                f"Most of the first {_FIRST_STEPS} steps were trained without the alignment loss: in {skipped} of "
+                f"{count} pools, too few samples had an image and a label. Raise `gradient_accumulation_steps`, "
+                "`per_device_train_batch_size` or `queue_size`, or lower `num_neighbors`."
+            )
 
     def as_tensor(self, device: torch.device) -> Tensor:
         """The sums, to be added up over processes."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .rows import collatable
+from .picture_sources import turns
+from .rows import TextColumns, collatable
 from .teacher_column import TEACHER_COLUMN
 
 # What rows and batches of streamed data carry besides: where a row stands, for messages, and images that are prepared
@@ -44,17 +45,31 @@ def pooling_mask(labels: Tensor, input_ids: Tensor, placeholder_ids: Sequence[in
     return (labels != -100) & ~torch.isin(input_ids, placeholders)
 
 
-def answer_text(row: Mapping[str, Any], text_field: str = "text") -> str:
-    """The answer or caption of a row: its `completion`, the assistant turns of its `messages`, or its plain text, which
-    stands in the column `text_field`. Calls of tools are no words and are left out."""
-    for column in ("completion", "messages", text_field):
-        value = row.get(column)
-        if isinstance(value, str):
-            return value
-        if value is not None:
-            turns = [_content_text(turn.get("content")) for turn in value if turn["role"] == "assistant"]
-            return "\n".join(filter(None, turns))  # a turn that only calls tools has no words
-    return ""
+def answer_text(row: Mapping[str, Any], columns: TextColumns | None = None) -> str:
+    """The answer or caption of a row, from the column that is trained on (see [`~rows.TextColumns`]): its `completion`,
+    the assistant turns of its `messages`, or its plain text. Calls of tools are no words and are left out.
+
+    Raises:
+        `ValueError`: If the column holds neither text nor turns.
+    """
+    return "\n".join(answers(row, columns))
+
+
+def answers(row: Mapping[str, Any], columns: TextColumns | None = None) -> list[str]:
+    """The texts of which [`answer_text`] is made: one, or those of the assistant turns that have words."""
+    present = {name: value for name, value in row.items() if value is not None}
+    column = (columns or TextColumns()).ranked(present)
+    if column is None:
+        return []
+    value = present[column]
+    if column == "messages":
+        value = turns(value)
+    elif isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not all(isinstance(turn, Mapping) and "role" in turn for turn in value):
+        raise ValueError(f"Column `{column}` holds a {type(value).__name__}, neither a text nor turns with `role`.")
+    texts = [_content_text(turn.get("content")) for turn in value if turn["role"] == "assistant"]
+    return [text for text in texts if text]  # a turn that only calls tools has no words
 
 
 def _content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
@@ -105,6 +120,7 @@ class TeacherCollator:
         prepare (`Callable`, *optional*):
             Makes, of rows of streamed data, what the teacher needs to compute those vectors that are not there yet
             (see [`~streaming.ImagePreparer`]). It rides under `teacher_images`.
+        columns ([`~rows.TextColumns`], *optional*): Which columns of text are trained on.
     """
 
     def __init__(
@@ -112,23 +128,24 @@ class TeacherCollator:
         inner: Callable[[list[dict[str, Any]]], Any],
         width: int,
         prepare: Callable[[list[dict[str, Any]]], Any] | None = None,
+        columns: TextColumns | None = None,
     ) -> None:
         self.inner = inner
         self.width = width
         self.prepare = prepare
+        self.columns = columns
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         vectors = torch.full((len(examples), self.width), torch.nan)
         rows = []
         for i, example in enumerate(examples):
             row = dict(example)
-            place = row.pop(ROW_PLACE, "A row")
             vector = row.pop(TEACHER_COLUMN, None)
             if vector is not None:
-                vectors[i] = checked_vector(vector, place, self.width)
+                vectors[i] = checked_vector(vector, row.get(ROW_PLACE, "A row"), self.width)
             rows.append(row)
         images = None if self.prepare is None else self.prepare(examples)
-        batch = self.inner([collatable(row, self.inner) for row in rows])
+        batch = self.inner([self.prepared(row) for row in rows])
         if "input_ids" in batch and len(batch["input_ids"]) != len(rows):
             raise ValueError(
                 f"The `data_collator` made {len(batch['input_ids'])} samples from {len(rows)} rows, so it is not known "
@@ -138,6 +155,14 @@ class TeacherCollator:
         if images is not None:
             batch[TEACHER_IMAGES] = images
         return batch
+
+    def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row, without its teacher vector, as the inner collator gets it."""
+        place = row.pop(ROW_PLACE, None)
+        try:
+            return collatable(row, self.inner, self.columns)
+        except ValueError as error:
+            raise error if place is None else ValueError(f"{place}: {error}") from error
 
     def __getattr__(self, name: str) -> Any:
         # Trainers read and set attributes of their collator. Underscored names are left out: copying and unpickling
@@ -176,14 +201,17 @@ def checked_vector(vector: Any, place: str, width: int | None = None) -> Tensor:
     return values
 
 
-def check_collator(collator: TeacherCollator, rows: list[dict[str, Any]]) -> None:
+def check_collator(collator: TeacherCollator, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
     """Collates a few rows and checks that their teacher vectors can ride along.
+
+    Returns:
+        `Mapping`: The batch of these rows.
 
     Raises:
         `ValueError`: If the collator returns no mapping, no labels, or another number of samples.
     """
-    own = [{k: v for k, v in row.items() if k not in (TEACHER_COLUMN, ROW_PLACE)} for row in rows]
-    batch: Any = collator.inner([collatable(row, collator.inner) for row in own])
+    own = [{k: v for k, v in row.items() if k != TEACHER_COLUMN} for row in rows]
+    batch: Any = collator.inner([collator.prepared(row) for row in own])
     problem = None
     if not isinstance(batch, Mapping):
         problem = f"it returns a {type(batch).__name__} instead of a dictionary"
@@ -201,6 +229,56 @@ def check_collator(collator: TeacherCollator, rows: list[dict[str, Any]]) -> Non
             f"Teacher vectors cannot ride through this `data_collator`: {problem}. Return a dictionary with "
             "`input_ids` and `labels` of one row a sample, in order, or set `alignment_weight=0`."
         )
+    return batch
+
+
+def check_ranked_text(
+    batch: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    columns: TextColumns,
+    tokenizer: PreTrainedTokenizerBase,
+    placeholder_ids: Sequence[int],
+) -> None:
+    """Refuses to rank heads on texts that are not trained on: of a collator that is not SFTTrainer's own, only a batch
+    tells what its labels cover.
+
+    Args:
+        batch (`Mapping`): What the collator makes of the rows.
+        rows (sequence of `Mapping`): The rows, with all of their columns.
+        columns ([`~rows.TextColumns`]): Which columns of text are ranked.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
+        placeholder_ids (sequence of `int`): See [`placeholder_token_ids`].
+
+    Raises:
+        `ValueError`: If the labels of no row cover its text.
+    """
+    mask = pooling_mask(batch["labels"], batch["input_ids"], placeholder_ids)
+    compared = []
+    for row, ids, labelled in zip(rows, batch["input_ids"], mask, strict=True):
+        texts = answers(row, columns)
+        text = _compact(tokenizer, tokenizer(texts[0], add_special_tokens=False)["input_ids"]) if texts else ""
+        covered = _compact(tokenizer, ids[labelled])
+        if text and covered:
+            compared.append((text, covered))
+    if compared and not any(_covers(covered, text) for text, covered in compared):
+        text, covered = compared[0]
+        raise ValueError(
+            f"Attention heads would be ranked on column `{columns.ranked(rows[0])}`, whose text the labels of your "
+            f"`data_collator` do not cover: they cover {covered[:80]!r}, the text is {text[:80]!r} (without spaces). "
+            "Set `dataset_text_field` to a column of the text that is trained on (`dataset.map` makes one), or choose "
+            "heads with `aligned_heads`, `head_ranking` or `head_ranking_path`."
+        )
+
+
+def _compact(tokenizer: PreTrainedTokenizerBase, ids: Any) -> str:
+    """Text of tokens, by which texts are compared that chat templates space differently."""
+    return "".join(str(tokenizer.decode(ids, skip_special_tokens=True)).split()).casefold()
+
+
+def _covers(covered: str, text: str) -> bool:
+    """Whether a text, or its beginning where the sequence was cut, stands in what the labels cover."""
+    beginnings = range(min(len(text), len(covered)), 7, -1)
+    return text in covered or any(covered.endswith(text[:length]) for length in beginnings)
 
 
 def pop_teacher(inputs: dict[str, Any]) -> TeacherBatch | None:

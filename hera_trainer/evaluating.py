@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
+from .alignment import Alignment
 from .config import HeRAConfig
 from .contrast import EvalPools
-from .heads.capture import HeadCapture
 from .heads.quantized import frozen_packing
-from .loss import HeRALoss
 
 # The mixin calls on to a Trainer: type checkers must see it, the class hierarchy must not repeat it.
 if TYPE_CHECKING:
@@ -20,23 +19,18 @@ else:
 
 
 class EvaluationMixin(_Base):
-    """Gives evaluation data its teacher vectors and reports the alignment loss over pools as large as in training."""
+    """Reports the alignment loss of evaluation data over pools as large as in training."""
 
     args: HeRAConfig
     model: Any
-    criterion: HeRALoss | None
+    alignment: Alignment | None
     prepare_alignment: Any
-    _with_teacher_features: Any
-    _teacher_width: int
-    _capture: HeadCapture | None
     _eval_pools: EvalPools | None
     _train_batch_size: int
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.prepare_alignment()
-        if self.criterion is not None and eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._with_teacher_features(eval_dataset, "eval_dataset", self._teacher_width)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         self.prepare_alignment()
@@ -51,16 +45,17 @@ class EvaluationMixin(_Base):
         metric_key_prefix: str = "eval",
     ) -> Any:
         loop_args = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._capture is None or self.criterion is None:
+        if self.alignment is None:
             return super().evaluation_loop(*loop_args)
         # As large as in training, also where `auto_find_batch_size` has found a smaller one.
         size = self.args.pool_size(self._train_batch_size // max(1, self.args.n_gpu))
-        pools = self._eval_pools = EvalPools(self.criterion, size, self.accelerator)
+        pools = self._eval_pools = EvalPools(self.alignment.criterion, size, self.accelerator)
         try:
-            with self._capture.attached():
+            with self.alignment.attached():
                 output = super().evaluation_loop(*loop_args)
         finally:
             self._eval_pools = None
+            self.alignment.check_passes()  # an optimizer may hold other weights for evaluation
         assert output.metrics is not None
         if pools.pools:
             output.metrics[f"{metric_key_prefix}_alignment_loss"] = pools.total / pools.pools
@@ -68,7 +63,7 @@ class EvaluationMixin(_Base):
         return output
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self.criterion is None:
+        if self.alignment is None:
             return super().prediction_step(*args, **kwargs)
         with frozen_packing(self.model):
             return super().prediction_step(*args, **kwargs)

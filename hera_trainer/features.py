@@ -41,12 +41,14 @@ def add_teacher_features(
     """Adds the column `teacher_features`: the teacher's vector of each row's image, a list of float32, or null.
 
     A row's images are those of its column `image` (one image or null) or else `images` (a list, may be empty or null),
-    those inside its messages (`{"type": "image", "image": ...}`), and frames of its videos: of a column `video` (a list
-    of frames) or else `videos` (a list of such lists), and of `{"type": "video", "video": ...}`. Of a video with more
-    than eight frames, eight are taken at equal distances, the first and the last included.
+    those inside its messages (`{"type": "image", "image": ...}`, or with another key that transformers loads), and
+    frames of its videos: of a column `video` (a list of frames) or else `videos` (a list of such lists), and of
+    `{"type": "video", "video": ...}`. Of a video with more than eight frames, eight are taken at equal distances, the
+    first and the last included. An image of a column that stands inside of the messages as well counts once.
 
-    One image gives the teacher's own vector; several, images and frames alike, give the mean of their L2-normalised
-    vectors; none gives null. Equal images are encoded once and get equal vectors, bit for bit.
+    One image gives the teacher's own vector; several, images and frames alike, give the direction of the mean of their
+    L2-normalised vectors, with the mean of their norms, so that dot products of rows can be compared with and without
+    normalisation; none gives null. Equal images are encoded once and get equal vectors, bit for bit.
 
     Results are cached on disk and memory-mapped. An entry is found by the images' content (sha256), in order, and the
     teacher's identity. For a data set backed by files, its fingerprint together with the size and time of all files it

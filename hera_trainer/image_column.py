@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -17,12 +18,20 @@ import PIL.Image
 import pyarrow as pa
 from datasets.utils import tqdm
 
-from .picture_sources import MAX_FRAMES, find_sources
+from .picture_sources import (
+    MAX_FRAMES,
+    VIDEO_FORM,
+    find_sources,
+    is_url,
+    url_refusal,
+    without_payload,
+    written_image,
+)
 from .teacher import TeacherOutputError, VisionTeacher, to_rgb
 from .teacher_column import TEACHER_COLUMN
 
 # Part of every cache key: raised whenever the cached files or their meaning change.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _ROWS_PER_READ = 256
 _ROWS_PER_WRITE = 1024
 _DECODE_THREADS = min(8, os.cpu_count() or 1)
@@ -65,18 +74,20 @@ class Images:
             values = np.empty((len(used), vectors.shape[1]), dtype=np.float32)
             for out, row in zip(values, begin + used, strict=True):
                 own = vectors[self.ids[starts[row] : starts[row + 1]]]
-                out[:] = own[0] if len(own) == 1 else mean_direction(own)
+                out[:] = own[0] if len(own) == 1 else mean_vector(own)
             offsets = np.concatenate([[0], np.cumsum(counts > 0)]) * vectors.shape[1]
             yield pa.ListArray.from_arrays(
                 pa.array(offsets, type=pa.int32()), pa.array(values.ravel()), mask=pa.array(counts == 0)
             )
 
 
-def mean_direction(vectors: np.ndarray) -> np.ndarray:
-    """Mean of the L2-normalised rows of `[n, d]`; a zero vector stays zero."""
-    wide = vectors.astype(np.float64)
+def mean_vector(vectors: np.ndarray) -> np.ndarray:
+    """Mean direction of the rows of `[n, d]`, as long as they are on average. Dot products without normalisation would
+    tell how many images a row has by a shorter vector: unlike images cancel each other out."""
+    wide, tiny = vectors.astype(np.float64), np.finfo(np.float64).tiny
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    return (wide / np.maximum(norms, np.finfo(np.float64).tiny)).mean(axis=0)
+    mean = (wide / np.maximum(norms, tiny)).mean(axis=0)
+    return mean * (norms.mean() / max(np.linalg.norm(mean), tiny))
 
 
 class ImageColumn:
@@ -112,14 +123,15 @@ class ImageColumn:
         """The error for a row of the underlying table, named by its number in the user's data set."""
         number = row if self._indices is None else int(np.flatnonzero(self._indices == row)[0])
         return ValueError(
-            f"Row {number} of the data set, column `{self._sources[source].column}`: the image can't be used: {cause}. "
-            "Repair the image, set it to null, or drop the row."
+            f"Row {number} of the data set, column `{self._sources[source].column}`: the image can't be used: "
+            f"{without_payload(cause)}. Repair the image, set it to null, or drop the row."
         )
 
     def _stored_images(
         self, desc: str | None = None, only_paths: bool = False
     ) -> Iterator[tuple[_Place, pa.Scalar, str | None]]:
-        """Yields place, bytes and path of each image that the data set uses, or of those without bytes, row by row."""
+        """Yields place, bytes and path of each image that the data set uses, or of those in files of their own, row by
+        row."""
         for start in tqdm(range(0, len(self._rows), _ROWS_PER_READ), desc=desc, disable=desc is None, leave=False):
             rows = self._rows[start : start + _ROWS_PER_READ]
             first, last = int(rows[0]), int(rows[-1])
@@ -138,7 +150,9 @@ class ImageColumn:
                         wanted &= data.is_null().to_numpy(zero_copy_only=False)
                     for i in np.flatnonzero(wanted).tolist():
                         place = (int(numbers[owners[i]]), index, int(positions[i]))
-                        found[owners[i]].append((place, data[i], paths[i].as_py()))
+                        path = paths[i].as_py()
+                        if not only_paths or self._written(place, path) is None:
+                            found[owners[i]].append((place, data[i], path))
             for row in found:
                 yield from row
 
@@ -177,16 +191,15 @@ class ImageColumn:
         counts = np.zeros(len(self), dtype=np.int64)
         known: dict[bytes, int] = {}
         places, ids = [], []
-        for place, data, path in self._stored_images(f"{desc} (looking for distinct images)"):
-            row, source, _ = place
-            content = hashlib.sha256(self._content(row, source, data, path))
-            content.update((self._sources[source].mode or "").encode())  # the same file read in another mode
-            digest = content.digest()
-            if digest not in known:
-                known[digest] = len(known)
-                places.append(place)
-            ids.append(known[digest])
-            counts[row] += 1
+        stored = self._stored_images(f"{desc} (looking for distinct images)")
+        for row, images in itertools.groupby(stored, key=lambda image: image[0][0]):
+            digests = [(place, self._digest(*place[:2], data, path)) for place, data, path in images]
+            for place, digest in self._shown_once(digests):
+                if digest not in known:
+                    known[digest] = len(known)
+                    places.append(place)
+                ids.append(known[digest])
+                counts[row] += 1
         if not known:
             names = ", ".join(f"`{name}`" for name in self._stored.column_names)
             raise ValueError(
@@ -195,18 +208,42 @@ class ImageColumn:
             )
         return Images(list(known), np.array(places), counts, np.array(ids, dtype=np.int64))
 
+    def _digest(self, row: int, source: int, data: pa.Scalar, path: str | None) -> bytes:
+        content = hashlib.sha256(self._content(row, source, data, path))
+        content.update((self._sources[source].mode or "").encode())  # the same file read in another mode
+        return content.digest()
+
+    def _shown_once(self, images: list[tuple[_Place, bytes]]) -> list[tuple[_Place, bytes]]:
+        """A row's images but for those of its columns that lie inside of its messages as well."""
+        inside = {digest for (_, source, _), digest in images if self._sources[source].is_inside}
+        return [
+            (place, digest) for place, digest in images if digest not in inside or self._sources[place[1]].is_inside
+        ]
+
     def _content(self, row: int, source: int, data: pa.Scalar, path: str | None) -> bytes | pa.Buffer:
+        if self._sources[source].is_video_file:
+            raise self._row_error(row, source, VIDEO_FORM.rstrip("."))
         if data.is_valid:
             return data.as_buffer()
         if path is None:
             raise self._row_error(row, source, "it has neither bytes nor a path")
-        if path.startswith(("http://", "https://")):
-            raise self._row_error(row, source, f"{path} is a URL; download it, and store its bytes or its path on disk")
+        if is_url(path):
+            raise self._row_error(row, source, url_refusal(path))
+        written = self._written((row, source, 0), path)
+        if written is not None:
+            return written
         try:
             with fsspec.open(path) if "://" in path else open(path, "rb") as file:
                 return file.read()
         except Exception as error:  # each file system behind fsspec has errors of its own
             raise self._row_error(row, source, _with_folder(error, path)) from error
+
+    def _written(self, place: _Place, path: str | None) -> bytes | None:
+        """The image that stands in the place of a path itself, if it does."""
+        try:
+            return None if path is None else written_image(path)
+        except ValueError as error:
+            raise self._row_error(*place[:2], error) from error
 
     def _open(self, row: int, source: int, position: int) -> PIL.Image.Image:
         """The image at a place. Its pixels are not decoded yet, unless the column's feature asks for a PIL mode."""

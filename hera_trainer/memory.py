@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +25,10 @@ class SampleQueue:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all samples."""
         self.heads: Tensor | None = None  # [m, Q, d_model]
         self.teacher: Tensor | None = None  # [Q, d_teacher]
 
@@ -58,13 +63,26 @@ class SampleQueue:
         distance = torch.cdist(teacher, self.teacher, compute_mode="donot_use_mm_for_euclid_dist")
         return distance <= _SAME_IMAGE * torch.linalg.vector_norm(teacher, dim=1, keepdim=True)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the queue as safetensors, atomically. Writes nothing while it is empty."""
+    def save(self, path: str | os.PathLike, identity: dict[str, str] | None = None) -> None:
+        """Writes the queue as safetensors, atomically. Writes nothing while it is empty.
+
+        Args:
+            path (`str` or `os.PathLike`): Where to.
+            identity (`dict[str, str]`, *optional*): What the samples depend on, see [`SampleQueue.identity_of`].
+        """
         if self.heads is None or self.teacher is None:
             return
         tensors = {"heads": self.heads, "teacher": self.teacher}
         content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        write_atomically(path, lambda temporary: save_file(content, temporary))
+        write_atomically(path, lambda temporary: save_file(content, temporary, identity))
+
+    @staticmethod
+    def identity_of(path: str | os.PathLike) -> dict[str, str]:
+        """What the samples of a file depend on, and the width of their teacher vectors: those of other heads or of
+        another teacher mean nothing to a run."""
+        with safe_open(path, framework="pt") as file:
+            width = file.get_slice("teacher").get_shape()[1]
+            return {**(file.metadata() or {}), "teacher width": str(width)}
 
     def load(self, path: str | os.PathLike, device: torch.device) -> None:
         """Reads what `save` wrote. The last `size` samples are kept."""

@@ -20,6 +20,7 @@ from .heads.ranking import HeadRanking
 from .heads.registry import unwrap_model
 from .plots import plot_head_scores
 from .published_files import CARD_FILE, PLOTS_FOLDER, is_local, shown_name
+from .redaction import public_settings, public_text
 from .run_record import RunRecord, measurements
 from .version import __version__
 
@@ -85,7 +86,7 @@ def write_model_card(
         base=_base(base, on_hub=data.base_model is not None),
         datasets=_listed(f"[{n}](https://huggingface.co/datasets/{n})" if _is_repo_id(n) else f"`{n}`" for n in names),
         paper=trainer._paper,
-        badges="\n".join(line for line in trl_card.text.splitlines() if line.startswith("[<img")),
+        badges=public_text("\n".join(line for line in trl_card.text.splitlines() if line.startswith("[<img"))),
         repo=trainer.hub_model_id or trainer.args.hub_model_id or folder.absolute().name,
         quantized=_quantization(trainer.model),
         settings=_table(["setting", "this run", "paper"], _settings(trainer)),
@@ -293,7 +294,7 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
     if args.contrast_scope == "micro_batch":
         parts = f"{batch_size} x {args.world_size}"
     queue = f", and {args.queue_size} past ones" if args.queue_size else ""
-    teacher = _teacher(trainer)
+    teacher = shown_name(trainer.teacher_name) or "vectors that came with the data"
     is_large_dinov2 = "dinov2" in teacher.lower() and "large" in teacher.lower() and "reg" not in teacher.lower()
     rows = [
         ("weight of the alignment loss, λ", f"{args.alignment_weight:g}", "0.01", args.alignment_weight == 0.01),
@@ -324,10 +325,6 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
 def _micro_batch_size(trainer: HeRATrainer) -> int:
     """What a device takes at a time: with `auto_find_batch_size`, not what was asked for."""
     return trainer._train_batch_size // max(1, trainer.args.n_gpu)
-
-
-def _teacher(trainer: HeRATrainer) -> str:
-    return shown_name(trainer.teacher_name) or "vectors that came with the data"
 
 
 def _training(trainer: HeRATrainer) -> dict[str, str]:
@@ -362,7 +359,7 @@ def _value(setting: Any) -> str:
 
 
 def _adapter_summary(model: PeftModel) -> str:
-    config = model.peft_config[model.active_adapter].to_dict()
+    config = public_settings(model.peft_config[model.active_adapter].to_dict())
     parts = [_value(config["peft_type"])]
     for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
         if config.get(name):

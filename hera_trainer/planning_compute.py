@@ -93,7 +93,8 @@ class Operations:
     Args:
         vision (`float`): Vision tower.
         projector (`float`): What lies between it and the language model.
-        layers (`list[float]`): Each decoder layer.
+        layers (`list[float]`): Each decoder layer, once.
+        passes (`list[int]`): How often a forward pass goes through it.
         attentions (`list[float]`): The attention of each of them alone, zero where it has none that is known.
         lm_head (`float`): The LM head on the scored tokens.
     """
@@ -101,12 +102,18 @@ class Operations:
     vision: float
     projector: float
     layers: list[float]
+    passes: list[int]
     attentions: list[float]
     lm_head: float
 
     def first_pass(self, deepest: int) -> float:
-        """A forward pass that ends with the attention of layer `deepest`."""
-        return self.vision + self.projector + sum(self.layers[:deepest]) + self.attentions[deepest]
+        """A forward pass that ends with the attention of layer `deepest`, in a loop with its first time."""
+        before = sum(self.layers[:deepest]) if self.passes[deepest] > 1 else self._language(deepest)
+        return self.vision + self.projector + before + self.attentions[deepest]
+
+    def _language(self, layers: int | None = None) -> float:
+        """The first `layers` layers, all by default, in all their passes."""
+        return sum(work * passes for work, passes in zip(self.layers[:layers], self.passes[:layers], strict=True))
 
     def step(self, trained: dict[str, bool], adapters: bool, checkpointing: bool) -> float:
         """Forward and backward, with recomputation. A frozen weight costs one product in the backward, a trained one
@@ -122,7 +129,7 @@ class Operations:
         vision = self.vision * (backward + recomputed if trained["vision"] else 1)
         projector = self.projector * (backward if trained["vision"] or trained["projector"] else 1)
         # The fused LM head computes its logits once more in the backward.
-        return vision + projector + sum(self.layers) * (backward + recomputed) + self.lm_head * (backward + 1)
+        return vision + projector + self._language() * (backward + recomputed) + self.lm_head * (backward + 1)
 
 
 def operations(parts: ModelParts, image: ImageShape, text_tokens: int) -> Operations:
@@ -142,6 +149,7 @@ def operations(parts: ModelParts, image: ImageShape, text_tokens: int) -> Operat
         vision=_vision_operations(parts, image),
         projector=2 * image.tokens * sum(module.weight.numel() for module in _between(parts)),
         layers=layers,
+        passes=[accessor.passes(i) for i in range(accessor.num_layers)],
         attentions=attentions,
         lm_head=0.0 if head is None else 2.0 * text_tokens * head.weight.numel(),
     )

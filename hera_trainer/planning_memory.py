@@ -220,7 +220,8 @@ class StepMemory:
         settings, parts, element = self.settings, self.parts, self.stream_size
         checkpointing = settings.gradient_checkpointing
         tokens, vision_tokens = size * self.tokens, size * self.image.vision_tokens
-        layers, blocks = parts.accessor.layers, parts.vision_blocks
+        layers = [layer for i, layer in enumerate(parts.accessor.layers) for _ in range(parts.accessor.passes(i))]
+        blocks = parts.vision_blocks
         kept, stage = activation_bytes(layers, tokens, parts.d_model, element, checkpointing)
         if self.vision_trained and blocks:
             width = linears(blocks[0])[0].reads

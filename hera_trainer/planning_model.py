@@ -111,11 +111,14 @@ def find_parts(model: Any) -> ModelParts:
     """
     accessor = get_head_accessor(model)
     tower = model.get_encoder(modality="image")
-    if tower is model or any(module is accessor.decoder for module in tower.modules()):
-        tower = None  # that is how transformers answers for a model without one
+    if tower is None or tower is model or any(module is accessor.decoder for module in tower.modules()):
+        tower = None  # these are the answers of transformers for a model without one
     blocks: list[nn.Module] = []
     if tower is not None:
         lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module)]
+        # The tower says how many layers it has. Mergers beside them (deepstack of Qwen3-VL) may be larger.
+        depth = next((n for name in ("num_hidden_layers", "depth") if (n := getattr(tower.config, name, None))), None)
+        lists = [layers for layers in lists if len(layers) == depth] or lists
         blocks = list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[]))
     return ModelParts(model, accessor, tower, blocks)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+from bisect import bisect_left
+from math import comb
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
 
@@ -25,7 +29,12 @@ from .processes import Team
 from .stream_start import column_names
 from .teacher import VisionTeacher
 
+logger = get_logger(__name__)
+
 _RANKING_FORMAT = 1
+
+# Shares of pools that go without alignment: above the first that is warned of, above the second refused.
+_FEW, _MOST = 0.1, 0.5
 
 
 def check_pool(args: HeRAConfig, micro_batch_size: int | None = None) -> None:
@@ -59,6 +68,67 @@ def check_pool(args: HeRAConfig, micro_batch_size: int | None = None) -> None:
     )
 
 
+def skipped_share(pool: int, least: int, usable: int, rows: int, is_stream: bool) -> float:
+    """Share of pools with fewer than `least` samples that can take part, exactly.
+
+    Args:
+        pool (`int`): Samples of a pool.
+        least (`int`): Samples that must be able to take part.
+        usable (`int`): Rows that can.
+        rows (`int`): All rows.
+        is_stream (`bool`):
+            Whether these are the first rows of many more, so that samples are drawn independently (binomial), and not
+            without replacement (hypergeometric).
+    """
+    if is_stream:
+        ways = (comb(pool, i) * usable**i * (rows - usable) ** (pool - i) for i in range(min(least, pool + 1)))
+        return sum(ways) / rows**pool
+    few, many = sorted((usable, min(pool, rows)))  # an epoch gives no more; what is drawn from what is the same
+    ways = (comb(many, i) * comb(rows - many, few - i) for i in range(min(least, few + 1)))
+    return sum(ways) / comb(rows, few)
+
+
+def check_expected_pool(args: HeRAConfig, usable: int, rows: int, is_stream: bool) -> None:
+    """Says how many samples of a pool can be expected to take part, and refuses data of which so few can that most
+    pools would be skipped: that would be plain fine-tuning.
+
+    Args:
+        args ([`HeRAConfig`]): The settings.
+        usable (`int`): Rows that have an image and a label.
+        rows (`int`): All rows, or the first ones of a stream.
+        is_stream (`bool`): Whether they are of a stream.
+
+    Raises:
+        `ValueError`: Naming the smallest setting that passes.
+    """
+    whole_step = args.contrast_scope == "step"
+    pool, least = args.pool_size(), max(1, args.num_neighbors + 2 - args.queue_size)
+    skipped = skipped_share(pool, least, usable, rows, is_stream)
+    queue = f", beside {args.queue_size} past ones," if args.queue_size else ""
+    expected = (
+        f"{usable:,} of {'the first ' if is_stream else ''}{rows:,} rows have an image and a label. Of the {pool} "
+        f"samples compared, {pool * usable / rows:.1f}{queue} are expected to take part in the alignment loss, and "
+        f"{skipped:.1%} of the {'optimizer steps' if whole_step else 'micro-batches'} to go without it."
+    )
+    if skipped <= _MOST:
+        logger.log(logging.WARNING if skipped > _FEW else logging.INFO, expected)
+        return
+    more = "shuffle the stream, so that rows with images come early" if is_stream else "add rows with images"
+    if args.max_length is not None:
+        more += f", or raise `max_length` ({args.max_length}), which cuts labels and image tokens off"
+    if usable < (1 if is_stream else least):  # not even all of them in one pool would do
+        raise ValueError(f"{expected} Please {more}, or set `alignment_weight=0` to train as SFTTrainer does.")
+    name = "gradient_accumulation_steps" if whole_step else "per_device_train_batch_size"
+    unit = pool // getattr(args, name)
+    enough = -(-2 * least * rows // (usable * unit))  # on average twice as many as are needed
+    value = 1 + bisect_left(
+        range(1, enough), True, key=lambda n: skipped_share(n * unit, least, usable, rows, is_stream) <= _MOST
+    )
+    raise ValueError(
+        f"{expected} Set `{name}={value}` or more, a larger `queue_size` or a smaller `num_neighbors`, or {more}."
+    )
+
+
 def check_arguments(args: HeRAConfig) -> None:
     """Refuses settings under which the alignment loss would mean nothing.
 
@@ -66,6 +136,12 @@ def check_arguments(args: HeRAConfig) -> None:
         `ValueError`: Naming the setting and the value that passes.
     """
     check_pool(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, over which Trainer would divide each batch (`nn.DataParallel`), and "
+            "head representations cannot be read there. Start one process a GPU with `accelerate launch`, or let it "
+            "see one: `CUDA_VISIBLE_DEVICES=0`."
+        )
     for name in ("packing", "padding_free"):
         if getattr(args, name):
             raise ValueError(
@@ -151,6 +227,28 @@ def check_device_map(model: nn.Module) -> None:
             f"The model is split over several devices ({', '.join(sorted(devices))}), which head alignment does not "
             "support yet. Load it on one device (`device_map=None`), train with several processes, or set "
             "`alignment_weight=0`."
+        )
+
+
+def check_tokens_stay(model: nn.Module, accelerator: Accelerator) -> None:
+    """Refuses what gives the language model other positions than the labels have: prompt-learning adapters (prompt,
+    prefix and P-tuning), which put some in front, and parallelism that divides sequences.
+
+    Raises:
+        `ValueError`: Naming the cure.
+    """
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        if adapter.is_prompt_learning:
+            raise ValueError(
+                f"The prompt-learning adapter {name!r} ({adapter.peft_type.value}) puts virtual tokens before the text,"
+                " so head representations cannot be matched with labels. Use another adapter, such as LoRA, or set "
+                "`alignment_weight=0`."
+            )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Context and sequence parallelism divide the tokens of a sample over processes, so head representations "
+            "cannot be pooled. Set `cp_size` and `sp_size` of the parallelism config to 1, or `alignment_weight=0`."
         )
 
 

@@ -1,42 +1,74 @@
-"""Which files of a run go to the Hub: the result and how it came about, nothing of the machine that trained it."""
+"""Which files of a run go to the Hub: what the run writes for others, nothing of the machine that trained it."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from transformers.trainer import TRAINING_ARGS_NAME
-
-from .checkpoints import STATE_FILE
-from .redaction import holds_secret, public_name
-from .run_record import MONITOR_FOLDER
-
-CARD_FILE = "README.md"
-PLOTS_FOLDER = "hera"
-
-_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
-# Patterns of paths, matched part by part. Everything else stays: logs, teacher vectors, the state of the optimizer.
-_PUBLISHED = (
-    *_WEIGHTS,
-    *("*.json", "*.md", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*"),
-    *(
-        f"{PLOTS_FOLDER}/*.png",
-        f"{PLOTS_FOLDER}/*.svg",
-        f"{MONITOR_FOLDER}/*.json",
-        "additional_chat_templates/*.jinja",
-    ),
-    *("*/adapter_config.json", "*/adapter_model*.safetensors"),  # PEFT saves further adapters in folders of their own
+import accelerate.utils
+import peft.utils
+from huggingface_hub.constants import REPOCARD_NAME, SAFETENSORS_WEIGHTS_FILE_PATTERN
+from peft import PeftModel
+from torch import nn
+from transformers import trainer
+from transformers import utils as names
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
 )
-# Pickled arguments tell folders and `hub_token`.
-_KEPT_BACK = (TRAINING_ARGS_NAME, STATE_FILE)
-_FOLDERS_KEPT_BACK = ("checkpoint-*", "replaced-checkpoint-*", "_*", ".*")
-# Their strings are pieces of words, which may look like anything.
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .alignment import QUEUE_FILE, STATE_FILE
+from .checkpoints import RANKING_FILE
+from .completion import MARKER_FILE, RUN_FILE
+from .redaction import holds_secret, public_name, public_text
+
+logger = logging.get_logger(__name__)
+
+CARD_FILE = REPOCARD_NAME
+PLOTS_FOLDER = "hera"
+MONITOR_FOLDER = "alignment_monitor"
+
+# All of these are patterns of paths: what is named by none of them stays.
+_RECORD = (RUN_FILE, RANKING_FILE, trainer.TRAINER_STATE_NAME, f"{MONITOR_FOLDER}/step-*.json")
+_OWN = (CARD_FILE, f"{PLOTS_FOLDER}/heads*.png", *_RECORD)
+_ADAPTER = (peft.utils.CONFIG_NAME, peft.utils.SAFETENSORS_WEIGHTS_NAME)
+_MODEL = (
+    *(names.CONFIG_NAME, names.GENERATION_CONFIG_NAME, names.SAFE_WEIGHTS_NAME, names.SAFE_WEIGHTS_INDEX_NAME),
+    SAFETENSORS_WEIGHTS_FILE_PATTERN.format(suffix="-?????-of-?????"),
+)
+_PROCESSOR = (
+    *(names.PROCESSOR_NAME, names.FEATURE_EXTRACTOR_NAME, names.VIDEO_PROCESSOR_NAME, names.AUDIO_TOKENIZER_NAME),
+    *(names.CHAT_TEMPLATE_FILE, f"{names.CHAT_TEMPLATE_DIR}/*.jinja"),
+    *(TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE),
+)
+# As a single process, DDP, FSDP and DeepSpeed write it.
+_RESUMING = (
+    *(RANKING_FILE, trainer.TRAINER_STATE_NAME, STATE_FILE, QUEUE_FILE, MARKER_FILE, "rng_state*.pth"),
+    *(trainer.OPTIMIZER_NAME, trainer.OPTIMIZER_NAME_BIN, trainer.SCHEDULER_NAME, trainer.SCALER_NAME),
+    f"{trainer.FSDP_MODEL_NAME}*.bin",
+    *(f"{trainer.FSDP_MODEL_NAME}_*/{name}" for name in ("*.distcp", ".metadata")),
+    *(f"{accelerate.utils.OPTIMIZER_NAME}_*/{name}" for name in ("*.distcp", ".metadata")),
+    *("latest", "global_step*/*.pt"),
+)
+# Of a run as well, and not worth a word that it stays. The pickled arguments tell folders and `hub_token`.
+_EXPECTED = (trainer.TRAINING_ARGS_NAME, CARD_FILE, f"*{PREFIX_CHECKPOINT_DIR}-*", "runs", ".*", "_*")
+
+_STREAMED = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+_SETTINGS = ("*config.json", RUN_FILE, RANKING_FILE, trainer.TRAINER_STATE_NAME, STATE_FILE, "step-*.json")
+_TEXTS = (".md", ".jinja", ".py")
 
 
 def is_local(name: str) -> bool:
@@ -58,63 +90,120 @@ def shown_name(name: str) -> str:
     Returns:
         `str`: A name on the Hub, also for a folder of the Hub's cache; of any other path, its last part.
     """
-    if not is_local(name):
-        return name
     public = public_name(name)
-    return public if public != name else name.rstrip("/").rsplit("/", 1)[-1]
+    return public.rstrip("/").rsplit("/", 1)[-1] if public == name and is_local(name) else public
 
 
-def publishable_files(folder: str | os.PathLike, secrets: Sequence[str] = ()) -> dict[str, Path | bytes]:
+def written_by(model: nn.Module, processor: Any) -> list[str]:
+    """The files that saving a model and its processor writes, as patterns of their paths in the folder.
+
+    Args:
+        model (`nn.Module`): The model, a [`~peft.PeftModel`] or not.
+        processor: The trainer's `processing_class`.
+    """
+    model = accelerate.utils.extract_model_from_parallel(model, keep_torch_compile=False)
+    if isinstance(model, PeftModel):
+        folders = ["" if adapter == "default" else f"{escape(adapter)}/" for adapter in model.peft_config]
+        found = [f"{folder}{name}" for folder in folders for name in _ADAPTER]
+    elif getattr(model, "_hf_peft_config_loaded", False):  # an adapter that transformers holds itself
+        found = [names.GENERATION_CONFIG_NAME, *_ADAPTER]
+    else:
+        found = list(_MODEL)
+    if processor is not None:  # which may have tokenizers in folders, vocabularies of any name, and code
+        with tempfile.TemporaryDirectory() as folder:
+            processor.save_pretrained(folder)
+            paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            found += [escape(path.relative_to(folder).as_posix()) for path in paths]
+    return found
+
+
+def publishable_files(
+    folder: str | os.PathLike, secrets: Sequence[str] = (), written: Iterable[str] | None = None
+) -> dict[str, Path | bytes]:
     """What of a training run's folder goes to the Hub.
 
-    Adapter or model, processor, model card, plots, ranking, measurements and the run's record. Not: checkpoints, the
-    state of the optimizer, pickled arguments, logs, and what else lies in the folder. In JSON files, paths of this
-    machine are reduced to their last part.
+    Adapter or model, processor, model card, plots, ranking, measurements and the run's record. What else lies in the
+    folder is named in the log. In the files of settings, paths of this machine are reduced to their last part.
 
     Args:
         folder (`str` or `os.PathLike`): The run's `output_dir`, or a folder that `save_model` wrote.
         secrets (sequence of `str`, *optional*): Access tokens. A file that holds one stays here, with a warning.
+        written (iterable of `str`, *optional*):
+            What [`written_by`] names, by default what the run's record says of it, or what the folder looks like.
 
     Returns:
         `dict[str, Path | bytes]`: Path in the repository -> local file (weights), or content. The files of the folder
         are not changed.
     """
     folder = Path(folder).expanduser().resolve()
-    found = {}
-    for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*")):
-        parts = path.relative_to(folder).parts
-        hidden = any(fnmatch(parts[0], pattern) for pattern in _FOLDERS_KEPT_BACK) or parts[-1] in _KEPT_BACK
-        if path.is_file() and not hidden and any(_matches(parts, pattern) for pattern in _PUBLISHED):
-            found["/".join(parts)] = path
-    return _without_private(found, folder, secrets)
+    return _chosen(folder, [*_OWN, *(_recorded(folder) if written is None else written)], secrets)
 
 
-def _matches(parts: Sequence[str], pattern: str) -> bool:
-    patterns = pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
+def checkpoint_files(checkpoint: Path, secrets: Sequence[str], written: Iterable[str]) -> dict[str, Path | bytes]:
+    """What of a checkpoint goes to the Hub, as `hub_strategy` asks for: the result, and what resuming needs."""
+    return _chosen(checkpoint, [*_RESUMING, *written], secrets)
 
 
-def checkpoint_files(checkpoint: Path, secrets: Sequence[str]) -> dict[str, Path | bytes]:
-    """All of a checkpoint, as `hub_strategy` asks for, but the pickled arguments and the card that PEFT writes."""
-    files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
-    for name in (TRAINING_ARGS_NAME, CARD_FILE):
-        files.pop(name, None)
-    return _without_private(files, checkpoint.parent, secrets)
+def _recorded(folder: Path) -> Iterable[str]:
+    """What the run's record says that the run writes. Without it: what a model or an adapter by itself consists of."""
+    recorded = _read_json(folder / RUN_FILE).get("files")
+    if recorded is not None:
+        return [str(pattern) for pattern in recorded]
+    tokenizer = tokenizer_class_from_name(str(_read_json(folder / TOKENIZER_CONFIG_FILE).get("tokenizer_class")))
+    vocabulary = getattr(tokenizer, "vocab_files_names", {}).values()
+    is_adapter = (folder / peft.utils.CONFIG_NAME).is_file()
+    return [*(_ADAPTER if is_adapter else _MODEL), *_PROCESSOR, *vocabulary]
 
 
-def _without_private(files: dict[str, Path], folder: Path, secrets: Sequence[str]) -> dict[str, Path | bytes]:
+def _code(folder: Path) -> Iterator[str]:
+    """Modules that a class of the user's own was saved with."""
+    for name in (names.CONFIG_NAME, TOKENIZER_CONFIG_FILE, names.PROCESSOR_NAME):
+        for classes in (_read_json(folder / name).get("auto_map") or {}).values():
+            for class_name in [classes] if isinstance(classes, str) else classes:
+                module = folder / f"{str(class_name).split('.')[0]}.py"  # of another repository, there is no such file
+                if module.parent == folder and module.is_file():
+                    yield module.name
+                    yield from (Path(path).name for path in get_relative_import_files(module))
+
+
+def _chosen(folder: Path, patterns: Iterable[str], secrets: Sequence[str]) -> dict[str, Path | bytes]:
+    inside = [pattern for pattern in (*patterns, *_code(folder)) if ".." not in Path(pattern).parts]
+    paths = {path for pattern in inside for path in folder.glob(pattern) if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    left_out = [name for name in _entries(folder, files) if not any(fnmatch(name, pattern) for pattern in _EXPECTED)]
+    if left_out:
+        logger.warning_once(
+            f"Not uploaded, as the run has not written it: {', '.join(left_out)} in {str(folder)!r}. What shall be in "
+            "the repository besides the result, add with `huggingface_hub.upload_file`."
+        )
+    return _without_private(files, secrets)
+
+
+def _entries(folder: Path, files: Iterable[str]) -> Iterator[str]:
+    """What is in a folder besides `files`: folders as a whole if none of these is inside."""
+    shared = {name.split("/")[0] for name in files if "/" in name}
+    for path in sorted(folder.iterdir()):
+        if path.name in shared:
+            yield from (
+                f"{path.name}/{item.name}" for item in sorted(path.iterdir()) if f"{path.name}/{item.name}" not in files
+            )
+        elif path.name not in files:
+            yield path.name
+
+
+def _without_private(files: dict[str, Path], secrets: Sequence[str]) -> dict[str, Path | bytes]:
     """Small files as their content, which later changes do not touch, without paths; none that holds a token."""
-    known = {str(folder), os.getcwd(), str(Path.home())}
-    folders = sorted((path for path in known if len(path) > 1), key=len, reverse=True)
     found: dict[str, Path | bytes] = {}
     for name, path in files.items():
-        if any(fnmatch(path.name, pattern) for pattern in (*_WEIGHTS, "*.pt", "*.pth", "*.distcp")):
+        if path.suffix in _STREAMED:
             found[name] = path
             continue
-        content = path.read_bytes()
-        if path.suffix == ".json" and path.name not in _VOCABULARIES:
-            content = _cleaned(content, folders)
-        unknown = path.name not in _VOCABULARIES and holds_secret(content.decode(errors="replace"))
+        content, is_settings = path.read_bytes(), any(fnmatch(path.name, pattern) for pattern in _SETTINGS)
+        if is_settings:
+            content = _cleaned(content)
+        # The other JSON files are vocabularies: their strings are pieces of words, which may look like anything.
+        is_text = is_settings or path.suffix in _TEXTS
+        unknown = is_text and holds_secret(content.decode(errors="replace"))
         if unknown or any(secret.encode() in content for secret in secrets):
             warnings.warn(f"{str(path)!r} holds an access token and is not uploaded. Remove it there.", stacklevel=4)
             continue
@@ -122,25 +211,32 @@ def _without_private(files: dict[str, Path], folder: Path, secrets: Sequence[str
     return found
 
 
-def _cleaned(content: bytes, folders: Sequence[str]) -> bytes:
+def _cleaned(content: bytes) -> bytes:
     try:
         value = json.loads(content)
     except ValueError:  # no JSON after all: nothing of ours
         return content
-    public = _without_paths(value, folders)
+    public = _without_paths(value)
     return content if public == value else json.dumps(public, indent=2, ensure_ascii=False).encode()
 
 
-def _without_paths(value: Any, folders: Sequence[str]) -> Any:
-    """What was read from JSON, with paths reduced to their last part and `folders` cut out of other strings."""
+def _without_paths(value: Any) -> Any:
+    """What was read from JSON, with paths reduced to their last part."""
     if isinstance(value, dict):
-        return {_without_paths(name, folders): _without_paths(item, folders) for name, item in value.items()}
+        return {
+            _without_paths(name): item if name == "added_tokens_decoder" else _without_paths(item)
+            for name, item in value.items()
+        }
     if isinstance(value, list):
-        return [_without_paths(item, folders) for item in value]
+        return [_without_paths(item) for item in value]
     if not isinstance(value, str):
         return value
-    if is_local(value):
-        return shown_name(value)
-    for folder in folders:
-        value = value.replace(folder, "...")
-    return value
+    return shown_name(value) if is_local(value) else public_text(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -16,22 +16,28 @@ from typing import TYPE_CHECKING, Any, cast
 from accelerate.logging import get_logger
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import PushInProgress
+from transformers.utils import CONFIG_NAME, PushInProgress
 from trl import SFTTrainer
 
-from .checkpoints import RANKING_FILE
 from .config import HeRAConfig
 from .loss import HeRALoss
 from .model_card import is_own_text, write_model_card
-from .published_files import CARD_FILE, PLOTS_FOLDER, checkpoint_files, is_local, publishable_files, shown_name
+from .published_files import (
+    CARD_FILE,
+    PLOTS_FOLDER,
+    checkpoint_files,
+    is_local,
+    publishable_files,
+    shown_name,
+    written_by,
+)
+from .redaction import is_secret
 from .version import __version__
 
 logger = get_logger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 # The mixin calls on to a Trainer: type checkers must see it, the class hierarchy must not repeat it.
 if TYPE_CHECKING:
@@ -72,7 +78,7 @@ def push_folder(
         `ValueError`: If the folder holds no model.
     """
     path = Path(folder)
-    if not any(path.glob(ADAPTER_CONFIG)) and not any(path.glob("config.json")):
+    if not (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG_NAME).is_file():
         raise ValueError(f"{str(folder)!r} holds neither a model nor an adapter. Name the `output_dir` of a run.")
     api = HfApi(library_name="hera-trainer", library_version=__version__, token=token)
     with explained(repo_id, path):
@@ -234,7 +240,8 @@ class PublishingMixin(_Base):
             if self._repo_name != known_as:  # the code in the card names the repository in full
                 self.create_model_card(model_name=name, tags=tags, **kwargs)
         warn_of_local_base(folder)
-        files = publishable_files(folder, _secrets(token, self.args.hub_token))
+        written = written_by(self.model, self.processing_class)
+        files = publishable_files(folder, _secrets(token, self.args.hub_token), written)
         revision = revision or self.args.hub_revision
         return self._commit(files, commit_message or "End of training", token, revision, blocking)
 
@@ -265,18 +272,20 @@ class PublishingMixin(_Base):
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         args, folder = self.args, Path(str(self.args.output_dir))
-        for name in publishable_files(checkpoint):
-            if name not in (CARD_FILE, RANKING_FILE, TRAINER_STATE_NAME):
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copy(checkpoint / name, folder / name)
+        written = written_by(self.model, self.processing_class)
+        for source in (path for pattern in written for path in checkpoint.glob(pattern)):
+            target = folder / source.relative_to(checkpoint)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(source, target)
         steps = args.save_strategy == SaveStrategy.STEPS
         when = f"step {self.state.global_step}" if steps else f"epoch {int(self.state.epoch or 0)}"
         message, token = f"Training in progress, {when}", args.hub_token
-        files = publishable_files(folder, _secrets(token))
+        files = publishable_files(folder, _secrets(token), written)
         jobs = [self._commit(files, message, token, args.hub_revision, blocking=False)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            files = {f"{name}/{path}": file for path, file in checkpoint_files(checkpoint, _secrets(token)).items()}
+            kept = checkpoint_files(checkpoint, _secrets(token), written)
+            files = {f"{name}/{path}": file for path, file in kept.items()}
             jobs.append(self._commit(files, f"{message}, checkpoint", token, args.hub_revision, blocking=False))
         self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # it takes a list
 
@@ -304,7 +313,9 @@ def _commit(
 
 
 def _secrets(*tokens: str | None) -> list[str]:
-    return [secret for secret in {*tokens, get_token()} if secret]
+    """Access tokens that are known here, whatever they look like; of other services, from the environment."""
+    others = (value for name, value in os.environ.items() if is_secret(name, value))
+    return [secret for secret in {*tokens, get_token(), *others} if secret]
 
 
 def _reason(error: BaseException) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import PIL.Image
 from trl.data_utils import prepare_multimodal_messages
 
 from .data import answer_text
-from .rows import readable
+from .picture_sources import decoded, part_value, turns, typed_parts, written_image
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "query", "text")
 ANSWER_COLUMNS = ("answer", "answers", "label", "completion", "messages")
@@ -71,8 +71,8 @@ class Questions:
         return len(self.dataset)
 
     def row(self, index: int) -> dict[str, Any]:
-        """A row as it is stored, images as dictionaries of bytes and path."""
-        return self._stored[index : index + 1].to_pylist()[0]
+        """A row as it is stored, images as dictionaries of bytes and path; `messages` that are JSON text are read."""
+        return _with_turns(self._stored[index : index + 1].to_pylist()[0])
 
     def describe(self, index: int) -> dict[str, Any]:
         """What is saved of a question besides its answer: `row` (its number), `id` (what the data set calls it, if it
@@ -93,7 +93,7 @@ class Questions:
         if not self.answer_columns:
             return [None] * len(self)
         batches = self._stored.select_columns(self.answer_columns).iter(batch_size=256)
-        return [self._reference(row) for batch in batches for row in batch.to_pylist()]
+        return [self._reference(_with_turns(row)) for batch in batches for row in batch.to_pylist()]
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """The conversation that is put before the model, RGB images in the places of their placeholders.
@@ -115,26 +115,27 @@ class Questions:
         """The turns before the answer, without images, and the images in the order of their placeholders."""
         value = row[self.prompt_column]
         if not isinstance(value, list):
-            turns = [{"role": "user", "content": "" if value is None else str(value)}]
+            asked = [{"role": "user", "content": "" if value is None else str(value)}]
         else:
-            turns = [_clean(turn) for turn in value]
-            answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+            asked = [_clean(turn) for turn in value]
+            answers = [number for number, turn in enumerate(asked) if turn["role"] == "assistant"]
             if self.prompt_column == "messages" and answers:
-                turns = turns[: answers[-1]]
+                asked = asked[: answers[-1]]
         waiting = [image for name in self.image_columns for image in _listed(row[name])]
+        parts = [(part, part_value(part)) for part, _ in typed_parts({"messages": asked}, "image", "image_url")]
+        waiting = _without_repeats(waiting, [own for _, own in parts if own is not None], len(parts))
         images: list[Any] = []
-        for turn in turns:
-            parts: list[dict[str, Any]] = turn["content"] if isinstance(turn["content"], list) else []
-            for part in parts:
-                if part.get("type") == "image":
-                    own = part.pop("image", None)
-                    images += [own] if own is not None else waiting[:1]
-                    waiting = waiting if own is not None else waiting[1:]
+        for part, own in parts:
+            images += [own] if own is not None else waiting[:1]
+            waiting = waiting if own is not None else waiting[1:]
+            part.clear()
+            part["type"] = "image"
+        images += waiting
         if self.suffix:
-            _append(turns, self.suffix)
+            _append(asked, self.suffix)
         if self.system is not None:
-            turns = [{"role": "system", "content": self.system}, *(t for t in turns if t["role"] != "system")]
-        return turns, images + waiting
+            asked = [{"role": "system", "content": self.system}, *(t for t in asked if t["role"] != "system")]
+        return asked, images
 
     def _reference(self, row: Mapping[str, Any]) -> Any:
         values = {}
@@ -176,6 +177,10 @@ def _listed(value: Any) -> list[Any]:
     return [item for item in values if item is not None]
 
 
+def _with_turns(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "messages": turns(row["messages"])} if isinstance(row.get("messages"), str) else row
+
+
 def _clean(turn: Mapping[str, Any]) -> dict[str, Any]:
     """A turn that can be changed, without the nulls that only fill up Arrow's one set of keys."""
     content = turn.get("content")
@@ -191,6 +196,18 @@ def _element(feature: Any) -> Any:
 
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _without_repeats(images: list[Any], inside: list[Any], placeholders: int) -> list[Any]:
+    """The images of columns but for those beyond the placeholders that stand inside of the messages as well."""
+    excess, known = len(images) + len(inside) - placeholders, {_content(image) for image in inside}
+    kept = []
+    for image in images:
+        if excess > 0 and _content(image) in known:
+            excess -= 1
+        else:
+            kept.append(image)
+    return kept
 
 
 def _append(turns: list[dict[str, Any]], suffix: str) -> None:
@@ -220,11 +237,13 @@ def _content(image: Any) -> bytes:
     if isinstance(data, bytes):
         return hashlib.sha256(data).digest()
     path = image.get("path") if isinstance(image, Mapping) else image
+    written = written_image(path) if isinstance(path, str) else None
+    if written is not None:
+        return hashlib.sha256(written).digest()
     if isinstance(path, str) and os.path.isfile(path):
         return hashlib.sha256(Path(path).read_bytes()).digest()
     return str(path).encode()
 
 
 def _decoded(image: Any) -> PIL.Image.Image:
-    picture = readable({"bytes": None, "path": image} if isinstance(image, str) else image)
-    return picture.convert("RGB")
+    return decoded(image).convert("RGB")

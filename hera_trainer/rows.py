@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import PIL.Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .picture_sources import VIDEO_FORM, sampled_frames
+from .picture_sources import (
+    column_images,
+    column_videos,
+    decoded,
+    frames_of,
+    is_url,
+    message_columns,
+    part_value,
+    turns,
+    typed_parts,
+    without_payload,
+)
 
 # Columns that SFTTrainer takes out of vision data, and that `collatable` makes use of or refuses.
 CARRIED_COLUMNS = ("tools", "video", "videos")
@@ -18,12 +29,79 @@ CARRIED_COLUMNS = ("tools", "video", "videos")
 _CONVERSATIONS = ("messages", "prompt", "completion")
 
 
-def collatable(row: dict[str, Any], collator: Callable) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TextColumns:
+    """SFTTrainer's rule which columns of vision data are trained on: `messages` before all others, and plain text only
+    where there is no `prompt` with a `completion`, since `Trainer` takes its column out beside them.
+
+    Args:
+        field (`str`, *optional*, defaults to `"text"`): Column of plain text (`dataset_text_field`).
+        keeps_unused (`bool`, *optional*, defaults to `False`):
+            Whether `Trainer` takes no column out (`remove_unused_columns=False`): plain text then comes before
+            `prompt` and `completion`, as in the collator.
+        named (`str`, *optional*):
+            Column of the texts that attention heads are ranked on, where the user names it.
+    """
+
+    field: str = "text"
+    keeps_unused: bool = False
+    named: str | None = None
+
+    def trained(self, names: Container[str]) -> tuple[str, ...]:
+        """The columns that make the text of a row with these columns; none if there is no text."""
+        if "messages" in names:
+            return ("messages",)
+        has_pair = "prompt" in names and "completion" in names
+        if self.field in names and not (has_pair and self._is_unused):
+            return (self.field,)
+        return ("prompt", "completion") if has_pair else ()
+
+    def ranked(self, names: Container[str]) -> str | None:
+        """The column of the answers or captions that attention heads are ranked on; `None` if there is no text."""
+        if self.named is not None and self.named in names:
+            return self.named
+        trained = self.trained(names)
+        if trained:
+            return trained[-1]
+        return "completion" if "completion" in names else None  # captions for a ranking alone
+
+    def required(self, names: Collection[str]) -> str:
+        """What [`~TextColumns.ranked`] returns.
+
+        Raises:
+            `ValueError`: If there is no text, or not the column that is named; with how to name the right one.
+        """
+        column = self.ranked(names)
+        if column is None or self.named not in (None, column):
+            wanted = f"`{self.named}`" if self.named else f"`messages`, `completion` or `{self.field}`"
+            there = ", ".join(f"`{name}`" for name in sorted(names))
+            raise ValueError(
+                f"There is no text to rank attention heads on: the data has {there}, but no column {wanted}. Name the "
+                "column of the answers or captions, whose text the labels cover, with `dataset_text_field` (of "
+                "`rank_heads`: `text_column`), or choose heads with `aligned_heads` or `head_ranking_path`."
+            )
+        return column
+
+    def without_unused(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row without a plain text that SFTTrainer would not let through to any collator."""
+        if self.field not in row or not self._is_unused or self.field in self.trained(row):
+            return row
+        return {name: value for name, value in row.items() if name != self.field}
+
+    @property
+    def _is_unused(self) -> bool:
+        return not self.keeps_unused and self.field not in _CONVERSATIONS
+
+
+def collatable(row: dict[str, Any], collator: Callable, columns: TextColumns | None = None) -> dict[str, Any]:
     """The row for SFTTrainer's collator of vision data; a collator of the user's own gets the row as it is.
 
-    - Images may be missing (null, or a list with nulls in it), stored (bytes, or `{"bytes", "path"}` of a column that
-      is not decoded), a list in `image`, one without a list in `images`, or inside the messages. They become the list
-      `images` of decoded ones, in the order of their placeholders.
+    - Of several texts, that one stays which SFTTrainer trains on (see [`TextColumns`]).
+    - `messages` may be JSON text.
+    - Images may be missing (null, or a list with nulls in it), stored (bytes, paths, data URIs, base64, or
+      `{"bytes", "path"}` of a column that is not decoded), a list in `image`, one without a list in `images`, or
+      inside the messages. They are decoded and stand where the collator looks for them, in the order of their
+      placeholders.
     - Keys that are null in the typed parts of messages, as Arrow has them, are left out: many chat templates ask
       whether a part has a key.
     - Videos, lists of frames, are put into the messages, where the processor's chat template looks for them: in the
@@ -32,6 +110,7 @@ def collatable(row: dict[str, Any], collator: Callable) -> dict[str, Any]:
     Args:
         row (`dict`): A row of the data set.
         collator (`Callable`): The collator that it goes to.
+        columns ([`TextColumns`], *optional*): Which columns are trained on. Default: those of the collator's settings.
 
     Returns:
         `dict`: A new row; the given one is not modified.
@@ -40,20 +119,23 @@ def collatable(row: dict[str, Any], collator: Callable) -> dict[str, Any]:
         `ValueError`: If the row has no text, its tools would not be shown, or its videos can't reach the model.
     """
     if not isinstance(collator, DataCollatorForVisionLanguageModeling):
-        return row
-    row = dict(row)
-    known = ("messages", "prompt", collator.dataset_text_field)
-    if not any(name in row for name in known):
+        return row if columns is None else columns.without_unused(row)
+    columns = columns or TextColumns(collator.dataset_text_field)
+    trained = columns.trained(row)
+    if not trained:
         raise ValueError(
-            "Rows reach the collator without any text: they have none of the columns `messages`, `prompt` and "
-            f"`{collator.dataset_text_field}`. Bring the text into one of them, or set `dataset_text_field`."
+            "Rows reach the collator without any text: they have none of the columns `messages`, `prompt` with "
+            f"`completion`, and `{columns.field}`. Bring the text into one of them, or set `dataset_text_field`."
         )
+    row = {name: row[name] for name in row if name in trained or name not in (*_CONVERSATIONS, columns.field)}
     _refuse_tools(row.pop("tools", None))
+    if "messages" in row:
+        row["messages"] = turns(row["messages"])
     for name in _CONVERSATIONS:
         if isinstance(row.get(name), list):
             row[name] = [_copied(message) for message in row[name]]
-    row["images"] = _all_images(row, _own_images(row))
-    _place_videos(row, [frames for video in _own_videos(row) if (frames := _frames(video))], collator.processor)
+    row["images"] = _place_images(row)
+    _place_videos(row, column_videos(row), collator.processor)
     for name in ("image", "video", "videos"):
         row.pop(name, None)
     return row
@@ -79,54 +161,21 @@ def _refuse_tools(tools: Any) -> None:
         )
 
 
-def pictures(row: Mapping[str, Any]) -> list[Any]:
-    """What the teacher sees of a row, as it is stored: its images, the sampled frames of its videos, and both where
-    they lie in its messages. The same as [`~picture_sources.find_sources`] finds in a whole data set.
+def readable(image: Any) -> Any:
+    """A stored image as the model's processor takes it. One in text (a path, data URI or base64) becomes RGB, as the
+    processor itself would read it; a URL is left to it.
 
     Raises:
-        `ValueError`: If a video is no list of frames.
+        `ValueError`: If it can't be decoded.
     """
-    found = [*_own_images(row), *(part.get("image") for part, _ in _parts(row, "image"))]
-    for video in (*_own_videos(row), *(part.get("video") for part, _ in _parts(row, "video"))):
-        frames = _frames(video)
-        found += [frames[index] for index in sampled_frames(len(frames))]
-    return [picture for picture in found if picture is not None]
-
-
-def readable(image: Any) -> Any:
-    """A stored image (bytes, or a dictionary of `bytes` and `path`) decoded as `datasets.Image` does it; anything
-    else, such as an image of PIL, as it is."""
-    if isinstance(image, bytes):
-        image = {"bytes": image, "path": None}
-    if isinstance(image, Mapping):
-        return datasets.Image().decode_example({"bytes": image.get("bytes"), "path": image.get("path")})
-    return image
-
-
-def _own_images(row: Mapping[str, Any]) -> list[Any]:
-    """What stands in the row's column of images, which may hold one image or a list."""
-    if "image" in row:
-        return list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
-    return _listed(row.get("images"))
-
-
-def _own_videos(row: Mapping[str, Any]) -> list[Any]:
-    return [row["video"]] if "video" in row else _listed(row.get("videos"))
-
-
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, (PIL.Image.Image, str, bytes, Mapping)):
-        return [value]
-    return [] if value is None else list(value)  # of tensors or arrays as well, where the data set has a format
-
-
-def _frames(video: Any) -> list[Any]:
-    """The frames of a video, none where it is null."""
-    if video is None or isinstance(video, (list, tuple)):
-        return list(video or ())
-    raise ValueError(
-        f"A row has a {type(video).__name__} as a video. {VIDEO_FORM} Data with a format needs `with_format(None)`."
-    )
+    if isinstance(image, str) and is_url(image):
+        return image
+    try:
+        return decoded(image).convert("RGB") if isinstance(image, str) else decoded(image)
+    except Exception as error:  # PIL raises a different type for every way a file can be broken
+        raise ValueError(
+            f"An image can't be used: {without_payload(error)}. Repair the image, set it to null, or drop the row."
+        ) from error
 
 
 def _copied(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,35 +187,66 @@ def _copied(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def _parts(row: Mapping[str, Any], kind: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """All parts of one type in the row's conversations, and the role of their messages."""
-    for name in _CONVERSATIONS:
-        for message in row[name] if isinstance(row.get(name), list) else ():
-            content = message.get("content")
-            for part in content if isinstance(content, list) else ():
-                if part.get("type") == kind:
-                    yield part, message["role"]
-
-
-def _all_images(row: Mapping[str, Any], images: Iterable[Any]) -> list[Any]:
-    """The images of a row in the order of their placeholders; those inside the messages are taken out of them."""
-    found = []
-    waiting = iter([readable(image) for image in images if image is not None])
-    for part, role in _parts(row, "image"):
-        own = part.pop("image", None)
-        if role == "tool":  # SFTTrainer fills no placeholders there
-            if own is not None:
-                part["image"] = readable(own)
-        elif own is not None:
-            found.append(readable(own))
+def _place_images(row: Mapping[str, Any]) -> list[Any]:
+    """The images that SFTTrainer is to fill into the placeholders of a row, in their order. Those inside of `messages`
+    are decoded in their place, where the processor finds them; those inside of a `prompt` it would never look for, so
+    they become some of the list."""
+    column = [readable(image) for image in column_images(row)]
+    inside: list[Any] = []
+    order: list[Any] = []  # of the images of a prompt; `None` for a placeholder that waits for one of the column
+    free = 0
+    for part, role in typed_parts(row, "image", "image_url"):
+        value = part_value(part)
+        if value is None:
+            if role != "tool":  # SFTTrainer fills no placeholders there
+                free += 1
+                order.append(None)
+            continue
+        image = readable(value)
+        inside.append(image)
+        part.clear()
+        part["type"] = "image"
+        if role == "tool" or "messages" in row:
+            part["image"] = image
         else:
-            found.extend(itertools.islice(waiting, 1))
-    return [*found, *waiting]
+            order.append(image)
+    if inside and not _writes_placeholders(row):
+        column = _without_repeats(column, inside, len(column) - free)
+    waiting = iter(column)
+    if "messages" not in row:
+        filled = [next(waiting, None) if image is None else image for image in order]
+        column = [image for image in (*filled, *waiting) if image is not None]
+    return column
+
+
+def _writes_placeholders(row: Mapping[str, Any]) -> bool:
+    """Whether SFTTrainer writes as many placeholders as there are images, before a user's turn of plain text."""
+    return any(
+        message["role"] == "user" and isinstance(message.get("content"), str)
+        for name in message_columns(row)[:1]
+        for message in (row[name] if isinstance(row.get(name), list) else ())
+    )
+
+
+def _without_repeats(images: list[Any], inside: list[Any], excess: int) -> list[Any]:
+    """The images of a column but for those, at most so many, that stand inside of the messages as well."""
+    kept = []
+    for image in images:
+        if excess > 0 and any(_is_same(image, other) for other in inside):
+            excess -= 1
+        else:
+            kept.append(image)
+    return kept
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    are_images = isinstance(a, PIL.Image.Image) and isinstance(b, PIL.Image.Image)
+    return are_images and (a.mode, a.size) == (b.mode, b.size) and a.tobytes() == b.tobytes()
 
 
 def _place_videos(row: dict[str, Any], videos: list[Any], processor: Any) -> None:
     """Puts videos into the messages of a row and decodes the frames of those that are there."""
-    parts = [part for part, _ in _parts(row, "video")]
+    parts = [part for part, _ in typed_parts(row, "video")]
     if not videos and not parts:
         return
     if getattr(processor, "video_processor", None) is None:
@@ -183,7 +263,7 @@ def _place_videos(row: dict[str, Any], videos: list[Any], processor: Any) -> Non
     if not parts:
         parts = _with_video_parts(row["messages"], len(row["images"]), len(videos))
     for part in parts:
-        frames = _frames(part.get("video")) or next(waiting, [])
+        frames = frames_of(part_value(part)) or next(waiting, [])
         if not frames:
             raise ValueError(f"A row has {len(videos)} videos, but {len(parts)} placeholders for them in its messages.")
         part["video"] = [readable(frame) for frame in frames if frame is not None]

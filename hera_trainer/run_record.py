@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from .files import write_atomically
 from .heads.head import AttentionHead
 from .heads.ranking import HeadRanking
 from .heads.registry import unwrap_model
+from .published_files import MONITOR_FOLDER, written_by
 from .redaction import public_name, public_settings
 from .version import __version__
 
-MONITOR_FOLDER = "alignment_monitor"
 CONTEXTS = ("text", "image")
 
 _LIBRARIES = ("trl", "transformers", "torch", "peft", "datasets", "accelerate")
@@ -49,7 +49,8 @@ class RunRecord:
         path (`Path`): The run's folder.
         record (`dict[str, Any]`):
             Content of `hera_run.json`: `model`, `dataset`, `adapter`, `aligned_heads`, `config`, `versions`,
-            `hardware`, `started`, `finished`, `resumed_from`. Empty where there is no such file.
+            `hardware`, `started`, `finished`, `resumed_from`, `files` (what saving the result writes). Empty where
+            there is no such file.
         log_history (`list[dict]`): What was logged, as `TrainerState.log_history` has it.
         head_ranking ([`HeadRanking`] or `None`): The ranking that the aligned heads were chosen from.
         monitored (`dict[str, dict[int, HeadRanking]]`):
@@ -205,6 +206,7 @@ class RunRecordCallback(TrainerCallback):
             "started": self._started(args),
             "finished": None,
             "resumed_from": None if self.resumed_from is None else Path(self.resumed_from).name,
+            "files": _files(model, kwargs.get("processing_class")),
         }
         self._write_record(args)
         self._write_state(args, state)
@@ -248,6 +250,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
         return value.tolist()
     return str(value)
+
+
+def _files(model: nn.Module, processor: Any) -> list[str] | None:
+    try:
+        return written_by(model, processor)
+    except OSError as error:  # there is no room for temporary files
+        warnings.warn(f"The files of this run could not be recorded ({error}). Training goes on.", stacklevel=3)
+        return None
 
 
 def _write(path: Path, text: str) -> None:
@@ -307,7 +317,8 @@ def _dataset_name(dataset: Any) -> str | None:
         if found is not None:
             return found[1]
     name = info.dataset_name or info.builder_name
-    return None if name in (None, "generator", "parquet", "json", "csv", "imagefolder", "arrow") else name
+    unnamed = name in (None, "generator", "parquet", "json", "csv", "imagefolder", "arrow")
+    return None if unnamed else public_name(name)
 
 
 def _adapter(model: nn.Module) -> dict[str, Any] | None:
@@ -341,4 +352,4 @@ def _hardware(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

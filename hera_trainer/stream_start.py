@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import ROW_PLACE, answer_text, text_tokens
 from .processes import Team
+from .rows import TextColumns
 from .streaming import (
     ImagePreparer,
     NumberedStream,
@@ -46,12 +47,13 @@ def column_names(dataset: datasets.Dataset | datasets.IterableDataset, name: str
     raise ValueError(f"`{name}` is a stream without any row.")
 
 
-def open_stream(dataset: datasets.IterableDataset, name: str) -> NumberedStream:
+def open_stream(dataset: datasets.IterableDataset, name: str, columns: TextColumns | None = None) -> NumberedStream:
     """The stream with numbered rows. To be called by all processes alike.
 
     Args:
         dataset ([`~datasets.IterableDataset`]): The stream, which has a row.
         name (`str`): What the trainer calls it.
+        columns ([`~rows.TextColumns`], *optional*): Which columns of text are trained on.
 
     Raises:
         `ValueError`: If the first rows can't be read, or the processes read different ones.
@@ -64,7 +66,7 @@ def open_stream(dataset: datasets.IterableDataset, name: str) -> NumberedStream:
         stream = NumberedStream.of(dataset, f"`{name}`", has_vectors=False)
         for row in itertools.islice(stream, _ROWS_COMPARED):
             stream.has_vectors = TEACHER_COLUMN in row
-            digest.update(f"{answer_text(row)} {sorted(row)}\n".encode())
+            digest.update(f"{answer_text(row, columns)} {sorted(row)}\n".encode())
     _check_same(team, digest.digest(), f"`{name}`")
     return stream
 
@@ -101,7 +103,7 @@ def ranking_samples(
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     teacher: StreamTeacher | None,
-    text_field: str = "text",
+    columns: TextColumns | None = None,
 ) -> datasets.Dataset:
     """The first samples of a stream on which heads can be ranked: those with an image, distinct ones, and an answer
     text. To be called by all processes alike, which divide the teacher's work.
@@ -112,7 +114,7 @@ def ranking_samples(
         num_samples (`int`): Number of samples. Fewer are returned, with a warning if the stream goes on, where twenty
             times as many rows don't have them.
         teacher ([`~streaming.StreamTeacher`], *optional*): Encodes the images of a stream without vectors.
-        text_field (`str`, *optional*, defaults to `"text"`): Column of plain text, where there are no turns.
+        columns ([`~rows.TextColumns`], *optional*): Which columns of text are trained on.
 
     Returns:
         [`~datasets.Dataset`]: Columns `completion` and `teacher_features`. Its fingerprint is a digest of both.
@@ -122,7 +124,7 @@ def ranking_samples(
     """
     team = Team(distributed=True)
     with team.together():
-        draw = _Draw(tokenizer, teacher, team, stream.width, text_field)
+        draw = _Draw(tokenizer, teacher, team, stream.width, columns or TextColumns())
         looked_at = 0
         for row in itertools.islice(stream, _ROWS_PER_RANKED_SAMPLE * num_samples):
             looked_at += 1
@@ -133,8 +135,8 @@ def ranking_samples(
     if not draw.texts:
         raise ValueError(
             f"None of the first {looked_at:,} rows of {stream.name} has both an image and an answer text "
-            f"(`completion`, assistant turns of `messages`, or `{text_field}`): heads cannot be ranked. Bring texts, "
-            "shuffle the stream, or choose heads with `aligned_heads` or `head_ranking_path`."
+            f"(`completion`, assistant turns of `messages`, or `{draw.columns.field}`): heads cannot be ranked. Bring "
+            "texts, shuffle the stream, or choose heads with `aligned_heads` or `head_ranking_path`."
         )
     if len(draw.texts) < num_samples and looked_at == _ROWS_PER_RANKED_SAMPLE * num_samples:
         warnings.warn(
@@ -163,11 +165,11 @@ class _Draw:
         teacher: StreamTeacher | None,
         team: Team,
         width: int,
-        text_field: str,
+        columns: TextColumns,
     ) -> None:
         self.texts: list[str] = []
+        self.columns = columns
         self._tokenizer = tokenizer
-        self._text_field = text_field
         self._teacher = teacher
         self._prepare = None if teacher is None else ImagePreparer(teacher.teacher.image_processor)
         self._team = team
@@ -180,7 +182,7 @@ class _Draw:
 
     def add(self, row: dict[str, Any]) -> None:
         """Takes a row if it is usable and its images are new."""
-        text = answer_text(row, self._text_field)
+        text = answer_text(row, self.columns)
         if not text_tokens(self._tokenizer, text)[1].any():
             return
         if self._teacher is None:

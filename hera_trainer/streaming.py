@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .data import ROW_PLACE, TEACHER_IMAGES, checked_vector
-from .image_column import mean_direction
-from .rows import pictures, readable
+from .image_column import mean_vector
+from .picture_sources import decoded, images_beside, images_inside, is_url, url_refusal, without_payload
 from .teacher import VisionTeacher, to_rgb
 from .teacher_column import TEACHER_COLUMN
 
@@ -61,9 +61,7 @@ class NumberedStream(datasets.IterableDataset):
             except StopIteration:
                 return
             except Exception as error:  # whatever reading, decoding or the user's own functions raise
-                raise ValueError(
-                    f"{place} can't be read: {type(error).__name__}: {error}. Repair or drop it."
-                ) from error
+                raise unreadable(place, error) from error
             row = {**row, ROW_PLACE: place}
             if self.has_vectors:
                 row.setdefault(TEACHER_COLUMN, None)
@@ -74,6 +72,11 @@ class NumberedStream(datasets.IterableDataset):
         if worker is None or min(worker.num_workers, self.num_shards) == 1:
             return self.name
         return f"those rows of {self.name} that data loader worker {worker.id} reads"
+
+
+def unreadable(place: str, error: Exception) -> ValueError:
+    """The error for a row that the data set itself can't give out."""
+    return ValueError(f"{place} can't be read: {type(error).__name__}: {without_payload(error)}. Repair or drop it.")
 
 
 @dataclass
@@ -202,27 +205,47 @@ class StreamTeacher:
 
 
 def row_images(row: Mapping[str, Any]) -> list[PIL.Image.Image]:
-    """The images of a streamed row that the teacher sees (see [`~rows.pictures`]), decoded and in RGB.
+    """The images of a streamed row that the teacher sees, decoded and in RGB: those in its columns and the sampled
+    frames of its videos, and both where they lie in its messages. One of the column that lies in the messages as well
+    counts once.
 
     Raises:
         `ValueError`: If one can't be used.
     """
     place = row[ROW_PLACE]
     try:
-        found = pictures(row)
+        beside, inside = images_beside(row), images_inside(row)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    return [_decoded(value, place) for value in found]
+    shown = [_decoded(value, place) for value in inside]
+    known = {image_digest(image) for image in shown}
+    return [image for value in beside if image_digest(image := _decoded(value, place)) not in known] + shown
+
+
+def stored_images(row: Mapping[str, Any]) -> list[Any]:
+    """The images of [`row_images`] as they are stored, with those that are repeated.
+
+    Raises:
+        `ValueError`: If a video is no list of frames.
+    """
+    try:
+        return images_beside(row) + images_inside(row)
+    except ValueError as error:
+        raise ValueError(f"{row[ROW_PLACE]}: {error}") from error
 
 
 def _decoded(value: Any, place: str) -> PIL.Image.Image:
+    path = value.get("path") if isinstance(value, Mapping) and not value.get("bytes") else value
+    if isinstance(path, str) and is_url(path):
+        raise ValueError(f"{place}: {url_refusal(path)}")
     try:
-        image = readable({"path": value} if isinstance(value, str) else value)
+        image = decoded(value)
         if isinstance(image, PIL.Image.Image):
             return to_rgb(image)
     except Exception as error:  # PIL raises a different type for every way a file can be broken
         raise ValueError(
-            f"{place}: the image can't be used: {error}. Repair the image, set it to null, or drop the row."
+            f"{place}: the image can't be used: {without_payload(error)}. Repair the image, set it to null, or drop "
+            "the row."
         ) from error
     raise ValueError(
         f"{place}: a {type(value).__name__} is no image. Give PIL images, paths or encoded bytes, as "
@@ -236,8 +259,8 @@ def image_digest(image: PIL.Image.Image) -> bytes:
 
 
 def row_vector(vectors: Sequence[np.ndarray]) -> Tensor:
-    """A row's vector, `[d_teacher]` float32, from those of its images: one as it is, of several the mean direction."""
-    own = vectors[0] if len(vectors) == 1 else mean_direction(np.stack(vectors))
+    """A row's vector, `[d_teacher]` float32, from those of its images: one as it is, of several the mean."""
+    own = vectors[0] if len(vectors) == 1 else mean_vector(np.stack(vectors))
     return torch.from_numpy(np.asarray(own, dtype=np.float32))
 
 

@@ -67,6 +67,12 @@ def check_teacher_features(dataset: datasets.Dataset) -> int:
     return width
 
 
+def rows_with_vectors(dataset: datasets.Dataset) -> np.ndarray:
+    """Numbers of the rows of a data set that have a vector. No vector is read."""
+    present = dataset.data.column(TEACHER_COLUMN).is_valid().to_numpy()
+    return np.flatnonzero(present if dataset._indices is None else present[dataset._indices.column(0).to_numpy()])
+
+
 def _is_list(type_: pa.DataType) -> bool:
     return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
 

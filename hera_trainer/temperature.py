@@ -1,117 +1,104 @@
-"""Training the loss's log temperature beside a model it is no part of."""
+"""Training the loss's log temperature beside a model, and beside the model's optimizer, that it is no part of."""
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
-from .files import write_atomically
-from .heads.head import AttentionHead
 from .loss import HeRALoss
 
 
-class CompanionOptimizer:
-    """AdamW for the log temperature alone, for engines whose optimizer takes only parameters of the model (FSDP,
-    DeepSpeed) and for optimizers that a user brings along.
+class TemperatureOptimizer:
+    """AdamW for the log temperature alone.
 
-    Stepped with the main optimizer, at its current learning rate, and skipped when that one skips a step.
-
-    Args:
-        criterion ([`HeRALoss`]): Its `log_temperature` is trained.
-        args ([`~transformers.TrainingArguments`]): Adam's settings are taken from here.
-    """
-
-    def __init__(self, criterion: HeRALoss, args: TrainingArguments) -> None:
-        self.optimizer = torch.optim.AdamW(
-            [criterion.log_temperature],
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=0.0,
-        )
-
-    def step(self, learning_rate: float) -> None:
-        """One update at `learning_rate`."""
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
-
-    def state_dict(self) -> dict[str, float]:
-        """Adam's state: three numbers, or none before the first step."""
-        state: dict[str, torch.Tensor] = next(iter(self.optimizer.state.values()), {})
-        return {name: value.item() for name, value in state.items()}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes what `state_dict` gave."""
-        parameter = self.optimizer.param_groups[0]["params"][0]
-        if state:
-            self.optimizer.state[parameter] = {
-                # Adam counts its steps on the CPU
-                name: torch.tensor(value, device="cpu" if name == "step" else parameter.device)
-                for name, value in state.items()
-            }
-
-
-class TemperatureCallback(TrainerCallback):
-    """What the training loop does for a model's parameters and must be done for the log temperature: averaging its
-    gradient over processes, stepping the companion optimizer, clamping, and zeroing the gradient.
+    The model's own optimizer cannot be trusted with it: it may take parameters of the model only (FSDP, DeepSpeed) or
+    matrices only (Muon), step inside of the backward pass (layerwise optimizers, LOMO), or be the user's own, with
+    rates that are meant for other things. And its state must load whether the temperature is learned or not.
 
     Args:
-        criterion ([`HeRALoss`]): Holder of `log_temperature`.
-        accelerator ([`~accelerate.Accelerator`]): The trainer's.
+        criterion ([`HeRALoss`]): Its `log_temperature` is trained, if it requires a gradient.
+        accelerator ([`~accelerate.Accelerator`], *optional*): Averages gradients over processes, and scales the loss.
+        args ([`~transformers.TrainingArguments`], *optional*): Adam's settings, torch's by default.
     """
 
-    def __init__(self, criterion: HeRALoss, accelerator: Accelerator) -> None:
+    def __init__(
+        self, criterion: HeRALoss, accelerator: Accelerator | None = None, args: TrainingArguments | None = None
+    ) -> None:
         self.criterion = criterion
         self.accelerator = accelerator
-        self.companion: CompanionOptimizer | None = None
-        self.is_optimized = False
+        parameter = criterion.log_temperature
+        self._adam: torch.optim.AdamW | None = None
+        if parameter.requires_grad:
+            betas, epsilon = (0.9, 0.999), 1e-8
+            if args is not None:
+                betas, epsilon = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
+            self._adam = torch.optim.AdamW([parameter], lr=0.0, betas=betas, eps=epsilon, weight_decay=0.0)
 
-    def save(self, path: str | os.PathLike, heads: Sequence[AttentionHead]) -> None:
-        """Writes the temperature, the companion optimizer and the aligned heads as JSON, atomically."""
-        state = {
-            "aligned_heads": [str(head) for head in heads],
-            "log_temperature": self.criterion.log_temperature.item(),
-            "companion_optimizer": None if self.companion is None else self.companion.state_dict(),
-        }
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(state, indent=1)))
-
-    def load(self, path: str | os.PathLike, heads: Sequence[AttentionHead]) -> None:
-        """Takes what `save` wrote. Warns if other heads were aligned then."""
-        state = json.loads(Path(path).read_text())
-        with torch.no_grad():
-            self.criterion.log_temperature.fill_(state["log_temperature"])
-        if self.companion is not None and state["companion_optimizer"]:
-            self.companion.load_state_dict(state["companion_optimizer"])
-        if state["aligned_heads"] != [str(head) for head in heads]:
-            warnings.warn(
-                f"The checkpoint was trained with aligned heads {', '.join(state['aligned_heads'])}, this run goes on "
-                f"with {', '.join(map(str, heads))}.",
-                stacklevel=2,
-            )
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def before_step(self) -> None:
+        """Makes the gradient that of all processes. To be called by all of them, before the model's optimizer steps."""
         gradient = self.criterion.log_temperature.grad
-        if gradient is None:
+        if gradient is None or self.accelerator is None:
             return
         if self.accelerator.num_processes > 1:
             gradient.copy_(self.accelerator.reduce(gradient, reduction="mean"))
-        if self.companion is not None and self.accelerator.scaler is not None:
-            gradient /= self.accelerator.scaler.get_scale()  # the scaler unscales the main optimizer's gradients only
+        if self.accelerator.scaler is not None:  # it unscales the gradients of the model's optimizer only
+            gradient /= self.accelerator.scaler.get_scale()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.companion is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.companion.step(kwargs["lr_scheduler"].get_last_lr()[0])
+    def step(self, learning_rate: float) -> None:
+        """One update, unless the model's optimizer skipped its own (an overflow in fp16). To be called after that.
+
+        Args:
+            learning_rate (`float`): Rate of this step.
+        """
+        skipped = self.accelerator is not None and self.accelerator.optimizer_step_was_skipped
+        if self._adam is not None and not skipped:
+            self._adam.param_groups[0]["lr"] = learning_rate
+            self._adam.step()
         self.criterion.clamp_temperature_()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forgets the gradient."""
         self.criterion.log_temperature.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The log temperature and Adam's state (three numbers, none before the first step), as JSON can hold them."""
+        state: dict[str, torch.Tensor] = {} if self._adam is None else next(iter(self._adam.state.values()), {})
+        return {
+            "log_temperature": self.criterion.log_temperature.item(),
+            "optimizer": {name: value.item() for name, value in state.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        parameter = self.criterion.log_temperature
+        parameter.fill_(state["log_temperature"])
+        if self._adam is not None and state["optimizer"]:
+            self._adam.state[parameter] = {
+                # Adam counts its steps on the CPU
+                name: torch.tensor(value, device="cpu" if name == "step" else parameter.device)
+                for name, value in state["optimizer"].items()
+            }
+
+
+def scheduled_rate(learning_rate: float, optimizer: Any) -> float:
+    """`learning_rate` after the schedule that the groups of an optimizer follow.
+
+    Args:
+        learning_rate (`float`): The rate that the schedule scales.
+        optimizer ([`~torch.optim.Optimizer`]):
+            The model's optimizer, as accelerate wraps it or not. Its groups may begin at rates of their own.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    # transformers keeps an optimizer a parameter for layerwise ones, behind one that does nothing.
+    parts = (getattr(optimizer, "optimizer_dict", None) or {None: optimizer}).values()
+    for group in (group for part in parts for group in part.param_groups):
+        # Schedules write down where a group began; one that does not (on a plateau) began at the optimizer's default.
+        begin = float(group.get("initial_lr", optimizer.defaults.get("lr", 0.0)))
+        if begin > 0:
+            return float(group["lr"]) * (learning_rate / begin)
+    return 0.0

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from .alignment import Alignment
 from .callbacks import WatchingMixin
 from .checkpoints import RANKING_FILE, CheckpointMixin
 from .completion import find_checkpoint
 from .config import HeRAConfig
-from .contrast import AlignmentMeter, Contrast, EvalPools
-from .data import placeholder_token_ids, pooling_mask, pop_teacher
+from .contrast import EvalPools
+from .data import TEACHER_COLUMN
 from .evaluating import EvaluationMixin
 from .heads.capture import HeadCapture
 from .heads.checks import check_compiled, check_decoder, check_projections, check_trainable
@@ -28,7 +30,6 @@ from .heads.quantized import check_not_packed
 from .heads.ranking import HeadRanking
 from .heads.registry import get_head_accessor, unwrap_model
 from .loss import HeRALoss
-from .memory import SampleQueue
 from .preparation import (
     cached_ranking,
     check_arguments,
@@ -38,14 +39,15 @@ from .preparation import (
     check_pool,
     check_ranking,
     check_steps,
+    check_tokens_stay,
     checkpoint_ranking,
     choose_heads,
 )
 from .publishing import PublishingMixin
+from .randomness import same_randomness
 from .teacher import VisionTeacher
-from .temperature import CompanionOptimizer, TemperatureCallback
+from .temperature import scheduled_rate
 from .vectors import TeacherVectorsMixin
-from .window import StepWindow
 
 logger = get_logger(__name__)
 
@@ -82,6 +84,7 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         aligned_heads (`list[AttentionHead]` or `None`): The chosen heads, once they are known.
         head_ranking ([`HeadRanking`] or `None`): The ranking they were chosen from.
         criterion ([`HeRALoss`] or `None`): The alignment loss, `None` with `alignment_weight=0`.
+        alignment ([`~alignment.Alignment`] or `None`): What reads heads and compares samples; `None` likewise.
 
     Example:
 
@@ -99,6 +102,7 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
 
     args: HeRAConfig
     model: Any
+    optimizer: Any
 
     _tag_names = ["trl", "sft", "hera"]
     _name = "HeRA"
@@ -132,10 +136,9 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         self.head_ranking: HeadRanking | None = None
         self.criterion: HeRALoss | None = None
         self._teacher: VisionTeacher | str = args.teacher_model_name_or_path if teacher is None else teacher
-        self._capture: HeadCapture | None = None
+        self.alignment: Alignment | None = None
         self._eval_pools: EvalPools | None = None
-        self._pending_batches: list[dict[str, Any]] | None = None
-        self._window: StepWindow | None = None
+        self._batches: list[dict[str, Any]] = []
         if args.alignment_weight > 0:  # what can be known without the model is said before it is loaded
             check_arguments(args)
             check_dataset(train_dataset, "train_dataset")
@@ -150,12 +153,24 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         args = self.args
         check_device_map(self.model)
         check_compiled(self.model)
+        check_tokens_stay(self.model, self.accelerator)
         check_loss_scaling(args, self.accelerator)
-        accessor = get_head_accessor(self.model)
-        check_decoder(self.model, accessor)
+        check_decoder(self.model, get_head_accessor(self.model))
+        self.criterion = self.create_criterion().to(args.device)
+        self.alignment = Alignment(
+            self.model,
+            self.criterion,
+            weight=args.alignment_weight,
+            scope=args.contrast_scope,
+            queue_size=args.queue_size,
+            accelerator=self.accelerator,
+            processing_class=self.processing_class,
+            args=args,
+        )
+        accessor = self.alignment.accessor
         if args.aligned_heads is not None:
-            heads = [AttentionHead.parse(head) for head in args.aligned_heads]
-            HeadCapture(accessor, heads, self._model_type)  # says now if one does not exist
+            named = [AttentionHead.parse(head) for head in args.aligned_heads]
+            HeadCapture(accessor, named, self._model_type)  # says now if one does not exist
         elif args.num_aligned_heads > len(accessor.heads()):
             raise ValueError(
                 f"`num_aligned_heads` ({args.num_aligned_heads}) exceeds the {len(accessor.heads())} attention heads "
@@ -163,13 +178,7 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
             )
         ready = args.head_ranking_path if head_ranking is None else head_ranking
         self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
-        self._placeholder_ids = placeholder_token_ids(unwrap_model(self.model).config, self.processing_class)
-        self.criterion = self.create_criterion().to(args.device)
-        queue = SampleQueue(args.queue_size) if args.queue_size else None
-        self._contrast = Contrast(self.criterion, self.accelerator, queue)
-        self._meter = AlignmentMeter()
-        self._temperature = TemperatureCallback(self.criterion, self.accelerator)
-        self.add_callback(self._temperature)
+        self.add_callback(_TemperatureCallback(self.alignment))
 
     def create_criterion(self) -> HeRALoss:
         """Makes the alignment objective. Override it to train with another of the same interface.
@@ -199,22 +208,23 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         Raises:
             `ValueError`: If the data, the teacher or the heads cannot be used; the message names the cure.
         """
-        if self.criterion is None or self._capture is not None:
+        if self.alignment is None:
             return
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
         # A run must draw the same random numbers whether teacher and ranking come from a cache or not.
-        with torch.random.fork_rng(devices=devices):
+        with same_randomness(self.args.device):
             check_not_packed(self.model)
-            self._attach_teacher_features()
-            self._choose_heads(resume_from_checkpoint)
+            if self.args.aligned_heads is None:
+                # A checkpoint goes on with its own heads, also where others were chosen before it was named.
+                self.head_ranking = checkpoint_ranking(resume_from_checkpoint, RANKING_FILE) or self.head_ranking
+            self._prepare_data(ranks_heads=self.args.aligned_heads is None and self.head_ranking is None)
+            self._choose_heads()
 
-    def _choose_heads(self, checkpoint: str | None) -> None:
-        args = self.args
-        accessor = get_head_accessor(self.model)
+    def _choose_heads(self) -> None:
+        assert self.alignment is not None
+        args, accessor = self.args, self.alignment.accessor
         if args.aligned_heads is not None:
             heads = [AttentionHead.parse(head) for head in args.aligned_heads]
         else:
-            self.head_ranking = checkpoint_ranking(checkpoint, RANKING_FILE) or self.head_ranking
             if self.head_ranking is None:
                 samples = self._ranking_samples()
                 with self.accelerator.autocast():
@@ -229,77 +239,79 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
                     )
             check_ranking(self.head_ranking, accessor, self._model_type)
             heads = choose_heads(args, self.head_ranking)
+        if heads == self.aligned_heads:
+            return
         check_projections(self.model, accessor, sorted({head.layer for head in heads}))
         with self.accelerator.autocast():
             check_trainable(self.model, accessor, heads, self._image_batch)
-        self._capture = HeadCapture(accessor, heads, self._model_type)
+        self.alignment.align(heads)
         self.aligned_heads = heads
         self._save_ranking(self.args.output_dir)
 
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self.criterion is None:
+        if self.alignment is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         self.prepare_alignment(checkpoint)
-        assert self._capture is not None
-        with self._capture.attached():
+        with self.alignment.attached():
             return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         self._best_step = None
-        if self.criterion is not None:
+        if self.alignment is not None:
             check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
+            self.alignment.reset()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self._window = None
-        # With one micro-batch, the training forward itself collects all there is to compare.
-        whole_step = self.criterion is not None and self.args.contrast_scope == "step" and len(batches) > 1
-        self._pending_batches = batches if whole_step else None
+        if self.alignment is not None:
+            self._batches = batches
+            self.alignment.begin_step(len(batches))
         return batches, num_items
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._pending_batches is not None:  # not in `get_batch_samples`: resuming restores random states after it
-            self._window = self._first_pass(model, self._pending_batches)
-            self._pending_batches = None
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self.alignment is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self.alignment.needs_first_pass:  # not in `get_batch_samples`: resuming restores random states after it
+            self._first_pass(model, num_items_in_batch)
         try:
-            return super().training_step(model, *args, **kwargs)
+            return super().training_step(model, inputs, num_items_in_batch)
         finally:
-            if self._capture is not None:
-                self._capture.stop()  # only now: activation checkpointing runs layers again during backward
+            self.alignment.end_micro_batch()
 
-    def _first_pass(self, model: nn.Module, batches: list[dict[str, Any]]) -> StepWindow:
-        assert self._capture is not None
+    def _first_pass(self, model: nn.Module, num_items_in_batch: torch.Tensor | int | None) -> None:
+        """Takes all micro-batches of the optimizer step the way of `training_step`, as far as the deepest aligned head.
+
+        Whatever stands in that way (a subclass, an optimizer's weights, an adapter's forward) must act in both passes.
+        """
+        assert self.alignment is not None
         model.train()
-        # Sharded parameters are gathered by the forward of the whole model only.
-        sharded = self._is_sharded
-        runs = model if sharded else unwrap_model(self.model).base_model
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free ones swap weights
+            self.optimizer.train()
 
-        def forward(inputs: dict[str, Any]) -> None:
-            # The way of the training forward: ZeRO-3 expects to see each parameter used the same way every time. No
-            # position has a label, so no logits are computed.
-            like_training: dict[str, Any] = {}
-            if sharded:
-                like_training = {"labels": torch.full_like(inputs["input_ids"], -100), "fused_lm_head": True}
-            with self.accelerator.autocast():
-                runs(**inputs, **like_training, use_cache=False)
-
-        # Weights are cast once for all micro-batches where autocast can keep them; gathered ones must be let go.
-        precision = nullcontext() if sharded else self.accelerator.autocast()
-
-        prepared = []
-        for batch in batches:
+        def forward(batch: dict[str, Any]) -> None:
             inputs = self._prepare_inputs(dict(batch))
-            teacher = pop_teacher(inputs)
-            mask = pooling_mask(inputs.pop("labels"), inputs["input_ids"], self._placeholder_ids)
-            assert teacher is not None
-            prepared.append((inputs, teacher, mask))
-        window = StepWindow(self._capture, self._contrast, prepared, forward, not sharded, self.args.device, precision)
-        self._meter.add_pool(window.pool)
-        return window
+            # Copies: what `compute_loss` does to its inputs must not meet the training pass.
+            inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
+            with self.compute_loss_context_manager():
+                self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+        # Sharded parameters are gathered, and let go, by the forward of the whole model only. Otherwise, weights are
+        # cast once for all micro-batches.
+        sharded = self._is_sharded
+        with nullcontext() if sharded else self.accelerator.autocast():
+            self.alignment.first_pass(self._batches, forward, whole=model if sharded else None)
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        stack = super().compute_loss_context_manager()
+        if self.alignment is not None:
+            stack.enter_context(self.alignment.same_randomness())
+        return stack
 
     def compute_loss(
         self,
@@ -308,40 +320,22 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        teacher = pop_teacher(inputs)
-        if self._capture is None or teacher is None or not self._capture.is_attached:
+        alignment, training = self.alignment, self.model.training
+        if alignment is None or not alignment.is_attached or not alignment.observe(inputs, train=training):
+            inputs.pop(TEACHER_COLUMN, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mask = pooling_mask(inputs["labels"], inputs["input_ids"], self._placeholder_ids)
-        window = self._window if self.model.training else None
-        self._capture.start(mask, train=self.model.training)
-        with nullcontext() if window is None else window.same_randomness():
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        heads = self._capture.vectors()
-        if not self.model.training:
-            self._capture.stop()
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not training:
             if self._eval_pools is not None:
-                self._eval_pools.add(heads, teacher, mask)
+                self._eval_pools.add(*alignment.take())
+            alignment.end_micro_batch()
             return result
         loss, outputs = result if return_outputs else (result, None)
-        loss = self._with_alignment(loss, heads, teacher.vectors, teacher.valid(mask), num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def _with_alignment(
-        self, loss: torch.Tensor, heads: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, num_items: Any
-    ) -> torch.Tensor:
-        """The language-model loss of a micro-batch plus its part of the alignment loss."""
-        assert self.criterion is not None
         steps = self.current_gradient_accumulation_steps
-        divided = self._trainer_divides_loss(num_items)
-        self._meter.add_micro_batch(lm_loss=loss / steps if divided else loss, share=1.0 / steps)
-        log_temperature = self.criterion.log_temperature
-        if self._window is not None:  # its parts add up to the loss of the step
-            part = self._window.carrier(heads, log_temperature)
-        else:  # the mean over micro-batches
-            pool = self._contrast(heads, teacher, valid)
-            self._meter.add_pool(pool)
-            part = pool.carrier(heads, log_temperature, start=0, share=1.0) / steps
-        return loss + self.args.alignment_weight * (steps if divided else 1) * part
+        divided = self._trainer_divides_loss(num_items_in_batch)
+        alignment.meter.add_micro_batch(lm_loss=loss / steps if divided else loss, share=1.0 / steps)
+        loss = loss + (steps if divided else 1) * alignment.term()
+        return (loss, outputs) if return_outputs else loss
 
     def _trainer_divides_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
         """Whether `Trainer.training_step` divides the returned loss by the number of accumulation steps. Each
@@ -351,42 +345,43 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func
         return not scaled
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        ours = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        learned = self.criterion is not None and self.criterion.log_temperature.requires_grad
-        if learned and not self._temperature.is_optimized:
-            assert self.criterion is not None
-            plain = type(optimizer).add_param_group is torch.optim.Optimizer.add_param_group
-            if ours and plain and not self._is_sharded:
-                optimizer.add_param_group({"params": [self.criterion.log_temperature], "weight_decay": 0.0})
-            else:
-                self._temperature.companion = CompanionOptimizer(self.criterion, self.args)
-            self._temperature.is_optimized = True
-        return optimizer
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.criterion is not None and self.model.training:
-            sums = self.accelerator.reduce(self._meter.as_tensor(self.args.device), reduction="sum")
-            metrics = self._meter.drain(sums, self.accelerator.num_processes)
-            if metrics.get("alignment_not_finite") and not self._meter.has_warned:
-                self._meter.has_warned = True  # `warning_once` would be silent in the next run of the same process
+        if self.alignment is not None and self.model.training:
+            metrics = self.alignment.metrics()
+            if metrics.get("alignment_not_finite") and not self.alignment.meter.has_warned:
+                self.alignment.meter.has_warned = True  # not `warning_once`, which is silent in the process's next run
                 logger.warning(
                     "The alignment loss or its gradient was NaN or infinite in some steps; it was left out of them "
                     "(`alignment_not_finite` counts them)."
                 )
-            if metrics:
-                logs.update(metrics, temperature=self.criterion.temperature)
+            logs.update(metrics)
         super().log(logs, start_time)
 
 
+class _TemperatureCallback(TrainerCallback):
+    """Trains the temperature beside the model, at the schedule's rate of `learning_rate`."""
+
+    def __init__(self, alignment: Alignment) -> None:
+        self.alignment = alignment
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.alignment.temperature.before_step()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.alignment.temperature.step(scheduled_rate(args.learning_rate, kwargs["optimizer"]))
+
+
 def _as_hera_config(model: Any, args: TrainingArguments | None) -> HeRAConfig:
-    """The arguments as a [`HeRAConfig`], as [`~trl.SFTTrainer`] makes an [`~trl.SFTConfig`] of others."""
+    """The arguments as a [`HeRAConfig`], as [`~trl.SFTTrainer`] makes an [`~trl.SFTConfig`] of others. What a class of
+    the user's own has besides is kept as plain attributes."""
     if isinstance(args, HeRAConfig):
         return args
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path
         return HeRAConfig(f"{name.split('/')[-1] or 'model'}-HeRA")
-    values = args.to_dict()
-    tokens = {name: getattr(args, name) for name in values if name.endswith("_token")}  # to_dict hides them
-    return HeRAConfig(**{**values, **tokens})
+    values = {name: getattr(args, name) for name in args.to_dict() if hasattr(args, name)}  # to_dict hides tokens
+    known = {field.name for field in fields(HeRAConfig) if field.init}
+    config = HeRAConfig(**{name: value for name, value in values.items() if name in known})
+    for name in values.keys() - {field.name for field in fields(HeRAConfig)}:
+        setattr(config, name, values[name])
+    return config

@@ -144,7 +144,7 @@ def train(case: Case, cut: tuple[int, int], folder: Path) -> tuple[dict[str, tor
     if trainer.criterion is not None:
         known["log_temperature"] = trainer.criterion.log_temperature.item()
         known["temperature_gradients"] = keep.temperature_gradients
-        queue = trainer._contrast.queue
+        queue = trainer.alignment.contrast.queue
         if queue is not None:
             known["queue"] = {"heads": queue.heads.tolist(), "teacher": queue.teacher.tolist()}
     return keep.gradients, known

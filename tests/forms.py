@@ -24,7 +24,7 @@ VISION = "<|vision_start|><|vision_end|>"  # the placeholder between them is nev
 
 
 def hand_vector(teacher: str) -> Callable[..., torch.Tensor]:
-    """What the teacher says of pictures, computed without this library: the mean of unit vectors, if there are many."""
+    """What the teacher says of pictures, by hand: the mean direction and norm, if there are many."""
     processor, model = AutoImageProcessor.from_pretrained(teacher), AutoModel.from_pretrained(teacher).eval()
 
     def of(*pictures: PIL.Image.Image) -> torch.Tensor:
@@ -34,7 +34,8 @@ def hand_vector(teacher: str) -> Callable[..., torch.Tensor]:
             ]
         if len(vectors) == 1:
             return vectors[0]
-        return torch.stack([v / v.norm() for v in vectors]).mean(0)
+        mean = torch.stack([v / v.norm() for v in vectors]).mean(0)
+        return mean / mean.norm() * torch.stack([v.norm() for v in vectors]).mean()
 
     return of
 
@@ -45,13 +46,13 @@ class Recorder(HeRATrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         vectors, ids = inputs[TEACHER_COLUMN].clone(), inputs["input_ids"]
         self.pixels = {name: value for name, value in inputs.items() if "pixel" in name}
-        start = self._capture.start
+        start = self.alignment.capture.start
         masks: list[torch.Tensor] = []
-        self._capture.start = lambda mask, train: (masks.append(mask), start(mask, train))
+        self.alignment.capture.start = lambda mask, train: (masks.append(mask), start(mask, train))
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self._capture.start = start
+            self.alignment.capture.start = start
             self.samples = {tuple(row[keep].tolist()): v for row, keep, v in zip(ids, masks[0], vectors, strict=True)}
 
 

@@ -94,6 +94,10 @@ TIMM = {
 }
 
 OVERRIDES: dict[str, Tree] = {
+    "apertus1p5": {
+        **{"image_token_offset": 32, "audio_token_offset": 64},  # ids of the codes, 32 of each
+        **{"audio_config.codebook_dim": 32, "audio_config.num_filters": 2, **HEAD_DIM},
+    },
     "blip-2": {"image_token_index": IMAGE_TOKEN},
     "chameleon": {"vocabulary_map": {"<image>": IMAGE_TOKEN, "IMGIMGABZ": 121}},
     "cohere_compass": {
@@ -141,6 +145,13 @@ OVERRIDES: dict[str, Tree] = {
         **{"vision_config.hidden_size": 64, **HEAD_DIM},
     },
     "hunyuan_vl": {**_mrope(2, 2, 1, 1), **HEAD_DIM},
+    "hy_v4_vl": {**_mrope(1, 1, 1), "text_config.qk_rope_head_dim": 6},
+    "inkling2_loop": {
+        # The two layers in the middle, one of each kind, are gone through three times.
+        **{"text_config.num_hidden_layers": 4, "text_config.n_layers_per_attn_res_block": 1},
+        "text_config.layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid_sliding"],
+        **{"text_config.loop_layer_index_start": 1, "text_config.loop_layer_index_end": 3},
+    },
     "inkling_mm_model": {"vision_config.n_layers": 4, "vision_config.patch_size": 4},
     "instructblip": {"image_token_index": IMAGE_TOKEN},
     "instructblipvideo": {"video_token_index": IMAGE_TOKEN},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hera_trainer import HeRATrainer
-from hera_trainer.data import TEACHER_COLUMN
+from hera_trainer.data import TEACHER_COLUMN, TeacherCollator
 
 
 class Recorder(TrainerCallback):
@@ -28,24 +28,31 @@ class Recorder(TrainerCallback):
         # TRL's patched forward is a closure over the original model: the copy runs its class's own.
         base_model(self.model).__dict__.pop("forward", None)
         self.log_temperature = trainer.criterion.log_temperature.detach().clone()
-        self._inner = trainer.data_collator
-        trainer.data_collator = self._collate
+        trainer.data_collator = _RecordingCollator(trainer.data_collator, self.batches)
         trainer.add_callback(self)
-
-    def _collate(self, rows: list[dict[str, Any]]) -> Any:
-        batch = self._inner(rows)
-        self.batches.append({k: v.clone() if torch.is_tensor(v) else v for k, v in batch.items()})
-        return batch
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.gradients:
             self.batches = self.batches[: args.gradient_accumulation_steps]  # data loaders collate one batch ahead
             self.gradients = {n: p.grad.clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
-            window = self.trainer._window
+            window = self.trainer.alignment.window
             self.seeds = None if window is None else window.seeds
             gradient = self.trainer.criterion.log_temperature.grad
             if gradient is not None:
                 self.gradients["log_temperature"] = gradient.clone()
+
+
+class _RecordingCollator(TeacherCollator):
+    """The trainer's collator, which keeps a copy of each batch."""
+
+    def __init__(self, collator: TeacherCollator, batches: list[dict[str, Any]]) -> None:
+        super().__init__(collator.inner, collator.width, collator.prepare)
+        self.batches = batches
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        batch = super().__call__(rows)
+        self.batches.append({k: v.clone() if torch.is_tensor(v) else v for k, v in batch.items()})
+        return batch
 
 
 class _Recording(nn.Module):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from model_zoo import ALL_TYPES, MAPPING, build
+from model_zoo import ALL_TYPES, MAPPING, TRANSFORMERS, UPSTREAM_FAULTS, build
+from packaging.version import Version
 from torch import nn
 
 from hera_trainer.heads.accessor import HeadAccessor
@@ -17,6 +18,7 @@ from hera_trainer.heads.layouts import decoder_accessor
 from hera_trainer.heads.registry import get_head_accessor
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported_models.md"
+_VERSION = r"(?<=model type of transformers )\d+[.]\d+"
 
 # Types that take part in no next-token training, though they are no encoder-decoders.
 NOT_TRAINED = {
@@ -43,9 +45,14 @@ def path_of_projections(model: nn.Module, accessor: HeadAccessor) -> str:
 
 
 def note(model: nn.Module, accessor: HeadAccessor) -> str:
-    """Why the heads of a model can't be used for everything."""
+    """Why the heads of a model can't be used for everything, and what else must be known of them."""
     if accessor.needs:
         return f"the decoder needs {accessor.needs}"
+    if model.config.model_type in UPSTREAM_FAULTS:
+        version, error, what = UPSTREAM_FAULTS[model.config.model_type]
+        return f"cannot be run: since transformers {version}, its forward raises {error.__name__}, as it {what}"
+    if any(accessor.passes(layer) > 1 for layer in accessor.layers_with_heads):
+        return "looped: heads of layers that are gone through several times are read in the first pass"
     return NOT_TRAINED.get(model.config.model_type, "encoder-decoder" if model.config.is_encoder_decoder else "")
 
 
@@ -76,6 +83,19 @@ def default_sizes(model_type: str) -> tuple[str, str]:
     return f"{len(layers)} of {accessor.num_layers}", ", ".join(sizes)
 
 
+def page_rows() -> dict[str, list[str]]:
+    """Of each type on the page, the columns that `row` gives."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
+    return {cells[0].strip("`"): [*cells[:3], cells[-1]] for cells in rows}
+
+
+def page_version() -> Version:
+    """The version of transformers whose types are on the page."""
+    (version,) = re.findall(_VERSION, PAGE.read_text())
+    return Version(version)
+
+
 def row(model_type: str) -> list[str]:
     """Those columns of a type's row that do not depend on its default configuration."""
     model = build(model_type)
@@ -91,7 +111,7 @@ def main() -> None:
         rows.append([name, use, path, *default_sizes(model_type), why])
     head = ["Type", "Heads for", "Output projection", "Layers with heads", "Heads x size", "Note"]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
-    text = PAGE.read_text()
+    text = re.sub(_VERSION, f"{TRANSFORMERS.major}.{TRANSFORMERS.minor}", PAGE.read_text())
     start, end = text.index("<!-- table -->") + len("<!-- table -->"), text.index("<!-- end of table -->")
     PAGE.write_text(f"{text[:start]}\n\n{table}\n\n{text[end:]}")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from peft import LoraConfig, get_peft_model
 from tiny import build_vlm, image_dataset, save_vlm
+from tiny_teachers import encoded
 
 from hera_trainer.cli import main
 from hera_trainer.generation import answer
@@ -67,6 +70,25 @@ def test_images_inside_messages_and_several_columns():
     with pytest.raises(ValueError, match="Row 0: Number of images"):
         Questions(dataset, image_columns=["a"]).messages(0)
     assert Questions(dataset, answer_column="answer, b").describe(0)["reference"]["answer"] == "x"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_images_in_every_form(as_json):
+    """As in training: written in the messages, which may be JSON text; one that the column repeats is shown once."""
+    one, two = (row["images"][0] for row in image_dataset(2))
+    uri = f"data:image/png;base64,{base64.b64encode(encoded(one)).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "image"}, {"type": "text", "text": "what"}]
+    said = [{"type": "text", "text": "a cat"}]
+    messages: Any = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+    stored = [{"bytes": encoded(image), "path": None} for image in (one, two)]
+    dataset = Dataset.from_dict({"messages": [json.dumps(messages) if as_json else messages], "images": [stored]})
+    questions = Questions(dataset)
+    [turn] = questions.messages(0)
+    assert [part["type"] for part in turn["content"]] == ["image", "image", "text"]
+    shown = [part["image"].tobytes() for part in turn["content"][:2]]
+    assert shown == [image.tobytes() for image in (one, two)]
+    assert (questions.describe(0)["prompt"], questions.describe(0)["reference"]) == ("what", "a cat")
+    assert questions.references() == ["a cat"]
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

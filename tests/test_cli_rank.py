@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from hera_trainer import HeadRanking, HeRAConfig, HeRATrainer, add_teacher_features, rank_heads
 from hera_trainer.cli import main
 from hera_trainer.cli.rank import draw
+from hera_trainer.heads import registry
 from hera_trainer.heads.modes import without_adapters
 
 SMALL = ["--k", "3", "--batch-size", "4"]
@@ -216,12 +217,16 @@ def test_env(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
     monkeypatch.setenv("HOME", str(tmp_path / "jane"))
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "jane" / ".cache" / "huggingface"))
+    monkeypatch.delitem(registry._FACTORIES, "llava")
+    monkeypatch.delitem(registry._FACTORIES, "qwen3_vl")
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     lines = dict(line[2:].split(": ", 1) for line in out.splitlines() if line.startswith("- "))
     for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets"):
         assert lines[name] == version(name)
     assert lines["Hugging Face cache"] == "~/.cache/huggingface"
+    unknown = lines["model types of transformers that this release does not know"].split(", ")
+    assert {"llava", "qwen3_vl"} <= set(unknown) and "idefics3" not in unknown
     assert {"hera-trainer", "Python", "platform", "CPU", "RAM", "accelerator 0", "bitsandbytes"} <= lines.keys()
     assert "secret" not in out and "jane" not in out
 
@@ -233,8 +238,10 @@ def test_env_shows_the_accelerate_config(capsys, monkeypatch, tmp_path):
     path.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: bf16\nnum_processes: 2\n"
         "use_cpu: false\ndebug: false\nmain_process_ip: 10.1.2.3\n"
+        "deepspeed_config: {deepspeed_config_file: /home/jane/zero3.json, deepspeed_hostfile: /home/jane/hosts}\n"
     )
     monkeypatch.setattr(config, "default_config_file", str(path))
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert "- accelerate config:\n  - " in out and "  - num_processes: 2\n" in out and "10.1.2.3" not in out
+    assert "jane" not in out and "zero3.json" in out

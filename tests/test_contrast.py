@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from hera_trainer.contrast import AlignmentMeter, Contrast, EvalPools, PoolLoss
@@ -242,6 +243,40 @@ def test_no_alignment_loss_is_reported_where_every_pool_was_skipped() -> None:
     metrics = meter.drain(meter.as_tensor(CPU))
     assert "alignment_loss" not in metrics
     assert (metrics["lm_loss"], metrics["alignment_pool"], metrics["alignment_skipped"]) == (3.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "not_finite", "cut", "is_said"),
+    [(26, False, 1, True), (25, False, 1, False), (26, False, 4, True), (50, True, 1, False), (0, False, 4, False)],
+)
+def test_first_steps_that_mostly_went_without_alignment_are_said_once(
+    skipped: int, not_finite: bool, cut: int, is_said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """50 steps of `cut` micro-batches, each a pool, some of which are skipped; and as many steps again."""
+    PartialState()  # of accelerate, whose logger asks for it
+    meter = AlignmentMeter()
+    for step in [*range(50), *range(50)]:
+        assert not caplog.records or len(caplog.records) == 1
+        for _ in range(cut):
+            meter.add_micro_batch(torch.tensor(1.0), share=1 / cut)
+            meter.add_pool(pool_of(0.0, 0, 1, skipped=step < skipped, not_finite=not_finite))
+        meter.drain(meter.as_tensor(CPU))  # logging does not forget the steps before it
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == is_said
+    assert all(f"in {skipped * cut} of {50 * cut} pools" in message for message in messages)
+
+
+def test_a_pool_of_past_samples_alone_is_skipped() -> None:
+    """A queue that is large enough makes no loss where the step itself has no image."""
+    criterion, queue = HeRALoss(num_neighbors=3), SampleQueue(size=20)
+    contrast = Contrast(criterion, queue=queue)
+    heads, teacher = torch.randn(2, 20, 5), torch.randn(20, 4)
+    contrast(heads, teacher, torch.ones(20, dtype=torch.bool))
+    pool = contrast(torch.randn(2, 4, 5), torch.randn(4, 4), torch.zeros(4, dtype=torch.bool))
+    assert (pool.skipped, pool.samples, pool.value, pool.not_finite) == (1, 0, 0, 0)
+    one = torch.tensor([False, True, False, False])
+    pool = contrast(torch.randn(2, 4, 5), torch.randn(4, 4), one)
+    assert (pool.skipped, pool.samples) == (0, 21) and pool.value > 0
 
 
 def test_low_precision_losses_are_summed_in_float32() -> None:

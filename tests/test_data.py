@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from types import SimpleNamespace
 from typing import Any
@@ -127,7 +128,15 @@ PICTURE, QUESTION = {"type": "image"}, {"type": "text", "text": "what is it?"}
         ({"messages": [turn("user", "what?")]}, ""),
         ({"text": "a cat on a mat"}, "a cat on a mat"),
         ({"completion": None, "messages": None, "text": "a cat"}, "a cat"),
-        ({"completion": "a cat", "messages": [turn("assistant", "a dog")], "text": "a bird"}, "a cat"),
+        # What SFTTrainer trains on: `messages` before all others, plain text only where there is nothing else.
+        (
+            {"prompt": "what?", "completion": "a cat", "messages": [turn("assistant", "a dog")], "text": "a bird"},
+            "a dog",
+        ),
+        ({"prompt": "what?", "completion": "a cat", "text": "a bird"}, "a cat"),
+        ({"completion": "a cat", "text": "a bird"}, "a bird"),  # it trains on no `completion` without a `prompt`
+        ({"completion": "a cat"}, "a cat"),
+        ({"messages": json.dumps([turn("user", "what?"), turn("assistant", "a cat")])}, "a cat"),
         ({"prompt": "what is it?"}, ""),
         ({}, ""),
     ],

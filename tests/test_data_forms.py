@@ -14,7 +14,7 @@ from tiny_teachers import encoded
 
 from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.data import answer_text
-from hera_trainer.rows import check_tools, collatable
+from hera_trainer.rows import TextColumns, check_tools, collatable
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +130,15 @@ def test_images_inside_of_messages(tmp_path, teacher, vector, split):
     message = List({"role": Value("string"), "content": List(part)})
     dataset = of_rows(rows, messages=message, prompt=message, completion=message)
     check(run(tmp_path, teacher, dataset), expected)
-    # the model gets them in the order of their placeholders
+    # the model gets them in the order of their placeholders: of a prompt by the list, of `messages` where they stand
     row = collatable(dataset[0], vision_collator())
-    assert [np.asarray(image).tolist() for image in row["images"]] == [np.asarray(p).tolist() for p in photos(0, 3)]
+    pixels = [np.asarray(p).tolist() for p in photos(0, 3)]
     assert "image" in dataset[0]["prompt" if split else "messages"][0]["content"][1]
-    assert [list(part) for part in row["prompt" if split else "messages"][0]["content"]] == [
-        ["type"], ["type", "text"], ["type"], ["type"]
-    ]  # fmt: skip
+    parts = row["prompt" if split else "messages"][0]["content"]
+    own = [np.asarray(part["image"]).tolist() for part in parts if "image" in part]
+    listed = [np.asarray(image).tolist() for image in row["images"]]
+    assert (own, listed) == (([], pixels) if split else ([pixels[0], pixels[2]], [pixels[1]]))
+    assert [part["type"] for part in parts] == ["image", "text", "image", "image"]
 
 
 # Turns
@@ -207,7 +209,7 @@ def test_text_that_is_ranked():
     assert answer_text({"messages": [{"role": "assistant", "tool_calls": []}, words]}) == "a dog"  # no `content` at all
     assert answer_text({"prompt": "what", "completion": "a cat"}) == "a cat"
     assert answer_text({"messages": conversation(3)[:4]}) == ""
-    assert answer_text({"text": "a cat", "caption": "a dog"}, "caption") == "a dog"
+    assert answer_text({"text": "a cat", "caption": "a dog"}, TextColumns("caption")) == "a dog"
 
 
 @pytest.mark.parametrize("tools", [[{"type": "function", "function": {"name": "zoom"}}], '[{"name": "zoom"}]'])
@@ -263,7 +265,7 @@ def test_plain_text_of_another_name_is_ranked(tmp_path, teacher, streamed):
 
 
 def test_rows_without_any_text():
-    with pytest.raises(ValueError, match=r"without any text.*`messages`, `prompt` and `text`.*`dataset_text_field`"):
+    with pytest.raises(ValueError, match=r"without any text.*`messages`, `prompt` with.*`text`.*`dataset_text_field`"):
         collatable({"images": []}, vision_collator())
     assert collatable({"images": None, "text": "a"}, vision_collator()) == {"images": [], "text": "a"}
     custom = {"images": None}

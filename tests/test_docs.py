@@ -80,12 +80,12 @@ def test_own_loop_of_one_batch() -> None:
     model, processor = build_vlm("llava")
     dataset = image_dataset(n=16, with_features=8)
     batch = DataCollatorForVisionLanguageModeling(processor)(list(dataset.remove_columns("teacher_features")))
-    batch["teacher"] = torch.tensor(dataset["teacher_features"][:])
+    batch["teacher_features"] = torch.tensor(dataset["teacher_features"][:])
     before = [parameter.detach().clone() for parameter in model.parameters()]
     names: dict[str, Any] = {"dataset": dataset, "model": model, "processor": processor, "loader": [batch]}
     exec(compile(code, "custom_loop.md", "exec"), names)
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert names["criterion"].temperature != pytest.approx(0.07, rel=1e-6)
+    assert names["alignment"].criterion.temperature != pytest.approx(0.07, rel=1e-6)
     assert len(names["heads"]) == 5
 
 

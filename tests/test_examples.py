@@ -22,16 +22,14 @@ from transformers import AutoModelForImageTextToText
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from hera_trainer import (
+    Alignment,
     Contrast,
-    HeadCapture,
     HeadRanking,
     HeRAConfig,
     HeRALoss,
     HeRATrainer,
-    get_head_accessor,
     mutual_knn,
 )
-from hera_trainer.data import TEACHER_COLUMN
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -84,20 +82,19 @@ def test_own_loop_has_the_gradients_of_the_trainer(tmp_path: Path, example: Any,
     entry = next(entry for entry in trainer.state.log_history if "lm_loss" in entry)
 
     model, criterion = recorder.model.train(), HeRALoss(num_neighbors=trainer.args.num_neighbors)
-    capture = HeadCapture(get_head_accessor(model), trainer.aligned_heads, family)
     accelerator = Accelerator(cpu=True)
-    batches = [{**batch, "teacher": batch[TEACHER_COLUMN]} for batch in copy.deepcopy(recorder.batches)]
-    for batch in batches:
-        del batch[TEACHER_COLUMN]
-    loop = example("custom_loop")
-    with capture.attached():
-        losses = loop.train_step(accelerator, model, batches, capture, Contrast(criterion, accelerator), weight)
+    alignment = Alignment(model, criterion, trainer.aligned_heads, weight=weight, accelerator=accelerator)
+    batches = copy.deepcopy(recorder.batches)
+    with alignment.attached():
+        logs = example("custom_loop").train_step(accelerator, model, batches, alignment)
 
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     gradients["log_temperature"] = criterion.log_temperature.grad
     assert set(gradients) == set(recorder.gradients)
     assert_gradients_equal(gradients, recorder.gradients, tolerance=1e-4)
-    assert losses == pytest.approx({name: entry[name] for name in losses}, rel=1e-4)
+    # The trainer logs the temperature after its step, the loop takes none.
+    assert logs.pop("temperature") == pytest.approx(trainer.args.temperature)
+    assert logs == pytest.approx({name: entry[name] for name in logs}, rel=1e-4)
 
 
 def arguments(parts: Path, out: Path, **others: Any) -> list[str]:

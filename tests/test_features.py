@@ -53,19 +53,20 @@ def test_single_images_and_null(teacher, tmp_path):
     assert result.cache_files == [{"filename": str(next(tmp_path.glob("*.arrow")))}]  # memory-mapped, not in RAM
 
 
-def test_several_images_give_the_mean_of_their_directions(teacher, tmp_path):
+def test_several_images_give_their_mean_direction_and_norm(teacher, tmp_path):
     a, b, c = picture(0), picture(1), picture(2)
     rows = [[a], [a, b, c], [], None, [None, b], [a, a]]
     dataset = Dataset.from_dict({"images": rows}, features=Features({"images": List(Image())}))
     result = vectors_of(add_teacher_features(dataset, teacher, cache_dir=tmp_path))
     va, vb, vc = teacher.encode([a, b, c]).double().numpy()
     close = {"rtol": 1e-5, "atol": 1e-6}
-    unit = [v / np.sqrt((v * v).sum()) for v in (va, vb, vc)]
+    norms = [np.sqrt((v * v).sum()) for v in (va, vb, vc)]
+    mean = va / norms[0] + vb / norms[1] + vc / norms[2]
     np.testing.assert_allclose(result[0], va, **close)
-    np.testing.assert_allclose(result[1], sum(unit) / 3, **close)
+    np.testing.assert_allclose(result[1], mean / np.sqrt((mean * mean).sum()) * sum(norms) / 3, **close)
     assert result[2] is None and result[3] is None
     np.testing.assert_allclose(result[4], vb, **close)
-    np.testing.assert_allclose(result[5], unit[0], **close)
+    np.testing.assert_allclose(result[5], va, **close)  # the same image twice is that image
 
 
 def test_many_rows_cross_all_internal_batches(teacher, tmp_path):

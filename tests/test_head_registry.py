@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from model_zoo import known_types
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import FAMILIES, build_vlm
 from torch import nn
@@ -29,6 +30,7 @@ from hera_trainer.heads.registry import (
     get_head_accessor,
     register_head_accessor,
     supported_model_types,
+    unknown_model_types,
     unwrap_model,
 )
 
@@ -172,6 +174,19 @@ def toy_accessor(model: nn.Module) -> HeadAccessor:
     blocks = dict(enumerate(model.blocks))
     projections = {i: block.out_proj for i, block in blocks.items()}
     return HeadAccessor(model, model.blocks, blocks, projections, {i: block.heads for i, block in blocks.items()})
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_types_that_are_newer_than_this_release() -> None:
+    """They are told apart from those that it knows, and the tests over all types skip them by their names."""
+    newer = unknown_model_types()
+    del registry._FACTORIES["smolvlm"], registry._FACTORIES["llava"]
+    assert unknown_model_types() == sorted([*newer, "smolvlm", "llava"])
+    skipped = [parameter for parameter in known_types() if not isinstance(parameter, str)]
+    assert {parameter.values[0] for parameter in skipped} == set(unknown_model_types())
+    assert all(mark.name == "skip" for parameter in skipped for mark in parameter.marks)
+    register_head_accessor("llava", toy_accessor)
+    assert unknown_model_types() == sorted([*newer, "smolvlm"])
 
 
 def test_unknown_model_types_are_named_with_the_cure() -> None:

@@ -43,7 +43,8 @@ def by_hand(folder):
 
 
 def mean(vectors: list[np.ndarray]) -> np.ndarray:
-    return np.mean([v / np.linalg.norm(v) for v in vectors], axis=0)
+    direction = np.mean([v / np.linalg.norm(v) for v in vectors], axis=0)
+    return direction / np.linalg.norm(direction) * np.mean([np.linalg.norm(v) for v in vectors])
 
 
 def close(found: Any, expected: np.ndarray) -> None:
@@ -307,10 +308,6 @@ def test_videos_that_are_no_lists_of_frames(name, feature, folder):
 
 
 def test_messages_with_pictures_that_are_not_stored(folder, tmp_path):
-    for name in ("url", "path", "base64"):
-        dataset = messages_of([{"type": "image", name: "a.png"}], **{name: Value("string")})
-        with pytest.raises(ValueError, match=rf"column `prompt` have parts with `{name}`.*`image`"):
-            add_teacher_features(dataset, folder, cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"`image` in the messages of column `prompt` holds .*datasets.Image"):
         add_teacher_features(messages_of([{"type": "image", "image": 3}], image=Value("int64")), folder)
     with pytest.raises(ValueError, match=r"`video` in the messages of column `prompt` holds .*list of its frames"):

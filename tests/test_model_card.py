@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from card_rules import card_errors
 from hub_server import running
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_session
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from runs import config, trainer
@@ -28,6 +29,18 @@ def lora_run(folder, **kwargs):
 
 def card_of(folder) -> ModelCard:
     return ModelCard.load(Path(folder, "README.md"))
+
+
+@contextmanager
+def validating(monkeypatch):
+    """A server that the client has cards validated by. Older clients ask the Hub for it, whatever their endpoint."""
+    with running(monkeypatch) as server:
+
+        def turn(request):
+            request.url = request.url.copy_with(scheme="http", host="127.0.0.1", port=server.server_port)
+
+        get_session().event_hooks["request"].append(turn)
+        yield
 
 
 def table_of(card: ModelCard, first: str) -> dict[str, list[str]]:
@@ -60,7 +73,7 @@ class TestMetadata:
             "pipeline_tag": "image-text-to-text",
             "model_name": "mine",
         }
-        with running(monkeypatch):
+        with validating(monkeypatch):
             card.validate()  # the client's own call
 
     def test_whole_model(self, tmp_path):
@@ -134,7 +147,7 @@ class TestMetadata:
         assert str(base) not in text and "`my-base`" in text
 
     def test_validation_refuses(self, monkeypatch):
-        with running(monkeypatch), pytest.raises(ValueError, match="base_model"):
+        with validating(monkeypatch), pytest.raises(ValueError, match="base_model"):
             ModelCard("---\nbase_model: /home/me/model\n---\nhello").validate()
 
 
@@ -155,6 +168,17 @@ class TestText:
             assert "`my-base`, a model that is not on the Hub" in text and "base_model" not in text
             assert "[More Information Needed]" not in text  # PEFT's form
             assert (tmp_path / folder / "hera" / "heads.png").is_file()
+
+    def test_links_of_trackers(self, tmp_path, monkeypatch):
+        """An anonymous run has its key in its address."""
+        key = "0f3b9c2e7a6d41c58e92b0f7d4a3c6e1905b8d27"
+        link = "https://www.comet.com/somebody/faces"
+        monkeypatch.setattr("trl.trainer.base_trainer.get_comet_experiment_url", lambda: f"{link}?apiKey={key}")
+        run = lora_run(tmp_path)
+        run.prepare_alignment()
+        run.create_model_card(dataset_name="https://me:pw@example.com/faces")
+        text = card_of(tmp_path).text
+        assert f"]({link}?apiKey=)" in text and key not in text and ":pw@" not in text
 
     def test_hub_cache(self, tmp_path):
         """A folder of the Hub's cache is the repository that it was downloaded from."""

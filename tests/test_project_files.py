@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from hera_trainer.demo import WEIGHT_WHEELS
 
 ROOT = Path(__file__).resolve().parents[1]
 GITHUB = ROOT / ".github"
+CONSTRAINTS = ROOT / "constraints.txt"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
 FORMS = [path for path in sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")) if path.name != "config.yml"]
 # Of the GitHub organisation, of PyPA, and of uv's authors.
@@ -50,10 +60,58 @@ def test_python_versions_are_those_of_the_package() -> None:
     tested = workflow["jobs"]["tests"]["strategy"]["matrix"]["python"]
     classified = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
     assert tested == classified
-    lowest = " ".join(step.get("run", "") for step in workflow["jobs"]["lowest"]["steps"])
-    newest = " ".join(step.get("run", "") for step in workflow["jobs"]["newest"]["steps"])
-    assert "--resolution lowest-direct" in lowest and "--prerelease allow" in newest
-    assert workflow[True]["schedule"]
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert tested[0] == oldest
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+
+
+def test_lowest_and_newest_versions_are_tested_on_purpose() -> None:
+    workflow = read(GITHUB / "workflows" / "tests.yml")
+    runs = {name: [step.get("run", "") for step in job["steps"]] for name, job in workflow["jobs"].items()}
+    assert any("--resolution lowest-direct" in run for run in runs["lowest"])
+    assert any(run.startswith("make test CONSTRAINTS= ") for run in runs["newest"])
+    assert workflow[True]["schedule"] and "workflow_dispatch" in workflow[True]
+    assert "schedule" in workflow["jobs"]["newest"]["if"] and "workflow_dispatch" in workflow["jobs"]["newest"]["if"]
+
+
+def constrained() -> dict[str, Version]:
+    lines = [line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#")]
+    for line in lines:  # no address of a registry, no path, no local version
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line), line
+    pairs = [line.split("==") for line in lines]
+    assert len({canonicalize_name(name) for name, _ in pairs}) == len(pairs)
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def test_constraints_name_every_dependency_within_its_bounds() -> None:
+    """A dependency that is added without its version would be taken as new as it is on that day."""
+    versions = constrained()
+    extras = PROJECT["optional-dependencies"].values()
+    asked = [Requirement(text) for text in (*PROJECT["dependencies"], *(text for extra in extras for text in extra))]
+    own = canonicalize_name(PROJECT["name"])
+    assert own not in versions
+    for requirement in asked:
+        name = canonicalize_name(requirement.name)
+        assert name == own or versions[name] in requirement.specifier, requirement
+    for wheel in map(Requirement, WEIGHT_WHEELS):
+        assert versions[canonicalize_name(wheel.name)] in wheel.specifier
+
+
+def test_make_installs_the_constraints() -> None:
+    """As many times as it installs, and again when the file changes; without them it takes the newest."""
+
+    def planned(*arguments: str) -> list[str]:
+        command = ["make", "--dry-run", "--always-make", "VENV=environment", *arguments]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [line for line in run.stdout.splitlines() if "pip install" in line and "-e '.[" in line]
+
+    for target in ("demo", "test", "docs"):
+        assert all("PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt " in x for x in planned(target))
+        newest = planned(target, "CONSTRAINTS=")
+        assert all("CONSTRAINT=" not in line and "--upgrade" in line for line in newest) and len(newest) == 1
+    rules = (ROOT / "Makefile").read_text()
+    assert len(re.findall(r"^\$\(VENV\)/\.installed-.*\$\(REASONS\)", rules, re.M)) == 2
+    assert "constraints.txt" in (GITHUB / "workflows" / "docs.yml").read_text()
 
 
 def test_publishing_needs_no_token() -> None:

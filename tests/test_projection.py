@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import MontecloraConfig, VeloraConfig
 from projections import (
     CASES,
     FULL,
     HEAD_DIM,
     HEADS,
     WIDTH,
+    Holder,
     base_values,
     conv1d,
     linear_case,
@@ -93,6 +99,71 @@ def test_dropout_is_off_for_the_projection_alone_and_for_a_moment() -> None:
     assert [module.training for module in projection.modules()] == flags
     x = torch.randn(9, FULL)
     assert not torch.equal(projection(x), projection(x))  # its own forward still drops
+
+
+# What some methods need to be told for a layer of this size.
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 32},
+    "IA3": {"feedforward_modules": []},
+    "MISS": {"r": 8},
+    "OFT": {"oft_block_size": 8},
+    "ROAD": {"group_size": 8},
+    "VBLORA": {"vector_length": 8, "num_vectors": 16},
+    "WAVEFT": {"n_frequency": 64},
+}
+# Prompts and caches beside the model, routers that need more than an input, and what adapts other layers than a linear.
+NOT_OF_A_LINEAR = {
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "SHADOW",
+    "TRAINABLE_TOKENS",
+    "XLORA",
+}
+METHODS = sorted({method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING} - NOT_OF_A_LINEAR)
+VARIANTS = {
+    "DoRA": {"use_dora": True},
+    "MonteCLoRA": {"monteclora_config": MontecloraConfig()},
+    "VeLoRA": {"velora_config": VeloraConfig()},
+}
+
+
+def with_adapter(method: str, **settings: Any) -> nn.Module:
+    """A projection under an adapter of PEFT that drops half of all it can drop, with values that matter."""
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    rates = {field.name: 0.5 for field in fields(config_class) if "dropout" in field.name}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = config_class(target_modules=["o_proj"], **rates, **METHOD_SETTINGS.get(method, {}), **settings)
+        projection = get_peft_model(Holder(plain(True)), config).base_model.model.o_proj
+        for parameter in projection.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter.data, std=0.2)
+    return projection
+
+
+@pytest.mark.parametrize("case", [*METHODS, *VARIANTS])
+def test_no_adapter_draws_random_numbers(case: str) -> None:
+    """Neither dropout of any kind nor noise: z is that of eval mode, bit for bit."""
+    if case == "ADAMSS":
+        pytest.importorskip("sklearn")
+    projection = with_adapter("LORA", **VARIANTS[case]) if case in VARIANTS else with_adapter(case)
+    pooled = pooled_vectors(HEADS)
+    z = project_heads(projection.eval(), pooled, range(HEADS))
+    x = torch.randn(9, FULL)
+    assert not torch.allclose(projection(x), plain(True)(x), rtol=0.1)  # the adapter matters
+    projection.train()
+    flags = [module.training for module in projection.modules()]
+    state = torch.get_rng_state()
+    assert torch.equal(project_heads(projection, pooled, range(HEADS)), z)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in projection.modules()] == flags
 
 
 def test_hooks_of_the_projection_do_not_fire() -> None:

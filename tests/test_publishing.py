@@ -14,11 +14,21 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel
 from runs import config, trainer
 from safetensors.torch import load_file
-from tiny import image_dataset, save_vlm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny import build_vlm, image_dataset, save_vlm
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BlipImageProcessor,
+    InstructBlipProcessor,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from hera_trainer import HeRATrainer
-from hera_trainer.publishing import publishable_files, push_folder
+from hera_trainer.published_files import publishable_files, written_by
+from hera_trainer.publishing import push_folder
 from hera_trainer.run_record import read_run
 
 REPO = f"{USER}/aligned"
@@ -40,6 +50,30 @@ def adapter_run(tmp_path, **kwargs):
         train_dataset=image_dataset(n=24, with_features=8),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
+
+
+class Words(PreTrainedTokenizer):
+    """A tokenizer that no library knows, with a vocabulary under a name of its own."""
+
+    vocab_files_names = {"vocab_file": "words.lst"}
+
+    @property
+    def vocab_size(self):
+        return 1
+
+    def get_vocab(self):
+        return {"a": 0}
+
+    def _tokenize(self, text):
+        return text.split()
+
+    def _convert_token_to_id(self, token):
+        return 0
+
+    def save_vocabulary(self, save_directory, filename_prefix=None):
+        path = Path(save_directory, "words.lst")
+        path.write_text("a")
+        return (str(path),)
 
 
 def assert_private(contents: dict[str, bytes], *folders: Path) -> None:
@@ -117,10 +151,52 @@ class TestAdapter:
         run = adapter_run(tmp_path, hub_token="hf_configured")
         run.prepare_alignment()
         (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / "notes.json").write_text('{"token": "hf_configured"}')
-        with pytest.warns(UserWarning, match=r"notes\.json' holds an access token"):
+        (tmp_path / "out" / "trainer_state.json").write_text('{"token": "hf_configured"}')
+        with pytest.warns(UserWarning, match=r"trainer_state\.json' holds an access token"):
             push_with_warning(run, token=TOKEN)
-        assert "notes.json" not in hub.repos[f"{USER}/out"]
+        assert "trainer_state.json" not in hub.repos[f"{USER}/out"]
+
+    def test_only_what_the_run_writes(self, hub, tmp_path, caplog):
+        """Nothing of a name that no run writes, and neither another run's weights nor another kind of model's."""
+        run = adapter_run(tmp_path, hub_model_id="aligned")
+        run.model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+        run.train()
+        out = tmp_path / "out"
+        foreign = ("credentials.json", "kaggle.json", "model.safetensors", "notes.md", "LICENSE", "hera/mine.png")
+        inside = {"old": ("adapter_config.json", "adapter_model.safetensors"), "data": ("train.json",)}
+        for name in (*foreign, *(f"{folder}/{name}" for folder, names in inside.items() for name in names)):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("{}")
+        push_with_warning(run)
+        files = dict(hub.repos[REPO])
+        assert set(files) == {
+            *("README.md", "adapter_config.json", "adapter_model.safetensors", "head_ranking.json", "hera/heads.png"),
+            *("second/adapter_config.json", "second/adapter_model.safetensors"),
+            *("hera_run.json", "trainer_state.json"),
+            *("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+        }
+        (said,) = [r.getMessage() for r in caplog.records if "Not uploaded" in r.getMessage()]
+        left_out = said.split(": ")[1].split(" in ")[0].split(", ")
+        assert sorted(left_out) == sorted([*foreign, "old", "data"]) and "huggingface_hub.upload_file" in said
+        push_with_warning(run)
+        assert len([r for r in caplog.records if "Not uploaded" in r.getMessage()]) == 1  # once
+        hub.repos[REPO] = {}
+        with pytest.warns(UserWarning, match="local folder"):
+            push_folder(out, REPO)  # as the run's record has it
+        assert hub.repos[REPO] == files
+
+    def test_keys_of_other_services_stay_here(self, hub, tmp_path, monkeypatch):
+        """Whatever they look like, if the environment of the run names them."""
+        key = "0f3b9c2e7a6d41c58e92b0f7d4a3c6e1905b8d27"
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        run = adapter_run(tmp_path)
+        run.prepare_alignment()
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "trainer_state.json").write_text(json.dumps({"log_history": [{"note": key}]}))
+        with pytest.warns(UserWarning, match=r"trainer_state\.json' holds an access token"):
+            push_with_warning(run)
+        assert_private(hub.repos[f"{USER}/out"])
+        assert not any(key.encode() in content for content in hub.repos[f"{USER}/out"].values())
 
     def test_from_disk(self, hub, tmp_path):
         """What a run left behind is published without its trainer, as its trainer would."""
@@ -188,15 +264,25 @@ class TestWhileTraining:
         assert files["adapter_model.safetensors"] == last.read_bytes()
 
     @pytest.mark.parametrize(("strategy", "folder"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", None)])
-    def test_checkpoints(self, hub, tmp_path, strategy, folder):
+    def test_checkpoints(self, hub, tmp_path, monkeypatch, strategy, folder):
         """A checkpoint with its optimizer, since that is what the strategy asks for, and still nothing private."""
         run = adapter_run(
             tmp_path,
             **{"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": strategy},
             **{"save_strategy": "steps", "save_steps": 2},
         )
+        make = run._save_optimizer_and_scheduler
+
+        def leave_more(checkpoint):
+            make(checkpoint)
+            for name in ("kaggle.json", "state.bin", "old/adapter_model.safetensors"):
+                Path(checkpoint, name).parent.mkdir(exist_ok=True)
+                Path(checkpoint, name).write_text("{}")
+
+        monkeypatch.setattr(run, "_save_optimizer_and_scheduler", leave_more)
         run.train()
         files = hub.repos[REPO]
+        assert not [name for name in files if "old" in name or name.endswith(("kaggle.json", "state.bin"))]
         prefix = f"{folder or 'checkpoint-2'}/"
         names = {name.removeprefix(prefix) for name in files if name.startswith(prefix)}
         assert {"optimizer.pt", "trainer_state.json", "hera_state.json", "hera_complete"} < names
@@ -220,18 +306,80 @@ class TestFiles:
         content |= {"home": "~/models/other", "name": "Org/Model", "template": "a/b\n{{ c }}", "slash": "/", "n": [1.5]}
         (folder / "config.json").write_text(json.dumps(content))
         (folder / "tokenizer.json").write_text(json.dumps({"/usr/bin": 1}))
-        (folder / "extra.json").write_text('{"key": "hf_secret"}')
-        (folder / "broken.json").write_text("{")
+        (folder / "generation_config.json").write_text('{"key": "hf_secret"}')
+        (folder / "preprocessor_config.json").write_text("{")
         (folder / "alignment_monitor" / "step-00000001-text.json").write_text("{}")
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        with pytest.warns(UserWarning, match=r"extra\.json' holds an access token"):
+        with pytest.warns(UserWarning, match=r"generation_config\.json' holds an access token"):
             files = publishable_files(folder, ["hf_secret"])
-        names = {"config.json", "tokenizer.json", "broken.json", "alignment_monitor/step-00000001-text.json"}
+        names = {"config.json", "tokenizer.json", "preprocessor_config.json"}
+        names |= {"alignment_monitor/step-00000001-text.json"}
         assert set(files) == names
         changed = {"base": "mine", "cached": "Org/Model-2B", "note": "see .../x", "home": "other"}
         assert json.loads(files["config.json"]) == {**content, **changed}
         assert files["tokenizer.json"] == b'{"/usr/bin": 1}'
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    def test_texts(self, tmp_path):
+        """What stands in settings between other words."""
+        said = {
+            "command": "train --data=/home/me/faces --cache file:///home/me/cache",
+            "source": "https://me:pw@example.com/data",
+            "bucket": "s3://AKIAKEY:se/cr+et@bucket/data",
+            "signed": "https://example.com/data?part=2&X-Amz-Signature=0f3b9c2e7a6d41c58e92",
+            "windows": r"see C:\Users\me\faces",
+            "pattern": r"^model\.layers\.\d+\.(q_proj|v_proj)$",
+            "tokens": ["</s>", "<|im_end|>", "and/or", "/no_think", "a/b"],
+        }
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        changed = {
+            "command": "train --data=.../faces --cache .../cache",
+            "source": "https://<hidden>@example.com/data",
+            "bucket": "s3://<hidden>@bucket/data",
+            "signed": "https://example.com/data?part=2&X-Amz-Signature=",
+            "windows": "see .../faces",
+        }
+        assert json.loads(publishable_files(tmp_path)["config.json"]) == {**said, **changed}
+
+    def test_sharded_model(self, tmp_path):
+        model, _ = build_vlm("llava")
+        model.save_pretrained(tmp_path, max_shard_size="50KB")
+        written = {path.name for path in tmp_path.iterdir()}
+        assert len([name for name in written if name.startswith("model-0")]) > 1
+        for name in ("model-old.safetensors", "model.bin", "pytorch_model.bin", "credentials.json"):
+            (tmp_path / name).write_text("{}")
+        assert set(publishable_files(tmp_path)) == written
+        assert set(publishable_files(tmp_path, written=written_by(model, None))) == written
+
+    def test_processor(self, tmp_path):
+        """A vocabulary of a class of one's own, several chat templates, and a second tokenizer in its own folder."""
+        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+        processor = InstructBlipProcessor(BlipImageProcessor(), Words(), fast)
+        processor.chat_template = {"default": "{{ 1 }}", "tools": "{{ 2 }}"}
+        processor.save_pretrained(tmp_path)
+        paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+        written = {path.relative_to(tmp_path).as_posix() for path in paths}
+        assert {"words.lst", "qformer_tokenizer/tokenizer.json", "additional_chat_templates/tools.jinja"} < written
+        for name in ("words.txt", "kaggle.json", "other/tokenizer.json", "qformer_tokenizer/kaggle.json"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("{}")
+        assert set(publishable_files(tmp_path, written=written_by(torch.nn.Linear(1, 1), processor))) == written
+
+    def test_without_a_record(self, tmp_path):
+        """A folder that `save_model` wrote elsewhere: the tokenizer's class tells its vocabulary."""
+        (tmp_path / "adapter_config.json").write_text("{}")
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+        for name in ("spiece.model", "tokenizer.model", "vocab.json", "config.json", "adapter_model.safetensors"):
+            (tmp_path / name).write_text("{}")
+        names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json", "spiece.model"}
+        assert set(publishable_files(tmp_path)) == names
+
+    def test_code_of_a_model_of_ones_own(self, tmp_path):
+        classes = {"AutoConfig": "settings.Mine", "AutoModel": "modeling.Mine", "AutoTokenizer": [None, "Org/x--a.B"]}
+        (tmp_path / "config.json").write_text(json.dumps({"auto_map": classes}))
+        for name, text in {"settings": "", "modeling": "from .parts import x\n", "parts": "", "train": ""}.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        assert set(publishable_files(tmp_path)) == {"config.json", "settings.py", "modeling.py", "parts.py"}
 
     def test_weights(self, hub, tmp_path):
         """Large files are streamed from disk, not read into memory."""

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hera_trainer import AttentionHead, HeadRanking, read_run
 from hera_trainer.completion import RUN_FILE, find_checkpoint
-from hera_trainer.redaction import public_name, public_settings
+from hera_trainer.redaction import holds_secret, public_name, public_settings
 from hera_trainer.run_record import RunRecordCallback, forget_measurements, measurement_path
 
 
@@ -219,6 +219,10 @@ class TestWriting:
         ("runs/one", "runs/one"),
         (r"C:\Users\ada\base", "base"),
         (r"\\server\share\base", "base"),
+        ("/home/ada", "~"),
+        (r"C:\Users\ada", "~"),
+        ("https://ada:pw@example.com/base", "https://<hidden>@example.com/base"),
+        ("hf_" + "a1" * 10, "<hidden>"),
         ("", ""),
     ],
 )
@@ -247,3 +251,73 @@ def test_public_settings():
         "names": ["a", "b"],
         "max_new_tokens": 5,
     }
+
+
+# Made up; each in the format of its issuer.
+SECRETS = {
+    "Hugging Face": "hf_" + "aB3" * 11,
+    "OpenAI": "sk-proj-" + "aB3-" * 8,
+    "GitHub": "ghp_" + "aB3" * 12,
+    "GitHub, fine-grained": "github_pat_" + "aB3" * 20,
+    "AWS": "AKIA" + "A7" * 8,
+    "Google": "AIza" + "aB3" * 11 + "xy",
+    "Slack": "xoxb-" + "123456789012-aB3dE6gH9",
+    "JSON web token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dBjftJeZ4CVP",
+    "private key": "-----BEGIN RSA PRIVATE KEY-----",
+    "address with a password": "https://me:pw@example.com/data",
+    "bucket with a key": "s3://AKIAKEY:se/cr+et@bucket/data",
+    "a named one": '{"api_key": "0f3b9c2e7a6d41c58e92b0f7d4a3c6e1905b8d27"}',
+}
+
+
+@pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
+def test_secrets_are_known(secret):
+    assert holds_secret(f"what is {secret} for?")
+    shown = json.dumps(public_settings({"note": f"what is {secret} for?", "kwargs": [{secret: secret}]}))
+    assert secret not in shown and json.loads(shown) == {"note": "<hidden>", "kwargs": [{"<hidden>": "<hidden>"}]}
+
+
+def test_texts_that_are_no_secrets():
+    for text in ("task-aware-something-longer", "disk-0123456789abcdefgh", '"image_token": "reserved_token_00000001"'):
+        assert not holds_secret(text)
+    commit = "9b1c2e7a6d41c58e92b0f7d4a3c6e1905b8d270f"
+    shown = {
+        "model_revision": commit,
+        "target_modules": r"^model\.layers\.\d+\.(?:self_attn|mlp)\.(q_proj|v_proj)$",
+        "optim_args": "betas=0.9,weight_decay=0.1",
+        "teacher": "timm/vit_large_patch14_dinov2.lvd142m",
+        "architecture": "LlavaForConditionalGeneration",
+        "accelerator": "NVIDIA GeForce RTX 4090",
+        "started": "2026-03-02T09:00:12+00:00",
+        "torch": "2.14.0.dev20260101+cu130",
+        "fsdp": "full_shard auto_wrap",
+        "data": "hf://datasets/org/name/train.parquet",
+        "lr_scheduler_kwargs": {"num_cycles": 1, "rate": 0.5, "on": True, "none": None},
+    }
+    assert public_settings(shown) == shown
+    assert public_settings({"checksum": commit}) == {"checksum": "<hidden>"}
+
+
+def test_settings_that_are_not_shown():
+    """Of what is no word, number or name, nothing."""
+    settings = {
+        "command": "train --data=/home/ada/faces",
+        "data": "https://intranet.example.com/faces?sig=abc",
+        "server": "http://10.0.0.5:8000",
+        "optim_args": "password=hunter2",
+        "secret_key": 1234,
+        "home": "/home/ada",
+        "windows": r"C:\Users\ada\faces",
+        "mail": "ada@example.com",
+    }
+    assert public_settings(settings) == {
+        "command": "train --data=.../faces",
+        "data": "<hidden>",
+        "server": "<hidden>",
+        "optim_args": "<hidden>",
+        "secret_key": "<hidden>",
+        "home": "~",
+        "windows": "faces",
+        "mail": "<hidden>",
+    }
+    assert public_settings(public_settings(settings)) == public_settings(settings)

@@ -133,7 +133,7 @@ class TestTraining:
                 with torch.no_grad():
                     seen.append(base_model(model).get_decoder()(input_ids=ids).last_hidden_state)
                 assert torch.equal(before, torch.get_rng_state())
-                assert run._capture._record is None
+                assert run.alignment.capture._record is None
 
         run = trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2, callbacks=[Look()])
         run.train()
@@ -318,3 +318,37 @@ class TestTeacher:
         ours = {n: p for n, p in run.model.named_parameters() if "lora" in n}
         theirs = {n: p for n, p in loaded.named_parameters() if "lora" in n}
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n].to(ours[n])) for n in ours)
+
+
+@pytest.mark.parametrize("scope", ["step", "micro_batch"])
+def test_nothing_of_an_attempt_that_ran_out_of_memory_goes_on(tmp_path, scope):
+    """`auto_find_batch_size` begins anew with a smaller batch: as a run does that has it from the start."""
+
+    class OutOfMemory(TrainerCallback):
+        raised = False
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if not self.raised:  # between two micro-batches: the window is open, gradients are there
+                self.raised = True
+                raise RuntimeError("CUDA out of memory.")
+
+    kwargs = {"gradient_accumulation_steps": 2, "queue_size": 12, "max_steps": 3, "learning_rate": 1e-2}
+    kwargs |= {"contrast_scope": scope, "dataset": image_dataset(n=40, with_features=8), "max_grad_norm": 0.0}
+    fresh = trainer(tmp_path / "fresh", per_device_train_batch_size=5, **kwargs)
+    fresh.train()
+    watch = OutOfMemory()
+    again = trainer(
+        tmp_path / "again", per_device_train_batch_size=6, auto_find_batch_size=True, callbacks=[watch], **kwargs
+    )
+    again.train()
+    assert watch.raised and again._train_batch_size == 5
+    for name in ("lm_loss", "alignment_loss", "alignment_pool", "temperature"):
+        assert logged(again, name) == logged(fresh, name) and len(logged(fresh, name)) == 3, name
+    assert_same_parameters(parameters(again.model), parameters(fresh.model))
+
+
+def test_a_second_run_of_a_trainer_begins_with_an_empty_queue(tmp_path):
+    run = trainer(tmp_path, queue_size=50, max_steps=2)
+    run.train()
+    run.train()
+    assert logged(run, "alignment_pool") == [6, 12]

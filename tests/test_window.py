@@ -31,8 +31,20 @@ def dataset(n=16, without=()):
     return rows.remove_columns(TEACHER_COLUMN).add_column(TEACHER_COLUMN, features)
 
 
-def make_trainer(tmp_path, family, cut, lora=None, checkpointing=None, data=None, **kwargs):
-    model, processor = build_vlm(family)
+def make_trainer(
+    tmp_path,
+    family,
+    cut,
+    lora=None,
+    checkpointing=None,
+    data=None,
+    trainer_class=HeRATrainer,
+    model=None,
+    processor=None,
+    **kwargs,
+):
+    if model is None:
+        model, processor = build_vlm(family)
     defaults = {"max_steps": 1, "max_grad_norm": 0.0, "num_neighbors": 3, "alignment_weight": WEIGHT}
     args = HeRAConfig(
         **sft_args(
@@ -49,7 +61,7 @@ def make_trainer(tmp_path, family, cut, lora=None, checkpointing=None, data=None
         )
     )
     data = dataset() if data is None else data
-    trainer = HeRATrainer(model, args, train_dataset=data, processing_class=processor, peft_config=lora)
+    trainer = trainer_class(model, args, train_dataset=data, processing_class=processor, peft_config=lora)
     trainer._get_train_sampler = lambda *args: SequentialSampler(data)  # the same 16 samples for every cut
     return trainer
 
@@ -163,7 +175,7 @@ def test_step_scope_differs_from_micro_batch_scope(tmp_path):
 
 
 def test_no_second_pass_without_alignment_or_with_one_micro_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr("hera_trainer.trainer.StepWindow", None)
+    monkeypatch.setattr("hera_trainer.alignment.StepWindow", None)
     run(make_trainer(tmp_path / "a", "llava", (16, 1)))
     trainer = make_trainer(tmp_path / "b", "llava", (4, 4), alignment_weight=0.0)
     trainer.train()
@@ -215,7 +227,7 @@ def test_loss_that_is_not_finite_is_left_out(tmp_path, scope, caplog):
 
     class Break(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            trainer._contrast.criterion.log_temperature.data.fill_(float("nan") if state.global_step == 1 else -2.0)
+            trainer.criterion.log_temperature.data.fill_(float("nan") if state.global_step == 1 else -2.0)
 
     trainer = make_trainer(
         tmp_path, "llava", (8, 2), data=dataset(n=48), max_steps=3, contrast_scope=scope, learn_temperature=False
@@ -265,7 +277,8 @@ def test_representation_that_overflows_is_left_out(tmp_path, scope, queue, caplo
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert trainer.criterion.log_temperature.isfinite()
     if queue:
-        assert len(trainer._contrast.queue) == queue and trainer._contrast.queue.heads.isfinite().all()
+        past = trainer.alignment.contrast.queue
+        assert len(past) == queue and past.heads.isfinite().all()
     assert sum("was NaN or infinite" in record.message for record in caplog.records) == 1
 
 

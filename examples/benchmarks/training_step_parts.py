@@ -247,8 +247,8 @@ class Steps:
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))
         self.hooks = ExitStack()
-        if getattr(trainer, "_capture", None) is not None:
-            self.hooks.enter_context(trainer._capture.attached())
+        if getattr(trainer, "alignment", None) is not None:
+            self.hooks.enter_context(trainer.alignment.attached())
 
     def __call__(self) -> None:
         for batches in self.batches:

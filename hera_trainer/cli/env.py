@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..redaction import public_settings
 from ..version import __version__
 from .parser import Parser
 
@@ -95,7 +96,7 @@ def _accelerate_config() -> str:
 
     if not os.path.isfile(default_config_file):
         return "none"
-    settings = load_config_from_file(default_config_file).to_dict()
+    settings = public_settings(load_config_from_file(default_config_file).to_dict())  # some name files and servers
     private = ("main_process_ip", "tpu_name", "tpu_zone", "rdzv")
     shown = {
         key: value for key, value in settings.items() if value not in (None, {}, []) and not key.startswith(private)
@@ -107,6 +108,8 @@ def environment() -> dict[str, str]:
     """Versions and hardware, by name, as [`hera env`] prints them."""
     import datasets
     import torch
+
+    from ..heads.registry import unknown_model_types
 
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     accelerators = {f"accelerator {index}": name for index, name in enumerate(_accelerators())}
@@ -120,6 +123,7 @@ def environment() -> dict[str, str]:
         "CUDA of torch": f"{torch.version.cuda or torch.version.hip or 'none'}" + (f", cuDNN {cudnn}" if cudnn else ""),
         **{name: _installed(name) for name in REQUIRED},
         **{name: _installed(name) for name in OPTIONAL},
+        "model types of transformers that this release does not know": ", ".join(unknown_model_types()) or "none",
         "Hugging Face cache": _abbreviated(datasets.config.HF_CACHE_HOME),
         "offline": str(bool(datasets.config.HF_HUB_OFFLINE)).lower(),
         "accelerate config": _accelerate_config(),

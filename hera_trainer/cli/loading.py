@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -386,7 +387,7 @@ def _absolute_paths(values: list[Any], name: str, folder: str) -> dict[str, list
 
 
 def _check_first(rows: Any, name: str, folder: Path) -> None:
-    for row in rows.select_columns([name]).take(100):
+    for row in islice(rows.select_columns([name]), 100):
         for path in row[name] if isinstance(row[name], list) else [row[name]]:
             if path and "://" not in path:
                 if not os.path.exists(os.path.join(folder, path)):

@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", "bfloat16", "float16", "float32"),
         default="auto",
-        help="data type to merge and save in; auto: that of the base model's files [auto]",
+        help="data type to merge and save in; auto: that of the base model's configuration [auto]",
     )
     parser.add_argument("--device", default="cpu", help="where to merge [%(default)s]")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file [%(default)s]")

@@ -146,11 +146,13 @@ def _collator(processor: Any, dataset: Dataset) -> Callable[[list[dict[str, Any]
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     from ..data import TeacherCollator
+    from ..rows import TextColumns
     from ..teacher_column import check_teacher_features
 
     if not hasattr(processor, "image_processor"):
         raise ValueError("--context image needs a vision-language model; this one has a tokenizer only.")
-    inner = DataCollatorForVisionLanguageModeling(processor, completion_only_loss="completion" in dataset.column_names)
+    is_answer = TextColumns().ranked(dataset.column_names) == "completion"
+    inner = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=is_answer)
     return TeacherCollator(inner, check_teacher_features(dataset))
 
 

@@ -32,6 +32,9 @@ class HeadAccessor:
             What the decoder needs besides text, if it can't run on text alone, for messages (`"an encoder's output"`).
             The heads of such a model can be read from a forward pass of the whole model, but neither be ranked on text
             nor trained by [`HeRATrainer`].
+        passes (`Mapping[int, int]`, *optional*):
+            Layer index -> how often a forward pass goes through the layer, for the layers of a looped model that it
+            goes through more than once. Heads are read in the first pass.
 
     Raises:
         `ValueError`: If there is no projection, or a projection's input width is not divisible by its number of heads.
@@ -45,6 +48,7 @@ class HeadAccessor:
         projections: Mapping[int, nn.Module],
         num_heads: Mapping[int, int],
         needs: str = "",
+        passes: Mapping[int, int] | None = None,
     ) -> None:
         self.decoder = decoder
         self.layers = list(layers)
@@ -52,6 +56,7 @@ class HeadAccessor:
         self._attentions = dict(attentions)
         self._projections = dict(projections)
         self._num_heads = dict(num_heads)
+        self._passes = dict(passes or {})
         if not self._projections:
             raise ValueError(
                 f"None of the {len(self.layers)} layers of this {type(decoder).__name__} has softmax attention where "
@@ -90,6 +95,10 @@ class HeadAccessor:
         """Width of one head's slice of the projection's input. Read off the projection: `config.head_dim` is missing
         or wrong for several models."""
         return input_width(self._projections[layer]) // self._num_heads[layer]
+
+    def passes(self, layer: int) -> int:
+        """How often a forward pass goes through `layer`."""
+        return self._passes.get(layer, 1)
 
     def attention(self, layer: int) -> nn.Module:
         """The attention module of `layer`."""

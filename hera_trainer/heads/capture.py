@@ -55,6 +55,7 @@ class _Slot:
     """What one layer's tap keeps between forward and backward."""
 
     leaf: Tensor | None = None  # [B, h, d_model], the loss is built on it
+    recomputed: int = 0  # how often the layer was run again under activation checkpointing
 
 
 class _Tap(torch.autograd.Function):
@@ -94,6 +95,22 @@ class _Record:
 
 class ForwardDone(Exception):
     """Leaves a forward pass of which nothing more is needed."""
+
+
+@contextmanager
+def done_after(module: nn.Module | None) -> Iterator[None]:
+    """Each forward of `module` ends with [`ForwardDone`] inside: it is run, and what calls it is left. Nothing happens
+    without a module."""
+
+    def hook(*_: Any) -> None:
+        raise ForwardDone
+
+    handle = None if module is None else module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 class HeadCapture:
@@ -141,8 +158,11 @@ class HeadCapture:
         self._by_layer: dict[int, list[int]] = {}
         for head in self.heads:
             self._by_layer.setdefault(head.layer, []).append(head.head)
+        self.dtype = torch.float32  # what the heads compute in, once a forward pass was read
         self._record: _Record | None = None
         self._attached = 0
+        self._reading = False
+        self._stop_early = False
 
     @property
     def layers(self) -> list[int]:
@@ -178,7 +198,23 @@ class HeadCapture:
             mask (`BoolTensor` of shape `[B, T]`): Positions to pool over.
             train (`bool`, *optional*, defaults to `True`): Whether a loss on `vectors()` will be backpropagated.
         """
-        self._record = _Record(mask, train)
+        last_layer = self.layers[-1] if self._stop_early else None
+        self._record = _Record(mask, train and not self._reading, last_layer)
+
+    @contextmanager
+    def reading(self, stop_early: bool) -> Iterator[None]:
+        """Forward passes inside are read for their head representations alone.
+
+        Args:
+            stop_early (`bool`): Leave each by [`ForwardDone`] after the deepest chosen head.
+        """
+        before = self._reading, self._stop_early
+        self._reading, self._stop_early = True, stop_early
+        try:
+            yield
+        finally:
+            self._reading, self._stop_early = before
+            self.stop()
 
     def read(
         self, forward: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], mask: Tensor, stop_early: bool
@@ -194,13 +230,11 @@ class HeadCapture:
         Returns:
             `Tensor` of shape `[m, B, d_model]`, as `vectors` gives it.
         """
-        self._record = _Record(mask, train=False, last_layer=self.layers[-1] if stop_early else None)
-        try:
+        with self.reading(stop_early):
+            self.start(mask)
             with suppress(ForwardDone):
                 forward(inputs)
             return self.vectors()
-        finally:
-            self.stop()
 
     def stop(self) -> None:
         """Forget the observed pass. To be called after its backward, which may recompute activations."""
@@ -245,12 +279,18 @@ class HeadCapture:
         first = slot is None
         if not first and not (record.forward_done and torch.is_grad_enabled()):
             return None  # a further forward (label smoothing, metrics): the loss was built on the first one
+        if slot is not None:
+            slot.recomputed += 1
+            # The backward visits the passes through a looped layer from the last to the first, which is the one read.
+            if slot.recomputed % self.accessor.passes(layer):
+                return None
         num_heads, heads = self.accessor.num_heads(layer), self._by_layer[layer]
         with without_autocast(out):
             vectors = project_heads(module, pool_heads(args[0], record.mask, num_heads, heads), heads)
         if slot is None:
             # The leaf needs a gradient also where grad mode is off: reentrant checkpointing runs the first forward so.
             slot = record.slots[layer] = _Slot(vectors.detach().requires_grad_(record.train))
+            self.dtype = args[0].dtype
             if layer == record.last_layer:
                 raise ForwardDone
         return _Tap.apply(out, vectors, slot) if torch.is_grad_enabled() else None

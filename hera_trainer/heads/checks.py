@@ -156,10 +156,14 @@ def _reached_layers(
     model: nn.Module, accessor: HeadAccessor, layers: Sequence[int], trained: Set[int], forward: Callable[[], Any]
 ) -> set[int]:
     """Those of `layers` whose head representations depend on a trained parameter in a forward pass."""
+    seen: set[int] = set()  # of a looped layer, the first pass is the one whose heads are read
     reached: set[int] = set()
 
     def watch(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            if layer in seen:
+                return
+            seen.add(layer)
             heads = args[0].flatten(0, -2).mean(0).unflatten(0, (accessor.num_heads(layer), -1))[None]
             if _depends_on(project_heads(module, heads[:, :1], [0]), trained):
                 reached.add(layer)

@@ -21,6 +21,9 @@ class Layout:
         attention (`str`): From a layer to its self-attention.
         projection (`str`): From a layer to the output projection of that attention.
         core (`str`): From a layer to the module that knows number and size of its heads.
+        linear (`str`):
+            From the projection to the linear layer in it, where the projection is a module that gates what it is given
+            first. The gate is then part of the heads' outputs: what is linear in them begins behind it.
         needs (`str`): What the decoder needs besides text, if it can't run on text alone.
     """
 
@@ -28,6 +31,7 @@ class Layout:
     attention: str = "self_attn"
     projection: str = "self_attn.o_proj"
     core: str = "self_attn"
+    linear: str = ""
     needs: str = ""
 
 
@@ -36,6 +40,7 @@ _DENSE = Layout(projection="self_attn.dense")
 _BERT = Layout("encoder.layer", "attention", "attention.output.dense", "attention.self")
 _KOSMOS = Layout("model.layers", projection="self_attn.out_proj")
 _T5 = Layout("block", "layer.0.SelfAttention", "layer.0.SelfAttention.o", "layer.0.SelfAttention")
+_GATED = Layout(linear="linear")  # since transformers 5.24; before, the gate stood outside of the projection
 _ENCODER = "an encoder's output"
 
 # By the model type of the decoder's own configuration. All others keep to the names above.
@@ -48,6 +53,8 @@ _LAYOUTS = {
     "gpt2": Layout("h", "attn", "attn.c_proj", "attn"),
     "gpt_neox": Layout(attention="attention", projection="attention.dense", core="attention"),
     "idefics": Layout(needs="an image's features"),
+    "inkling2_loop_text": _GATED,
+    "inkling2_text": _GATED,
     "kosmos_2_5_text_model": _KOSMOS,
     "kosmos_2_text_model": _KOSMOS,
     "lfm2": _OUT_PROJ,
@@ -117,6 +124,7 @@ def decoder_accessor(model: nn.Module) -> HeadAccessor:
                 f"Layer {i} of this {_type_of(model)!r} model has no output projection `{layout.projection}`, as it "
                 f"has in an unpatched model. {_HELP}"
             )
+        projection = _submodule(projection, layout.linear) or projection
         attentions[i], projections[i] = layers[i].get_submodule(layout.attention), projection
         count, size = _heads_of(layers[i].get_submodule(layout.core))
         # Any number of heads that divides the width adds up to the projection's output: only this tells it is right.
@@ -126,7 +134,7 @@ def decoder_accessor(model: nn.Module) -> HeadAccessor:
                 f"projection reads {input_width(projection)} features. {_HELP}"
             )
         num_heads[i] = count
-    return HeadAccessor(decoder, layers, attentions, projections, num_heads, layout.needs)
+    return HeadAccessor(decoder, layers, attentions, projections, num_heads, layout.needs, _passes(decoder))
 
 
 def _type_of(model: nn.Module) -> str:
@@ -171,6 +179,14 @@ def _layers_with_heads(decoder: Any, layers: nn.ModuleList, layout: Layout) -> I
             )
         if found:
             yield i
+
+
+def _passes(decoder: Any) -> dict[int, int]:
+    """Layer -> how often a forward pass goes through it, for the layers that it goes through more than once."""
+    if _type_of(decoder) != "inkling2_loop_text":
+        return {}
+    config = decoder.config
+    return dict.fromkeys(range(config.loop_layer_index_start, config.loop_layer_index_end), config.loop_num_passes)
 
 
 def _heads_of(core: Any) -> tuple[int, int]:

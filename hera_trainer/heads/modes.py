@@ -42,11 +42,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Dropout off in `module` and below (for a LoRA layer: its adapter dropout), everything else as it is."""
-    dropouts = [child for child in module.modules() if isinstance(child, _DropoutNd)]
-    with _restored_flags(dropouts):
-        for dropout in dropouts:
-            dropout.eval()
+    """Nothing is drawn at random in `module` and below, everything else is as it is.
+
+    Not every adapter drops with an `nn.Dropout`: LoHa and LoKr look at their own flag, BOFT has a layer of its own,
+    PVeRA and MonteCLoRA draw noise. So PEFT's layers are in eval mode as a whole. The layer that they wrap keeps its
+    mode, by which quantized ones choose a kernel; only its dropout, if it has any, is off.
+    """
+    adapted: set[nn.Module] = set()
+    wrapped: set[nn.Module] = set()
+    for layer in module.modules():
+        parts = layer.modules()
+        if isinstance(layer, BaseTunerLayer):
+            adapted.update(parts)
+            wrapped.update(layer.get_base_layer().modules())
+    random = [layer for layer in module.modules() if layer in adapted - wrapped or isinstance(layer, _DropoutNd)]
+    with _restored_flags(random):
+        for layer in random:
+            layer.training = False  # not by `eval()`, which goes on to the layers inside
         yield
 
 

@@ -32,6 +32,7 @@ class Observer:
         self._positions = self._starts = torch.empty(0, dtype=torch.long)
         self._pooled: dict[int, list[Tensor]] = {layer: [] for layer in accessor.layers_with_heads}
         self._hidden: list[list[Tensor]] = [[] for _ in accessor.layers]
+        self._observed = 0  # forward passes; of a looped layer, only its first turn in each counts
         self._samples: list[int] = []  # of this process, in the order of the rows; -1 for those that do not count
 
     @property
@@ -50,14 +51,16 @@ class Observer:
 
     def _heads_hook(self, layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            pooled = self._pool(args[0]).unflatten(-1, (self.accessor.num_heads(layer), -1))
-            self._pooled[layer].append(pooled)
+            if len(self._pooled[layer]) < self._observed:
+                pooled = self._pool(args[0]).unflatten(-1, (self.accessor.num_heads(layer), -1))
+                self._pooled[layer].append(pooled)
 
         return hook
 
     def _hidden_hook(self, layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            self._hidden[layer].append(self._pool(out[0] if isinstance(out, tuple) else out))
+            if len(self._hidden[layer]) < self._observed:
+                self._hidden[layer].append(self._pool(out[0] if isinstance(out, tuple) else out))
 
         return hook
 
@@ -75,6 +78,7 @@ class Observer:
         Args:
             mask (`BoolTensor` of shape `[B, T]`): Positions to pool over.
         """
+        self._observed += 1
         self.mask = mask
         self._positions = mask.flatten().nonzero().flatten()
         counts = mask.sum(1)

@@ -22,6 +22,7 @@ from ..features import check_teacher_features
 from ..files import write_atomically
 from ..metrics import nearest_neighbors, neighbor_overlap
 from ..processes import Team
+from ..rows import TextColumns
 from ..version import __version__
 from .head import AttentionHead
 from .modes import evaluating, without_autocast
@@ -184,6 +185,7 @@ def rank_heads(
     teacher_name: str = "",
     progress: bool = True,
     distributed: bool = False,
+    text_column: str | None = None,
 ) -> HeadRanking:
     """Scores all attention heads of a language model by mutual k-NN with a vision teacher (eq. 3 of the
     [HeRA paper](https://huggingface.co/papers/2606.23885)).
@@ -198,7 +200,7 @@ def rank_heads(
         processing_class ([`~transformers.ProcessorMixin`] or tokenizer):
             Its processor.
         dataset ([`~datasets.Dataset`]):
-            Rows with `teacher_features` and a text: `completion`, the assistant turns of `messages`, or `text`. Rows
+            Rows with `teacher_features` and a text: the assistant turns of `messages`, `completion`, or `text`. Rows
             without a vector or without text are passed over, and an image that occurs in several rows counts once.
         k (`int`, *optional*, defaults to `10`):
             Number of neighbours.
@@ -220,6 +222,9 @@ def rank_heads(
         distributed (`bool`, *optional*, defaults to `False`):
             Divide the forward passes among all processes of the run, each of which must then call this function alike.
             All get the same ranking, the one that a single process computes.
+        text_column (`str`, *optional*):
+            Column of the texts. By default the one that SFTTrainer trains on: `messages`, or `completion` beside a
+            `prompt`, or `text`.
 
     Returns:
         [`HeadRanking`]. The same for the same seed, model and data.
@@ -238,7 +243,7 @@ def rank_heads(
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     if num_samples < k + 2:
         raise ValueError(f"`num_samples` ({num_samples}) must be at least k + 2 = {k + 2}.")
-    rows, teacher = _draw_samples(dataset, tokenizer, k, num_samples, seed)
+    rows, teacher = _draw_samples(dataset, tokenizer, k, num_samples, seed, text_column)
     team = Team(distributed)
     observer = Observer(accessor, team)
     handles = observer.attach()
@@ -278,9 +283,9 @@ def rank_heads(
 
 
 def _draw_samples(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, k: int, num_samples: int, seed: int
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, k: int, num_samples: int, seed: int, text_column: str | None
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """Rows (text columns, `index`, `tokens`) of distinct images with text, and their teacher vectors `[N, d]`."""
+    """Rows (`index`, `text`, `tokens`) of distinct images with text, and their teacher vectors `[N, d]`."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"`dataset` is a {type(dataset).__name__}, but heads are ranked on a `datasets.Dataset`. Of a stream, take "
@@ -291,20 +296,21 @@ def _draw_samples(
             f"`dataset` has no `{TEACHER_COLUMN}` column. Add it with `hera_trainer.add_teacher_features`."
         )
     check_teacher_features(dataset)
-    text_columns = [name for name in ("messages", "prompt", "completion", "text") if name in dataset.column_names]
-    table = dataset.with_format(None).select_columns([TEACHER_COLUMN, *text_columns])  # images are not decoded
+    column = TextColumns(named=text_column).required(dataset.column_names)
+    table = dataset.with_format(None).select_columns([TEACHER_COLUMN, column])  # images are not decoded
     rows, vectors, images = [], [], set()
     for index in np.random.default_rng(seed).permutation(len(table)).tolist():
         row = table[index]
-        vector = row.pop(TEACHER_COLUMN)
+        vector = row[TEACHER_COLUMN]
         if vector is None:
             continue
         image = np.asarray(vector, dtype=np.float32)  # equal images have equal vectors
-        tokens = text_tokens(tokenizer, answer_text(row))
+        text = answer_text(row, TextColumns(named=column))
+        tokens = text_tokens(tokenizer, text)
         if image.tobytes() in images or not tokens[1].any():
             continue
         images.add(image.tobytes())
-        rows.append({**row, "index": index, "tokens": tokens})
+        rows.append({"index": index, "text": text, "tokens": tokens})
         vectors.append(image)
         if len(rows) == num_samples:
             break
@@ -314,7 +320,7 @@ def _draw_samples(
             f"{k + 2} are needed for {k} neighbours. Use more data, a smaller `num_neighbors`, or choose heads with "
             "`aligned_heads` or `head_ranking_path`."
         )
-    distinct = len({answer_text(row) for row in rows})
+    distinct = len({row["text"] for row in rows})
     if distinct < len(rows) // 2:
         warnings.warn(
             f"The {len(rows)} samples on which attention heads are ranked have only {distinct} different texts, and "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .accessor import HeadAccessor, HeadAccessorFactory
 from .layouts import decoder_accessor
@@ -16,31 +17,33 @@ __all__ = [
     "get_head_accessor",
     "register_head_accessor",
     "supported_model_types",
+    "unknown_model_types",
     "unwrap_model",
 ]
 
 # Vision-language models.
 _MULTIMODAL = """
-    aria aya_vision blip blip-2 chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2
-    deepseek_vl deepseek_vl_hybrid diffusion_gemma dots3_note emu3 ernie4_5_vl_moe evolla exaone4_5 fast_vlm
-    florence2 fuyu gemma3 gemma3n gemma4 gemma4_unified git glm46v glm4v glm4v_moe glm5_next glm_ocr glmga got_ocr2
-    granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 idefics idefics2 idefics3 inkling2
-    inkling_mm_model instructblip instructblipvideo internvl janus kimi_k25 kosmos-2 kosmos-2.5 lfm2_vl lfm3_vl
-    lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7
-    minimax_m3_vl mistral3 mistral4 mistral_large4 mllama molmo2 muse_glimmer muse_spark nemotron_h_omni ovis2
-    paddleocr_vl paligemma perception_lm pi0 pix2struct pp_chart2table pp_formulanet qianfan_ocr
-    qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe
-    qwen4_exp shieldgemma2 smolvlm step3p7 t5gemma2 udop unlimited_ocr video_llama_3 video_llava vipllava
-    vision-encoder-decoder
+    apertus1p5 aria aya_vision blip blip-2 chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni
+    deepseek_ocr2 deepseek_vl deepseek_vl_hybrid diffusion_gemma dots3_note emu3 ernie4_5_vl_moe evolla exaone4_5
+    fast_vlm florence2 fuyu gemma3 gemma3n gemma4 gemma4_unified git glm46v glm4v glm4v_moe glm5_next glm_ocr glmga
+    got_ocr2 granite4_vision granite_docling hunyuan_vl hy_v4_vl hyperclovax_vision_v2 idefics idefics2 idefics3
+    inkling2 inkling2_loop inkling_mm_model instructblip instructblipvideo internvl janus kimi_k25 kosmos-2
+    kosmos-2.5 lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpm_ocr
+    minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3 mistral4 mistral_large4 mllama molmo2 muse_glimmer muse_spark
+    nemotron_h_omni ovis2 paddleocr_vl paligemma perception_lm pi0 pix2struct pp_chart2table pp_formulanet
+    qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl
+    qwen3_vl_moe qwen4_exp shieldgemma2 smolvlm step3p7 t5gemma2 udop unlimited_ocr video_llama_3 video_llava
+    vipllava vision-encoder-decoder
 """
 # The text decoders of the above by themselves, where they need nothing but text.
 _TEXT_DECODERS = """
-    aria_text blip_text_model cohere_compass_text cosmos3_edge_text deepseek_ocr2_text dots3_note_text emu3_text_model
-    ernie4_5_vl_moe_text gemma3n_text gemma4_text gemma4_unified_text glm4v_moe_text glm4v_text glm5_next_text
-    glm_ocr_text granite4_vision_text granite_docling_text hunyuan_vl_text hyperclovax inkling2_text inkling_text
-    kosmos_2_5_text_model kosmos_2_text_model lfm3 llama4_text minimax_m3_vl_text mistral_large4_text mllama_text_model
-    molmo2_text muse_glimmer_text muse_spark_text paddleocr_vl_text qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text
-    qwen3_5_moe_text qwen3_omni_moe_text qwen3_vl_moe_text qwen3_vl_text qwen4_exp_text step3p5 unlimited_ocr_text
+    apertus1p5_text aria_text blip_text_model cohere_compass_text cosmos3_edge_text deepseek_ocr2_text
+    dots3_note_text emu3_text_model ernie4_5_vl_moe_text gemma3n_text gemma4_text gemma4_unified_text glm4v_moe_text
+    glm4v_text glm5_next_text glm_ocr_text granite4_vision_text granite_docling_text hunyuan_vl_text hy_v4_vl_text
+    hyperclovax inkling2_loop_text inkling2_text inkling_text kosmos_2_5_text_model kosmos_2_text_model lfm3
+    llama4_text minimax_m3_vl_text mistral_large4_text mllama_text_model molmo2_text muse_glimmer_text
+    muse_spark_text paddleocr_vl_text qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text qwen3_5_moe_text
+    qwen3_omni_moe_text qwen3_vl_moe_text qwen3_vl_text qwen4_exp_text step3p5 unlimited_ocr_text
 """
 # Language models, to rank the heads of one before it has seen an image.
 _LANGUAGE = """
@@ -87,6 +90,11 @@ def register_head_accessor(model_type: str, factory: HeadAccessorFactory) -> Non
 def supported_model_types() -> list[str]:
     """Model types that have an accessor."""
     return sorted(_FACTORIES)
+
+
+def unknown_model_types() -> list[str]:
+    """Image-text-to-text types of the installed transformers that have no accessor: newer than this release."""
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - _FACTORIES.keys())
 
 
 def get_head_accessor(model: nn.Module) -> HeadAccessor:
