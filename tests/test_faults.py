@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ class TestKilled:
         assert len(skipped) == len(result["warnings"]) == (left.get("checkpoint-4") is False)
         if fault == "in deleting":  # nothing was left to do but that
             assert checkpoints_of(tmp_path) == left
-            make_room(tmp_path / "out" / "checkpoint-2")
+            shutil.rmtree(tmp_path / "out" / "checkpoint-2")
         assert_same_end(tmp_path, result, undisturbed)
 
     def test_in_the_first_checkpoint(self, worker, undisturbed, tmp_path):
