@@ -215,69 +215,6 @@ class TestHeads:
         second.prepare_alignment()
         assert not torch.equal(second.head_ranking.scores, first.head_ranking.scores)
 
-    def test_cache_notices_a_rewritten_head(self, tmp_path):
-        """Also in the columns of a matrix whose number of rows is a multiple of 64."""
-        runs = []
-        for name in "ab":
-            model, processor = build_vlm("llava", hidden_size=64)
-            if runs:
-                with torch.no_grad():
-                    model.get_decoder().layers[0].self_attn.o_proj.weight[:, 16:32].mul_(torch.rand(64, 16))
-            runs.append(trainer(tmp_path / name, model=model, processing_class=processor))
-            runs[-1].prepare_alignment()
-        expected = rank_of(runs[1])
-        assert torch.equal(runs[1].head_ranking.scores, expected.scores)
-        assert not torch.equal(runs[0].head_ranking.scores, expected.scores)
-
-    def test_cache_tells_tokenizers_apart(self, tmp_path):
-        first = trainer(tmp_path / "a")
-        first.prepare_alignment()
-        model, processor = build_vlm("llava")
-        processor.tokenizer.backend_tokenizer.normalizer = Replace("e", "a")
-        second = trainer(tmp_path / "b", model=model, processing_class=processor)
-        second.prepare_alignment()
-        expected = rank_of(second)
-        assert torch.equal(second.head_ranking.scores, expected.scores)
-        assert not torch.equal(first.head_ranking.scores, expected.scores)
-
-    def test_cache_tells_texts_apart_that_have_one_fingerprint(self, tmp_path):
-        """A fingerprint comes from a function, not from what it reads."""
-        runs = []
-        for name, shift in (("a", 0), ("b", 7)):
-            dataset = image_dataset(n=24, with_features=8)
-            texts = dataset["completion"][:]
-            turned = dataset.remove_columns("completion").add_column("completion", texts[shift:] + texts[:shift])
-            turned._fingerprint = "0123456789abcdef"
-            runs.append(trainer(tmp_path / name, train_dataset=turned))
-            runs[-1].prepare_alignment()
-        expected = rank_of(runs[1])
-        assert torch.equal(runs[1].head_ranking.scores, expected.scores)
-        assert not torch.equal(runs[0].head_ranking.scores, expected.scores)
-
-    def test_cache_tells_configurations_apart(self, tmp_path):
-        """Equal weights compute otherwise under another one."""
-        runs = [trainer(tmp_path / "a")]
-        model, processor = build_vlm("llava", rope_parameters={"rope_type": "default", "rope_theta": 3.0})
-        runs.append(trainer(tmp_path / "b", model=model, processing_class=processor))
-        assert weights_digest(runs[0].model.get_decoder()) == weights_digest(model.get_decoder())
-        for run in runs:
-            run.prepare_alignment()
-        assert torch.equal(runs[1].head_ranking.scores, rank_of(runs[1]).scores)
-        assert not torch.equal(runs[0].head_ranking.scores, runs[1].head_ranking.scores)
-
-    def test_a_cached_ranking_has_the_names_of_this_run(self, tmp_path):
-        runs = []
-        for name, fingerprint in (("a", "0123456789abcdef"), ("b", "fedcba9876543210")):
-            model, processor = build_vlm("llava")
-            model.config.name_or_path = f"models/{name}"
-            dataset = image_dataset(n=24, with_features=8)
-            dataset._fingerprint = fingerprint
-            runs.append(trainer(tmp_path / name, model=model, processing_class=processor, train_dataset=dataset))
-            runs[-1].prepare_alignment()
-        assert torch.equal(runs[0].head_ranking.scores, runs[1].head_ranking.scores)
-        assert [run.head_ranking.model for run in runs] == ["models/a", "models/b"]
-        assert [run.head_ranking.dataset_fingerprint for run in runs] == ["0123456789abcdef", "fedcba9876543210"]
-
     def test_adapters_are_off_while_ranking(self, tmp_path):
         lora = LoraConfig(target_modules="all-linear", init_lora_weights=False)
         adapted, bare = trainer(tmp_path / "a", peft_config=lora, seed=3), trainer(tmp_path / "b", seed=3)
