@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from .files import write_atomically
+from .heads.digest import weights_digest
 from .heads.modes import evaluating
-from .heads.quantized import plain_tensors
 from .processes import Team
 from .questions import Questions
 
@@ -294,7 +294,7 @@ def predict(
     check_template(processor)
     team, file = Team(distributed=True), None
     known = {
-        "model_digest": model_digest(model),
+        "model_digest": weights_digest(model)[:16],
         "processor_digest": processor_digest(processor),
         "max_new_tokens": max_new_tokens,
         "autocast_dtype": str(autocast_dtype) if autocast_dtype is not None else None,
@@ -341,19 +341,6 @@ def _answered(
     conversations = [questions.messages(row) for row in rows]
     answers = answer(model, processor, conversations, max_new_tokens, autocast_dtype)
     return [{**questions.describe(row), "prediction": text} for row, text in zip(rows, answers, strict=True)]
-
-
-def model_digest(model: nn.Module) -> str:
-    """Digest of a model's weights, adapters included: names, shapes, dtypes and up to 64 numbers of each tensor."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if not torch.is_tensor(tensor):
-            continue
-        for name, part in plain_tensors(key, tensor):
-            flat = part.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().double().tolist()
-            digest.update(f"{name} {list(part.shape)} {part.dtype} {sample}".encode())
-    return digest.hexdigest()[:16]
 
 
 def processor_digest(processor: Any) -> str:

@@ -159,11 +159,12 @@ class ImageColumn:
     def fast_key(self, teacher: str) -> str | None:
         """Key that is found without reading an image, or None if only the images themselves can be trusted.
 
-        That is so for data in memory, whose fingerprint may come from a function rather than from the content, and for
-        images on remote file systems, which have neither size nor time.
+        That is so for data of which a part lies in memory, whose fingerprint may come from a function rather than from
+        the content, and for images on remote file systems, which have neither size nor time. Columns without images
+        may lie there, and so may the rows' numbers, which are looked at.
         """
-        files = [file["filename"] for file in self._dataset.cache_files]
-        if not files:
+        files = _files(self._stored.data)
+        if files is None:
             return None
         head = {
             "version": _CACHE_VERSION,
@@ -174,6 +175,7 @@ class ImageColumn:
             "teacher": teacher,
         }
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+        digest.update(self._rows.data)
         for (row, source, position), _, path in self._stored_images(only_paths=True):
             if path is None or "://" in path:
                 return None
@@ -302,6 +304,14 @@ class ImageColumn:
         except TeacherOutputError as error:
             row, source, _ = loading[error.index][0]
             raise self._row_error(row, source, error) from error
+
+
+def _files(table: datasets.table.Table) -> list[str] | None:
+    """The files that a table lies in, or None if a part of it lies in memory."""
+    blocks = itertools.chain(*table.blocks) if isinstance(table, datasets.table.ConcatenationTable) else [table]
+    used = [block for block in blocks if block.num_columns]
+    mapped = [block.path for block in used if isinstance(block, datasets.table.MemoryMappedTable)]
+    return mapped if len(mapped) == len(used) else None
 
 
 def _with_folder(error: Exception, path: str) -> str:

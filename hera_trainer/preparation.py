@@ -7,11 +7,11 @@ import json
 import logging
 import os
 from bisect import bisect_left
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
@@ -19,19 +19,20 @@ from torch import nn
 
 from .config import HeRAConfig
 from .features import TEACHER_COLUMN, add_teacher_features, cache_root, check_teacher_features
+from .heads.digest import weights_digest
 from .heads.head import AttentionHead
 from .heads.modes import without_adapters
-from .heads.quantized import plain_tensors
-from .heads.ranking import HeadRanking, rank_heads
+from .heads.ranking import HeadRanking, rank_samples
 from .heads.registry import HeadAccessor, unwrap_model
-from .heads.sharded import gathered
+from .heads.samples import draw_samples
 from .processes import Team
 from .stream_start import column_names
 from .teacher import VisionTeacher
+from .teacher_checkpoint import plain_config
 
 logger = get_logger(__name__)
 
-_RANKING_FORMAT = 1
+_RANKING_FORMAT = 2
 
 # Shares of pools that go without alignment: above the first that is warned of, above the second refused.
 _FEW, _MOST = 0.1, 0.5
@@ -281,22 +282,6 @@ def check_ranking(ranking: HeadRanking, accessor: HeadAccessor, model_type: str)
         )
 
 
-def weights_digest(accessor: HeadAccessor) -> str:
-    """Digest of a text decoder's weights: names, shapes, dtypes and a sample of 64 numbers of each tensor, so that a
-    ranking is never reused for a model that was trained in between. Adapter weights are left out."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(accessor.decoder.state_dict(keep_vars=True).items()):
-        if "lora_" in key or not torch.is_tensor(tensor):
-            continue
-        for name, part in plain_tensors(key.replace(".base_layer", ""), tensor):
-            with gathered([part]):
-                digest.update(f"{name} {list(part.shape)} {part.dtype}".encode())
-                flat = part.detach().reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 64)][:64]
-                digest.update(str(sample.cpu().double().tolist()).encode())
-    return digest.hexdigest()
-
-
 def cached_ranking(
     model: nn.Module,
     processing_class: Any,
@@ -309,6 +294,9 @@ def cached_ranking(
     """The ranking of the model's heads without adapters, from the cache where the same one was computed before. To be
     called by all processes alike, which divide the work.
 
+    The cache goes by what the ranking is computed from, not by names: a data set's fingerprint does not tell what a
+    function read from elsewhere, and another tokenizer makes other tokens of the same text.
+
     Args:
         model (`nn.Module`): The model.
         processing_class: Its processor.
@@ -318,30 +306,34 @@ def cached_ranking(
         precision (`str`): Mixed precision that the forward runs in, part of the cache key.
         teacher_name (`str`): Kept in the ranking.
     """
-    settings = {
-        "format": _RANKING_FORMAT,
-        "weights": weights_digest(accessor),
-        "dataset": dataset._fingerprint,
-        "precision": precision,
-        "k": args.num_neighbors,
-        "num_samples": args.ranking_num_samples,
-        "normalize": args.normalize,
-        "seed": args.seed,
-    }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    path = cache_root() / "head_rankings" / f"{key}.json"
+    base = unwrap_model(model)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    samples = draw_samples(dataset, tokenizer, args.num_neighbors, args.ranking_num_samples, args.seed)
     team = Team(distributed=True)
-    if not team.any(not path.is_file()):  # unless all processes have it, all compute it
-        return HeadRanking.load(path)
     with without_adapters(model):
-        ranking = rank_heads(
+        settings = {
+            "format": _RANKING_FORMAT,
+            "samples": samples.digest(),
+            "weights": weights_digest(accessor.decoder, adapters=False),
+            "config": plain_config(getattr(accessor.decoder, "config", base.config)),
+            "precision": precision,
+            "k": args.num_neighbors,
+            "num_samples": args.ranking_num_samples,
+            "normalize": args.normalize,
+            "seed": args.seed,
+        }
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        path = cache_root() / "head_rankings" / f"{key}.json"
+        if not team.any(not path.is_file()):  # unless all processes have it, all compute it
+            names = {"model": base.config.name_or_path, "teacher": teacher_name}
+            return replace(HeadRanking.load(path), dataset_fingerprint=dataset._fingerprint, **names)
+        ranking = rank_samples(
             model,
             processing_class,
             dataset,
+            samples,
             k=args.num_neighbors,
-            num_samples=args.ranking_num_samples,
             batch_size=args.per_device_eval_batch_size,
-            seed=args.seed,
             normalize=args.normalize,
             teacher_name=teacher_name,
             progress=not args.disable_tqdm,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +12,9 @@ import PIL.ImageOps
 import torch
 from transformers import MODEL_MAPPING, BatchFeature, PreTrainedModel
 
+from .heads.digest import weights_digest
 from .readout import TeacherReadout
-from .teacher_checkpoint import TeacherCheckpoint, digest, vision_tower
+from .teacher_checkpoint import TeacherCheckpoint, digest, plain_config, vision_tower
 
 
 class TeacherOutputError(ValueError):
@@ -99,7 +99,7 @@ class VisionTeacher:
         self._is_mae = self.model.config.model_type == "vit_mae"
         self._stop_masking()
         self.name: str = self.model.config.model_type
-        self._identity: str | None = None
+        self._loaded: tuple[str, str] | None = None  # its state when it was loaded, and its identity
 
     @classmethod
     def from_pretrained(
@@ -124,7 +124,7 @@ class VisionTeacher:
         checkpoint = TeacherCheckpoint.open(name_or_path)
         teacher = cls(checkpoint.load_model(dtype), checkpoint.image_processor)
         teacher.name = checkpoint.name
-        teacher._identity = checkpoint.identity(dtype)
+        teacher._loaded = teacher._state(), checkpoint.identity(dtype)
         if device is None:
             device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return teacher.to(device)
@@ -144,18 +144,22 @@ class VisionTeacher:
         """Hex digest of all that determines the vectors: weights, configuration, preprocessing.
 
         For a teacher made by [`VisionTeacher.from_pretrained`] it equals [`teacher_identity`] of the name. For one made
-        from objects in memory the weights themselves are digested, anew at each access.
+        from objects in memory, or changed since it was loaded (another dtype, other weights, another size of its image
+        processor), the weights themselves are digested, anew at each access.
         """
-        if self._identity is not None:
-            return self._identity
-        weights = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        config = self.model.config.to_dict()
-        for where_from in ("_name_or_path", "transformers_version"):
-            config.pop(where_from, None)
-        return digest(weights=weights.hexdigest(), config=config, preprocessing=self.image_processor.to_dict())
+        if self._loaded is not None and self._loaded[0] == self._state():
+            return self._loaded[1]
+        return digest(
+            weights=weights_digest(self.model),
+            config=plain_config(self.model.config),
+            preprocessing=self.image_processor.to_dict(),
+        )
+
+    def _state(self) -> str:
+        """Changes with the preprocessing, with the dtype of a parameter, and when one is written to; not with the
+        device."""
+        parameters = [(tensor.dtype, tensor._version) for tensor in self.model.parameters()]
+        return digest(parameters=parameters, preprocessing=self.image_processor.to_dict())
 
     def to(self, device: str | torch.device) -> VisionTeacher:
         """Moves the encoder to `device` and returns the teacher itself."""

@@ -95,6 +95,11 @@ class TeacherCheckpoint:
         return encoder
 
 
+def plain_config(config: PretrainedConfig) -> dict[str, Any]:
+    """What a configuration says of a model, without where it came from."""
+    return {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+
+
 def vision_config(config: PretrainedConfig) -> PretrainedConfig | None:
     """The vision tower's configuration inside a composite one (CLIP, SigLIP), else None."""
     return getattr(config, "vision_config", None)

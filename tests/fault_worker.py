@@ -111,7 +111,7 @@ def count_work() -> None:
         get_head_accessor(model).decoder._forward_pre_hooks.popitem()
 
     wrap(VisionTeacher, "encode", after=encoded)
-    wrap(preparation, "rank_heads", before=begin_ranking, after=end_ranking)
+    wrap(preparation, "rank_samples", before=begin_ranking, after=end_ranking)
     features.add_teacher_features.__kwdefaults__["chunk_size"] = 8  # so that there are three
 
 

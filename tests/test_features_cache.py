@@ -15,7 +15,7 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features, Image, concatenate_datasets
 from tiny_teachers import WIDTH, assert_rows, count_work, picture, save_vit
 
 from hera_trainer.features import TEACHER_COLUMN, add_teacher_features, cache_root
@@ -127,6 +127,52 @@ def test_equal_fingerprints_with_different_content_never_meet(folder, teacher, t
         dataset = Dataset.from_dict({"image": [picture(seed)]})
         dataset._fingerprint = "0123456789abcdef"
         assert_rows(add_teacher_features(dataset, str(folder), cache_dir=tmp_path), teacher, [picture(seed)])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_parts_in_memory_never_meet(axis, folder, teacher, tmp_path):
+    """Rows or columns that a function made in memory, beside ones that lie in a file."""
+    if axis == 0:
+        stored, kept = stored_dataset(tmp_path / "data", [picture(7)]), [picture(7)]
+    else:
+        Dataset.from_dict({"number": [1]}).save_to_disk(tmp_path / "data")
+        stored, kept = Dataset.load_from_disk(tmp_path / "data"), []
+    for seed in (0, 1):
+        made = Dataset.from_dict({"image": [picture(seed)]}, features=Features({"image": Image()}))
+        dataset = concatenate_datasets([stored, made], axis=axis)
+        dataset._fingerprint = "0123456789abcdef"
+        with_vectors = add_teacher_features(dataset, str(folder), cache_dir=tmp_path / "cache")
+        assert_rows(with_vectors, teacher, [*kept, picture(seed)])
+
+
+def test_rows_chosen_in_memory_never_meet(folder, teacher, tmp_path):
+    """The fingerprint of a filter comes from its function, too."""
+    stored = stored_dataset(tmp_path / "data", [picture(0), picture(1), picture(2)])
+    for rows in ([2, 0], [2, 1]):
+        dataset = stored.select(rows)
+        assert dataset._indices is not None
+        dataset._fingerprint = "0123456789abcdef"
+        with_vectors = add_teacher_features(dataset, str(folder), cache_dir=tmp_path / "cache")
+        assert_rows(with_vectors, teacher, [picture(row) for row in rows])
+
+
+def test_a_column_without_images_may_lie_in_memory(folder, tmp_path, monkeypatch):
+    stored_dataset(tmp_path / "data", [picture(0), picture(1)])
+    dataset = Dataset.load_from_disk(tmp_path / "data").add_column("number", [1, 2])
+    first = add_teacher_features(dataset, str(folder), cache_dir=tmp_path / "cache")
+    monkeypatch.setattr("hera_trainer.image_column.ImageColumn.scan", None)  # a call would fail
+    again = add_teacher_features(dataset, str(folder), cache_dir=tmp_path / "cache")
+    assert again[TEACHER_COLUMN][:] == first[TEACHER_COLUMN][:]
+
+
+def test_a_changed_teacher_never_gets_the_vectors_of_before(folder, tmp_path):
+    dataset = Dataset.from_dict({"image": [picture(0), picture(1)]})
+    teacher = VisionTeacher.from_pretrained(folder, device="cpu")
+    first = add_teacher_features(dataset, teacher, cache_dir=tmp_path / "cache")
+    teacher.image_processor.do_rescale = False
+    second = add_teacher_features(dataset, teacher, cache_dir=tmp_path / "cache")
+    assert_rows(second, teacher, [picture(0), picture(1)])
+    assert second[TEACHER_COLUMN][:] != first[TEACHER_COLUMN][:]
 
 
 def test_same_images_in_other_places_never_meet(folder, teacher, tmp_path):

@@ -99,7 +99,7 @@ def test_ranking_is_found_again_and_only_for_the_same_samples(tmp_path, teacher,
     other = prepared("b", image_dataset(n=24).shuffle(seed=1))
     assert not torch.equal(other.head_ranking.scores, first.head_ranking.scores)
     assert other.head_ranking.dataset_fingerprint != first.head_ranking.dataset_fingerprint
-    monkeypatch.setattr("hera_trainer.preparation.rank_heads", None)  # a call would fail
+    monkeypatch.setattr("hera_trainer.preparation.rank_samples", None)  # a call would fail
     again = prepared("c", image_dataset(n=24).select(range(12)))
     assert torch.equal(again.head_ranking.scores, first.head_ranking.scores)
     assert again.head_ranking.dataset_fingerprint == first.head_ranking.dataset_fingerprint

@@ -146,3 +146,35 @@ def test_remote_code_is_never_run(dinov2):
     (dinov2 / "mine.py").write_text("raise SystemExit('remote code ran')\n")
     with pytest.raises(ValueError, match="could not be loaded"):
         VisionTeacher.from_pretrained(dinov2)
+
+
+@pytest.mark.parametrize("change", ["size", "bfloat16", "half a layer", "weights"])
+def test_identity_of_a_loaded_teacher_notices_what_changes_its_vectors(change, dinov2):
+    teacher = VisionTeacher.from_pretrained(dinov2, device="cpu")
+    before = teacher.identity
+    assert before == teacher_identity(dinov2)
+    assert teacher.to("cpu").identity == before
+    if change == "size":
+        size = dict(teacher.image_processor.size)
+        teacher.image_processor.size = {"shortest_edge": 64}
+    elif change == "bfloat16":
+        teacher.model.to(torch.bfloat16)
+    elif change == "half a layer":
+        teacher.model.encoder.layer[1].half()
+    else:
+        with torch.no_grad():
+            teacher.model.layernorm.bias[0] += 1
+    assert teacher.identity != before
+    if change == "size":
+        teacher.image_processor.size = size
+        assert teacher.identity == before
+
+
+def test_identity_notices_every_number_and_is_that_of_what_is_in_memory(dinov2):
+    loaded, other = (VisionTeacher.from_pretrained(dinov2, device="cpu") for _ in range(2))
+    loaded.model.half()
+    other.model.half()
+    assert loaded.identity == other.identity
+    with torch.no_grad():
+        other.model.layernorm.weight[3] += 1
+    assert loaded.identity != other.identity

@@ -201,7 +201,7 @@ class TestHeads:
     def test_ranking_is_cached(self, tmp_path, monkeypatch):
         first = trainer(tmp_path / "a")
         first.prepare_alignment()
-        monkeypatch.setattr("hera_trainer.preparation.rank_heads", None)  # a call would fail
+        monkeypatch.setattr("hera_trainer.preparation.rank_samples", None)  # a call would fail
         second = trainer(tmp_path / "b")
         second.prepare_alignment()
         assert second.aligned_heads == first.aligned_heads
@@ -223,14 +223,14 @@ class TestHeads:
         assert torch.equal(adapted.head_ranking.scores, bare.head_ranking.scores)
 
     def test_explicit_heads_need_no_ranking(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("hera_trainer.preparation.rank_heads", None)
+        monkeypatch.setattr("hera_trainer.preparation.rank_samples", None)
         run = trainer(tmp_path, aligned_heads=["L1H2", "L0H3"], max_steps=1)
         run.train()
         assert run.aligned_heads == [AttentionHead(1, 2), AttentionHead(0, 3)]
         assert run.head_ranking is None
 
     def test_ready_ranking(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("hera_trainer.preparation.rank_heads", None)
+        monkeypatch.setattr("hera_trainer.preparation.rank_samples", None)
         scores = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
         ranking = HeadRanking(scores, torch.rand(3), k=3, num_samples=20)
         ranking.save(tmp_path / "ready.json")

@@ -105,7 +105,7 @@ class TestCheckpoints:
         content = json.loads(path.read_text())
         content["scores"][2][2] = -1.0  # so that it is told apart from a fresh ranking
         path.write_text(json.dumps(content))
-        monkeypatch.setattr("hera_trainer.preparation.rank_heads", None)
+        monkeypatch.setattr("hera_trainer.preparation.rank_samples", None)
         second = trainer(tmp_path, max_steps=2, **kwargs)
         second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert second.aligned_heads[0] == AttentionHead(2, 2)

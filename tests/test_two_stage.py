@@ -135,7 +135,7 @@ class TestStages:
         first = make_trainer(tmp_path / "stage1", only(model, PROJECTORS[family]), processor)
         first.train()
         first.save_model()
-        monkeypatch.setattr("hera_trainer.preparation.rank_heads", None)  # a call would fail
+        monkeypatch.setattr("hera_trainer.preparation.rank_samples", None)  # a call would fail
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "stage1")
         assert not moved(loaded, weights(first.model))
         before = weights(stage_2(loaded, family))

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
+from peft import XLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -103,17 +102,29 @@ def without_autocast(tensor: torch.Tensor) -> torch.autocast:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """A PEFT model computes what its base model computes inside. Which adapters are active and which parameters are
-    trained is afterwards as it was. Nothing happens for other models."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not isinstance(model, PeftModel):
-        yield
-        return
+    """The model computes what it would without its adapters inside, whether they are those of a `PeftModel` or were
+    injected into a model. Which layers have theirs on, which adapters are active and which parameters are trained is
+    afterwards as it was. Merged adapters are merged again, up to rounding. Nothing happens for a model without any."""
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    disabled = [layer.disable_adapters for layer in layers]
+    merged = [(x, list(x.merged_adapters)) for x in layers if isinstance(x, BaseTunerLayer) and x.merged]
+    routers = [router for router in model.modules() if isinstance(router, XLoraModel) and not router.disabled]
     # PEFT makes every parameter of an active adapter trainable when it switches the adapter on again.
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with model.disable_adapter():
-            yield
+        for layer, _ in merged:
+            layer.unmerge()  # a layer that is off would do so in its first forward
+        for layer in layers:
+            layer.enable_adapters(False)
+        for router in routers:
+            router.disabled = True  # it replaces the forward of its layers, which then ask it alone
+        yield
     finally:
+        for router in routers:
+            router.disabled = False
+        for layer, was_disabled in zip(layers, disabled, strict=True):
+            layer.enable_adapters(not was_disabled)
+        for layer, adapters in merged:
+            layer.merge(adapter_names=adapters)
         for parameter, trained in before:
             parameter.requires_grad_(trained)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -17,18 +16,17 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import TEACHER_COLUMN, answer_text, placeholder_token_ids, text_tokens
-from ..features import check_teacher_features
+from ..data import placeholder_token_ids
 from ..files import write_atomically
 from ..metrics import nearest_neighbors, neighbor_overlap
 from ..processes import Team
-from ..rows import TextColumns
 from ..version import __version__
 from .head import AttentionHead
 from .modes import evaluating, without_autocast
 from .observer import Observer, run_text, run_with_images
 from .projection import projection_blocks
 from .registry import HeadAccessor, get_head_accessor, unwrap_model
+from .samples import Samples, draw_samples
 from .sharded import gathered, gathered_in_forward
 
 if TYPE_CHECKING:
@@ -233,6 +231,38 @@ def rank_heads(
         `ValueError`: If fewer than `k + 2` samples can be used, the model type is unknown, or its text decoder can't
             run on text alone.
     """
+    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+    samples = draw_samples(dataset, tokenizer, k, num_samples, seed, text_column)
+    return rank_samples(
+        model,
+        processing_class,
+        dataset,
+        samples,
+        k=k,
+        batch_size=batch_size,
+        normalize=normalize,
+        data_collator=data_collator,
+        teacher_name=teacher_name,
+        progress=progress,
+        distributed=distributed,
+    )
+
+
+def rank_samples(
+    model: nn.Module,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    dataset: Dataset,
+    samples: Samples,
+    *,
+    k: int,
+    batch_size: int,
+    normalize: bool,
+    data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    teacher_name: str,
+    progress: bool,
+    distributed: bool,
+) -> HeadRanking:
+    """Scores all attention heads on samples that were drawn. Arguments and result are those of [`rank_heads`]."""
     accessor = get_head_accessor(model)
     base = unwrap_model(model)
     if accessor.needs and data_collator is None:
@@ -240,10 +270,6 @@ def rank_heads(
             f"The text decoder of this {base.config.model_type!r} model needs {accessor.needs}, so its heads cannot be "
             "ranked on text. Read them with `HeadCapture`, and compare with `mutual_knn`."
         )
-    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
-    if num_samples < k + 2:
-        raise ValueError(f"`num_samples` ({num_samples}) must be at least k + 2 = {k + 2}.")
-    rows, teacher = _draw_samples(dataset, tokenizer, k, num_samples, seed, text_column)
     team = Team(distributed)
     observer = Observer(accessor, team)
     handles = observer.attach()
@@ -251,19 +277,20 @@ def rank_heads(
         with evaluating(model):
             with team.together(), gathered_in_forward(model):
                 if data_collator is None:
-                    run_text(observer, [row["tokens"] for row in rows], batch_size, progress)
+                    run_text(observer, samples.tokens, batch_size, progress)
                 else:
                     ids = placeholder_token_ids(base.config, processing_class)
-                    indices = [row["index"] for row in rows]
-                    run_with_images(observer, model, dataset, indices, data_collator, ids, batch_size, progress)
-            samples, layers = observer.gather()
-            if len(samples) < k + 2:
+                    rows = samples.indices
+                    run_with_images(observer, model, dataset, rows, data_collator, ids, batch_size, progress)
+            pooled, layers = observer.gather()
+            if len(pooled) < k + 2:
                 raise ValueError(
-                    f"Only {len(samples)} samples have a label outside of their images, but {k + 2} are needed for {k} "
+                    f"Only {len(pooled)} samples have a label outside of their images, but {k + 2} are needed for {k} "
                     "neighbours. Use more data, or a smaller k."
                 )
+            teacher = samples.teacher[pooled].to(observer.device)
             with without_autocast(teacher):
-                scores, layer_scores = _score(accessor, layers, teacher[samples].to(observer.device), k, normalize)
+                scores, layer_scores = _score(accessor, layers, teacher, k, normalize)
             # Another device may round a tie to the other side, and all processes must choose the same heads.
             scores, layer_scores = team.same(scores), team.same(layer_scores)
     finally:
@@ -273,62 +300,13 @@ def rank_heads(
         scores=scores,
         layer_scores=layer_scores,
         k=k,
-        num_samples=len(samples),
-        seed=seed,
+        num_samples=len(pooled),
+        seed=samples.seed,
         context="text" if data_collator is None else "image",
         model=base.config.name_or_path,
         teacher=teacher_name,
         dataset_fingerprint=dataset._fingerprint,
     )
-
-
-def _draw_samples(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, k: int, num_samples: int, seed: int, text_column: str | None
-) -> tuple[list[dict[str, Any]], Tensor]:
-    """Rows (`index`, `text`, `tokens`) of distinct images with text, and their teacher vectors `[N, d]`."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`dataset` is a {type(dataset).__name__}, but heads are ranked on a `datasets.Dataset`. Of a stream, take "
-            "some rows: `Dataset.from_list(list(stream.take(1000)), features=stream.features)`."
-        )
-    if TEACHER_COLUMN not in dataset.column_names:
-        raise ValueError(
-            f"`dataset` has no `{TEACHER_COLUMN}` column. Add it with `hera_trainer.add_teacher_features`."
-        )
-    check_teacher_features(dataset)
-    column = TextColumns(named=text_column).required(dataset.column_names)
-    table = dataset.with_format(None).select_columns([TEACHER_COLUMN, column])  # images are not decoded
-    rows, vectors, images = [], [], set()
-    for index in np.random.default_rng(seed).permutation(len(table)).tolist():
-        row = table[index]
-        vector = row[TEACHER_COLUMN]
-        if vector is None:
-            continue
-        image = np.asarray(vector, dtype=np.float32)  # equal images have equal vectors
-        text = answer_text(row, TextColumns(named=column))
-        tokens = text_tokens(tokenizer, text)
-        if image.tobytes() in images or not tokens[1].any():
-            continue
-        images.add(image.tobytes())
-        rows.append({"index": index, "text": text, "tokens": tokens})
-        vectors.append(image)
-        if len(rows) == num_samples:
-            break
-    if len(rows) < k + 2:
-        raise ValueError(
-            f"Heads can be ranked on {len(rows)} samples with distinct images and an answer text only, but "
-            f"{k + 2} are needed for {k} neighbours. Use more data, a smaller `num_neighbors`, or choose heads with "
-            "`aligned_heads` or `head_ranking_path`."
-        )
-    distinct = len({row["text"] for row in rows})
-    if distinct < len(rows) // 2:
-        warnings.warn(
-            f"The {len(rows)} samples on which attention heads are ranked have only {distinct} different texts, and "
-            "equal texts have equal representations, so neighbours are arbitrary. Rank on descriptive captions: pass "
-            "`head_ranking=rank_heads(model, processor, captions)` or `head_ranking_path`.",
-            stacklevel=3,
-        )
-    return rows, torch.from_numpy(np.stack(vectors))
 
 
 def _score(

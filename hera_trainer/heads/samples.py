@@ -1,0 +1,100 @@
+"""The samples on which attention heads are ranked."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..data import TEACHER_COLUMN, answer_text, text_tokens
+from ..features import check_teacher_features
+from ..rows import TextColumns
+
+
+@dataclass
+class Samples:
+    """Samples drawn from a data set.
+
+    Args:
+        indices (`list[int]`): Their rows.
+        tokens (list of `tuple[Tensor, Tensor]`):
+            Token ids of each text and which of them are pooled, as [`~data.text_tokens`] gives them.
+        teacher (`Tensor` of shape `[N, d_teacher]`): Their teacher vectors.
+        seed (`int`): Seed of the draw.
+    """
+
+    indices: list[int]
+    tokens: list[tuple[Tensor, Tensor]]
+    teacher: Tensor
+    seed: int
+
+    def digest(self) -> str:
+        """Hex digest of what a ranking on text is computed from: token ids, positions pooled, and teacher vectors."""
+        digest = hashlib.sha256(f"{list(self.teacher.shape)}\n".encode())
+        digest.update(self.teacher.numpy().data)
+        for ids, pooled in self.tokens:
+            digest.update(f"{ids.tolist()} {pooled.int().tolist()}\n".encode())
+        return digest.hexdigest()
+
+
+def draw_samples(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    k: int,
+    num_samples: int,
+    seed: int,
+    text_column: str | None = None,
+) -> Samples:
+    """Draws samples of distinct images with text. Arguments and errors are those of [`~heads.ranking.rank_heads`]."""
+    if num_samples < k + 2:
+        raise ValueError(f"`num_samples` ({num_samples}) must be at least k + 2 = {k + 2}.")
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` is a {type(dataset).__name__}, but heads are ranked on a `datasets.Dataset`. Of a stream, take "
+            "some rows: `Dataset.from_list(list(stream.take(1000)), features=stream.features)`."
+        )
+    if TEACHER_COLUMN not in dataset.column_names:
+        raise ValueError(
+            f"`dataset` has no `{TEACHER_COLUMN}` column. Add it with `hera_trainer.add_teacher_features`."
+        )
+    check_teacher_features(dataset)
+    column = TextColumns(named=text_column).required(dataset.column_names)
+    table = dataset.with_format(None).select_columns([TEACHER_COLUMN, column])  # images are not decoded
+    indices, texts, tokens, vectors, images = [], set(), [], [], set()
+    for index in np.random.default_rng(seed).permutation(len(table)).tolist():
+        row = table[index]
+        vector = row[TEACHER_COLUMN]
+        if vector is None:
+            continue
+        image = np.asarray(vector, dtype=np.float32)  # equal images have equal vectors
+        text = answer_text(row, TextColumns(named=column))
+        encoded = text_tokens(tokenizer, text)
+        if image.tobytes() in images or not encoded[1].any():
+            continue
+        images.add(image.tobytes())
+        texts.add(text)
+        indices.append(index)
+        tokens.append(encoded)
+        vectors.append(image)
+        if len(indices) == num_samples:
+            break
+    if len(indices) < k + 2:
+        raise ValueError(
+            f"Heads can be ranked on {len(indices)} samples with distinct images and an answer text only, but "
+            f"{k + 2} are needed for {k} neighbours. Use more data, a smaller `num_neighbors`, or choose heads with "
+            "`aligned_heads` or `head_ranking_path`."
+        )
+    if len(texts) < len(indices) // 2:
+        warnings.warn(
+            f"The {len(indices)} samples on which attention heads are ranked have only {len(texts)} different texts, "
+            "and equal texts have equal representations, so neighbours are arbitrary. Rank on descriptive captions: "
+            "pass `head_ranking=rank_heads(model, processor, captions)` or `head_ranking_path`.",
+            stacklevel=3,
+        )
+    return Samples(indices, tokens, torch.from_numpy(np.stack(vectors)), seed)
