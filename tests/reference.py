@@ -31,6 +31,9 @@ class Recorder(TrainerCallback):
         trainer.data_collator = _RecordingCollator(trainer.data_collator, self.batches)
         trainer.add_callback(self)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches.clear()  # rows are collated, too, to look at them before training
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.gradients:
             self.batches = self.batches[: args.gradient_accumulation_steps]  # data loaders collate one batch ahead
