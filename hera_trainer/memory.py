@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import torch
@@ -74,7 +75,9 @@ class SampleQueue:
             return
         tensors = {"heads": self.heads, "teacher": self.teacher}
         content = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        write_atomically(path, lambda temporary: save_file(content, temporary, identity))
+        # In one entry: safetensors writes several in any order, and equal queues shall be equal files.
+        metadata = {"identity": json.dumps(identity or {})}
+        write_atomically(path, lambda temporary: save_file(content, temporary, metadata))
 
     @staticmethod
     def identity_of(path: str | os.PathLike) -> dict[str, str]:
@@ -82,7 +85,8 @@ class SampleQueue:
         another teacher mean nothing to a run."""
         with safe_open(path, framework="pt") as file:
             width = file.get_slice("teacher").get_shape()[1]
-            return {**(file.metadata() or {}), "teacher width": str(width)}
+            identity = json.loads((file.metadata() or {}).get("identity", "{}"))
+            return {**identity, "teacher width": str(width)}
 
     def load(self, path: str | os.PathLike, device: torch.device) -> None:
         """Reads what `save` wrote. The last `size` samples are kept."""
