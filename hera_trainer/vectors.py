@@ -180,7 +180,8 @@ class TeacherVectorsMixin(_Base):
             return {
                 key: self._with_teacher_features(value, f"{name}[{key!r}]", width) for key, value in dataset.items()
             }
-        check_dataset(dataset, name)
+        if not isinstance(dataset, NumberedStream):  # one that is opened has been looked at
+            check_dataset(dataset, name)
         if not isinstance(dataset, IterableDataset):
             check_tools(dataset, self.data_collator)
             return with_teacher_features(dataset, name, self._teacher, self.args.teacher_batch_size, width)
