@@ -231,6 +231,8 @@ def rank_heads(
         `ValueError`: If fewer than `k + 2` samples can be used, the model type is unknown, or its text decoder can't
             run on text alone.
     """
+    if data_collator is None:
+        _check_text_alone(model)  # before a sample is looked at
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     samples = draw_samples(dataset, tokenizer, k, num_samples, seed, text_column)
     return rank_samples(
@@ -248,6 +250,15 @@ def rank_heads(
     )
 
 
+def _check_text_alone(model: nn.Module) -> None:
+    needs = get_head_accessor(model).needs
+    if needs:
+        raise ValueError(
+            f"The text decoder of this {unwrap_model(model).config.model_type!r} model needs {needs}, so its heads "
+            "cannot be ranked on text. Read them with `HeadCapture`, and compare with `mutual_knn`."
+        )
+
+
 def rank_samples(
     model: nn.Module,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
@@ -263,13 +274,9 @@ def rank_samples(
     distributed: bool,
 ) -> HeadRanking:
     """Scores all attention heads on samples that were drawn. Arguments and result are those of [`rank_heads`]."""
-    accessor = get_head_accessor(model)
-    base = unwrap_model(model)
-    if accessor.needs and data_collator is None:
-        raise ValueError(
-            f"The text decoder of this {base.config.model_type!r} model needs {accessor.needs}, so its heads cannot be "
-            "ranked on text. Read them with `HeadCapture`, and compare with `mutual_knn`."
-        )
+    accessor, base = get_head_accessor(model), unwrap_model(model)
+    if data_collator is None:
+        _check_text_alone(model)
     team = Team(distributed)
     observer = Observer(accessor, team)
     handles = observer.attach()
