@@ -24,7 +24,7 @@ INSTALL := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAIN
 	$(if $(CONSTRAINTS),,--upgrade --upgrade-strategy eager)
 # Without constraints nothing counts as installed, neither now nor when they are back.
 INSTALLED = $(if $(CONSTRAINTS),touch $@,rm -f $(VENV)/.installed-*)
-REASONS := pyproject.toml hera_trainer/version.py $(or $(CONSTRAINTS),newest)
+REASONS := pyproject.toml hera_trainer/__init__.py $(or $(CONSTRAINTS),newest)
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs clean constraints newest
@@ -56,6 +56,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: lint
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -75,5 +76,5 @@ constraints: $(VENV)/.installed-test $(VENV)/.installed-docs
 	mv $(VENV)/constraints.txt constraints.txt
 
 clean:
-	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find hera_trainer tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

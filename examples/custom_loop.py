@@ -37,14 +37,14 @@ def collate(rows: list[dict[str, Any]], processor: ProcessorMixin) -> dict[str, 
     """Inputs of the model, labels on the completions alone, and each row's teacher vector."""
     texts, images, answers = [], [], []
     for row in rows:
-        pictures = row["images"] if "images" in row else [row["image"]]
+        shown = row["images"] if "images" in row else [row["image"]]
         prompt, answer = with_parts(row["prompt"]), with_parts(row["completion"])
         first = next(turn for turn in prompt if turn["role"] == "user")
-        first["content"] = [{"type": "image"} for _ in pictures] + first["content"]
+        first["content"] = [{"type": "image"} for _ in shown] + first["content"]
         before = processor.apply_chat_template(prompt, add_generation_prompt=True)
         texts.append(processor.apply_chat_template(prompt + answer))
         answers.append(processor.tokenizer(texts[-1].removeprefix(before), add_special_tokens=False)["input_ids"])
-        images.append(pictures)
+        images.append(shown)
     # The template has written the special tokens already.
     batch = processor(
         images=images, text=texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
@@ -91,8 +91,7 @@ def train_step(
             with alignment.same_randomness():  # the dropout of the first pass
                 loss = forward(batch)
             loss = loss * counts[i] * accelerator.num_processes / tokens
-            alignment.meter.add_micro_batch(loss, share=1 / len(batches))
-            accelerator.backward(loss + alignment.term())
+            accelerator.backward(alignment.add_to(loss))
             alignment.end_micro_batch()
     return alignment.metrics()
 

@@ -39,7 +39,7 @@ class LinearCKALoss(HeRALoss):
         super().__init__(num_neighbors=min_samples - 2, learn_temperature=False)
 
     def forward(
-        self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, memory: object | None = None
+        self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: object | None = None
     ) -> Tensor:
         heads, teacher = heads.float(), teacher.detach().float()
         if valid is not None:

@@ -32,7 +32,15 @@ def deviations(scheme: Any, path: str) -> list[float]:
     """Largest relative deviation of head vectors in training mode, in evaluation mode, and of the blocks of all output
     projections, each without and with LoRA."""
     import torch
-    from precisions import batch_of, captured, chosen_heads, deviation, explicit_vectors, explicit_weight, with_lora
+    from precisions import (
+        batch_of,
+        captured,
+        deviation,
+        explicit_vectors,
+        explicit_weight,
+        heads_of_two_layers,
+        with_lora,
+    )
 
     from hera_trainer.heads.modes import evaluating
     from hera_trainer.heads.projection import projection_blocks
@@ -42,7 +50,7 @@ def deviations(scheme: Any, path: str) -> list[float]:
     batch, model = batch_of(path), scheme.load(path)
     for wrap in (lambda plain: plain, with_lora):
         model = wrap(model)
-        heads, accessor = chosen_heads(model), get_head_accessor(model)
+        heads, accessor = heads_of_two_layers(model), get_head_accessor(model)
         for place, mode in enumerate((torch.no_grad(), evaluating(model))):
             model.train()
             with mode:
@@ -134,7 +142,7 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     if not args.model:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only get in the way of tiny models
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     markdown = table([args.family] if args.family else list(FAMILIES), args.model)
     if args.page:
         path = Path(args.page)

@@ -26,7 +26,7 @@ MARKERS = ("<!-- equalities -->", "<!-- /equalities -->")
 
 def worker(job: dict) -> None:
     """One optimizer step in one cut; writes the gradients of the first process."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from safetensors.torch import save_file
     from tiny import build_vlm, image_dataset, sft_args
     from torch.utils.data import SequentialSampler

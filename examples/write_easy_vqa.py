@@ -1,4 +1,4 @@
-"""Writes easy-VQA as a data set for `hera eval`: a JSON lines file and the pictures beside it.
+"""Writes easy-VQA as a data set for `hera eval`: a JSON lines file and the images beside it.
 
     pip install "hera-trainer[demo]"
     python examples/write_easy_vqa.py easy-vqa --questions 240
@@ -18,7 +18,7 @@ from hera_trainer.demo.data import easy_vqa
 
 
 def write_easy_vqa(folder: str | Path, split: str = "test", questions: int | None = None, seed: int = 1) -> Path:
-    """Writes questions and pictures.
+    """Writes questions and images.
 
     Args:
         folder (`str` or `Path`): Where to.
@@ -30,8 +30,8 @@ def write_easy_vqa(folder: str | Path, split: str = "test", questions: int | Non
         `Path`: The JSON lines file, with the columns `id`, `image`, `prompt`, `answer` and `question_type`.
     """
     rows = easy_vqa(split, questions, seed)
-    pictures = Path(folder, split)
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = Path(folder, split)
+    images.mkdir(parents=True, exist_ok=True)
     path = Path(folder, f"{split}.jsonl")
     with path.open("w", encoding="utf-8") as file:
         for index, row in enumerate(rows):

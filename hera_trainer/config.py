@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .heads.head import AttentionHead
-from .loss import MIN_TEMPERATURE
+from .objectives.contrastive import MIN_TEMPERATURE
 
 HEAD_SELECTIONS = ("worst", "top", "random")
 CONTRAST_SCOPES = ("step", "micro_batch")

@@ -6,53 +6,53 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
+from transformers.utils import CONFIG_NAME, PushInProgress
 from trl import SFTConfig, SFTTrainer
 
-from .alignment import Alignment
-from .callbacks import WatchingMixin
-from .checkpoints import RANKING_FILE, CheckpointMixin
-from .completion import find_checkpoint
+from .alignment.alignment import Alignment
+from .alignment.checks import check_arguments, check_device_map, check_loss_scaling, check_tokens_stay
+from .alignment.eval_pools import EvalPools
+from .alignment.temperature import TemperatureCallback
+from .common.randomness import same_randomness
 from .config import HeRAConfig
-from .contrast import EvalPools
-from .data import TEACHER_COLUMN
-from .evaluating import EvaluationMixin
+from .data.checks import check_dataset, check_steps
+from .data.pool import check_pool
+from .data.teacher_vectors import TeacherVectors, signature_columns
 from .heads.capture import HeadCapture
-from .heads.checks import check_compiled, check_decoder, check_projections, check_trainable
+from .heads.checks import check_compiled, check_decoder, check_projections, check_ranking, check_trainable
 from .heads.head import AttentionHead
-from .heads.quantized import check_not_packed
+from .heads.pooling import placeholder_token_ids
+from .heads.quantized import check_not_packed, frozen_packing
 from .heads.ranking import HeadRanking
+from .heads.ranking_cache import cached_ranking
 from .heads.registry import get_head_accessor, unwrap_model
-from .loss import HeRALoss
-from .preparation import (
-    cached_ranking,
-    check_arguments,
-    check_dataset,
-    check_device_map,
-    check_loss_scaling,
-    check_pool,
-    check_ranking,
-    check_steps,
-    check_tokens_stay,
-    checkpoint_ranking,
-    choose_heads,
-)
-from .publishing import PublishingMixin
-from .randomness import same_randomness
-from .teacher import VisionTeacher
-from .temperature import scheduled_rate
-from .vectors import TeacherVectorsMixin
+from .hub import push
+from .hub.card import CardKeeper, write_model_card
+from .objectives.contrastive import HeRALoss
+from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
+from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
+from .runs.record import forget_measurements, public_ranking
+from .runs.record_callback import RunRecordCallback
+from .runs.weights import kept_dtypes, load_weights
+from .runs.written_files import RANKING_FILE, written_by
+from .teacher.column import TEACHER_COLUMN
+from .teacher.encoder import VisionTeacher
 
 logger = get_logger(__name__)
 
 
-class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVectorsMixin, WatchingMixin, SFTTrainer):
+class HeRATrainer(SFTTrainer):
     """
     Trainer for supervised fine-tuning of vision-language models with Head-Wise Representation Alignment (HeRA).
 
@@ -81,10 +81,12 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
             All other arguments of [`~trl.SFTTrainer`].
 
     Attributes:
-        aligned_heads (`list[AttentionHead]` or `None`): The chosen heads, once they are known.
+        aligned_heads (`list[AttentionHead]` or `None`): The aligned heads, once they are known.
         head_ranking ([`HeadRanking`] or `None`): The ranking they were chosen from.
         criterion ([`HeRALoss`] or `None`): The alignment loss, `None` with `alignment_weight=0`.
-        alignment ([`~alignment.Alignment`] or `None`): What reads heads and compares samples; `None` likewise.
+        alignment ([`Alignment`] or `None`): What reads heads and compares samples; `None` likewise.
+        teacher_vectors ([`~data.teacher_vectors.TeacherVectors`]): What attaches teacher vectors to the data.
+        best_step (`int` or `None`): Step of the weights, where training ended with loading the best ones.
 
     Example:
 
@@ -103,6 +105,8 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
     args: HeRAConfig
     model: Any
     optimizer: Any
+    push_in_progress: Any
+    _signature_columns: Any
 
     _tag_names = ["trl", "sft", "hera"]
     _name = "HeRA"
@@ -135,15 +139,25 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         self.aligned_heads: list[AttentionHead] | None = None
         self.head_ranking: HeadRanking | None = None
         self.criterion: HeRALoss | None = None
-        self._teacher: VisionTeacher | str = args.teacher_model_name_or_path if teacher is None else teacher
         self.alignment: Alignment | None = None
-        self._eval_pools: EvalPools | None = None
+        self.best_step: int | None = None
         self._batches: list[dict[str, Any]] = []
+        self._eval_pools: EvalPools | None = None
+        self._rotates_itself = False
+        self._checkpoint_to_push: Path | None = None
         if args.alignment_weight > 0:  # what can be known without the model is said before it is loaded
             check_arguments(args)
             check_dataset(train_dataset, "train_dataset")
             check_steps(train_dataset, args)
         super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
+        self.teacher_vectors = TeacherVectors(
+            args,
+            args.teacher_model_name_or_path if teacher is None else teacher,
+            self.accelerator,
+            self.processing_class,
+            placeholder_token_ids(unwrap_model(self.model).config, self.processing_class),
+        )
+        self.teacher_vectors.data_collator = self.data_collator
         if args.alignment_weight > 0:
             self._init_alignment(head_ranking)
         self._init_watching()
@@ -178,7 +192,17 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
             )
         ready = args.head_ranking_path if head_ranking is None else head_ranking
         self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
-        self.add_callback(_TemperatureCallback(self.alignment))
+        self.add_callback(TemperatureCallback(self.alignment.temperature))
+
+    def _init_watching(self) -> None:
+        args = self.args
+        if args.monitor_steps is not None:
+            self.add_callback(AlignmentMonitorCallback(every=args.monitor_steps, num_samples=args.monitor_num_samples))
+        for monitor in self._monitors:  # before the teacher has worked for hours
+            monitor.check(self)
+        self._record = RunRecordCallback()
+        if args.alignment_weight > 0 or args.monitor_steps is not None:
+            self.add_callback(self._record)
 
     def create_criterion(self) -> HeRALoss:
         """Makes the alignment objective. Override it to train with another of the same interface.
@@ -190,8 +214,27 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
         return HeRALoss(args.num_neighbors, args.temperature, args.learn_temperature, args.normalize)
 
     @property
+    def teacher_name(self) -> str:
+        """Name of the teacher; empty where the training data brought their vectors, of which no more is known."""
+        return self.teacher_vectors.name
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that a device takes at a time: with `auto_find_batch_size`, not what was asked for."""
+        return self._train_batch_size // max(1, self.args.n_gpu)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an engine (FSDP, DeepSpeed) holds the parameters and the optimizer."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
     def _model_type(self) -> str:
         return unwrap_model(self.model).config.model_type
+
+    @property
+    def _monitors(self) -> list[AlignmentMonitorCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, AlignmentMonitorCallback)]
 
     # Preparation: teacher vectors, then heads
 
@@ -219,58 +262,120 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
             self._prepare_data(ranks_heads=self.args.aligned_heads is None and self.head_ranking is None)
             self._choose_heads()
 
+    def _prepare_data(self, ranks_heads: bool = False) -> None:
+        """Any of the data sets and the collator may have been replaced since the last time."""
+        assert self.alignment is not None
+        self._set_signature_columns_if_needed()
+        columns = self._signature_columns if self.args.remove_unused_columns else None
+        data = self.train_dataset, self.eval_dataset, self.data_collator
+        prepared = self.teacher_vectors.prepare(*data, columns, ranks_heads)
+        self.train_dataset, self.eval_dataset, self.data_collator = prepared
+        self.alignment.teacher_width = self.teacher_vectors.width or 0
+        self.alignment.teacher_identity = self.teacher_vectors.identity
+
     def _choose_heads(self) -> None:
         assert self.alignment is not None
         args, accessor = self.args, self.alignment.accessor
         if args.aligned_heads is not None:
             heads = [AttentionHead.parse(head) for head in args.aligned_heads]
         else:
-            if self.head_ranking is None:
-                samples = self._ranking_samples()
-                with self.accelerator.autocast():
-                    self.head_ranking = cached_ranking(
-                        self.model,
-                        self.processing_class,
-                        samples,
-                        args,
-                        accessor,
-                        precision=self.accelerator.mixed_precision,
-                        teacher_name=self.teacher_name,
-                    )
+            self.head_ranking = self.head_ranking or self._rank_heads()
             check_ranking(self.head_ranking, accessor, self._model_type)
-            heads = choose_heads(args, self.head_ranking)
+            heads = self.head_ranking.select(args.head_selection, args.num_aligned_heads, args.seed)
         if heads == self.aligned_heads:
             return
         check_projections(self.model, accessor, sorted({head.layer for head in heads}))
         with self.accelerator.autocast():
-            check_trainable(self.model, accessor, heads, self._image_batch)
+            check_trainable(self.model, accessor, heads, self.teacher_vectors.image_batch)
         self.alignment.align(heads)
         self.aligned_heads = heads
         self._save_ranking(self.args.output_dir)
 
+    def _rank_heads(self) -> HeadRanking:
+        assert self.alignment is not None
+        args, samples = self.args, self.teacher_vectors.ranking_samples()
+        with self.accelerator.autocast():
+            return cached_ranking(
+                self.model,
+                self.processing_class,
+                samples,
+                self.alignment.accessor,
+                k=args.num_neighbors,
+                num_samples=args.ranking_num_samples,
+                batch_size=args.per_device_eval_batch_size,
+                seed=args.seed,
+                normalize=args.normalize,
+                precision=self.accelerator.mixed_precision,
+                teacher_name=self.teacher_name,
+                progress=not args.disable_tqdm,
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.alignment is not None:
+            columns: list[str] = self._signature_columns or []
+            own = signature_columns(self.args, self.data_collator)
+            self._signature_columns = [*columns, *(name for name in own if name not in columns)]
+
+    def get_train_dataloader(self) -> Any:
+        self._prepare_replaced_data()
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        self._prepare_replaced_data()
+        return super().get_eval_dataloader(self.teacher_vectors.prepare_eval(eval_dataset))
+
+    def _prepare_replaced_data(self) -> None:
+        if self.teacher_vectors.width is not None:  # otherwise, nothing was prepared yet
+            with same_randomness(self.args.device):
+                self._prepare_data()
+
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        output_dir = str(self.args.output_dir)
         if self.alignment is None:
+            last = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint or None
+            self._begin_watching(last)
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
         self.prepare_alignment(checkpoint)
+        self._begin_watching(checkpoint)
         with self.alignment.attached():
             return super().train(checkpoint, *args, **kwargs)
 
+    def _begin_watching(self, checkpoint: str | None) -> None:
+        prepare_monitors(self, self._monitors)
+        self._record.begin(self.train_dataset, self.aligned_heads or (), self.teacher_name, checkpoint)
+        if self.is_world_process_zero():
+            forget_measurements(str(self.args.output_dir), after=saved_step(checkpoint))
+
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._best_step = None
+        self.best_step = None
         if self.alignment is not None:
             check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
             self.alignment.reset()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks whether a run is over only when it has done a step more: resuming a finished one would.
+        if self.alignment is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.teacher_vectors.fill(batches)  # here, so that those batches that resuming skips are never encoded
         if self.alignment is not None:
             self._batches = batches
             self.alignment.begin_step(len(batches))
         return batches, num_items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        vectors = self.teacher_vectors.take(inputs)
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if vectors is None else {**inputs, TEACHER_COLUMN: vectors}
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -303,9 +408,8 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
 
         # Sharded parameters are gathered, and let go, by the forward of the whole model only. Otherwise, weights are
         # cast once for all micro-batches.
-        sharded = self._is_sharded
-        with nullcontext() if sharded else self.accelerator.autocast():
-            self.alignment.first_pass(self._batches, forward, whole=model if sharded else None)
+        with nullcontext() if self.is_sharded else self.accelerator.autocast():
+            self.alignment.first_pass(self._batches, forward, whole=model if self.is_sharded else None)
 
     def compute_loss_context_manager(self) -> ExitStack:
         stack = super().compute_loss_context_manager()
@@ -331,10 +435,7 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
             alignment.end_micro_batch()
             return result
         loss, outputs = result if return_outputs else (result, None)
-        steps = self.current_gradient_accumulation_steps
-        divided = self._trainer_divides_loss(num_items_in_batch)
-        alignment.meter.add_micro_batch(lm_loss=loss / steps if divided else loss, share=1.0 / steps)
-        loss = loss + (steps if divided else 1) * alignment.term()
+        loss = alignment.add_to(loss, divided_later=self._trainer_divides_loss(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
 
     def _trainer_divides_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
@@ -347,28 +448,228 @@ class HeRATrainer(PublishingMixin, CheckpointMixin, EvaluationMixin, TeacherVect
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.alignment is not None and self.model.training:
-            metrics = self.alignment.metrics()
-            if metrics.get("alignment_not_finite") and not self.alignment.meter.has_warned:
-                self.alignment.meter.has_warned = True  # not `warning_once`, which is silent in the process's next run
-                logger.warning(
-                    "The alignment loss or its gradient was NaN or infinite in some steps; it was left out of them "
-                    "(`alignment_not_finite` counts them)."
-                )
-            logs.update(metrics)
+            logs.update(self.alignment.metrics())
         super().log(logs, start_time)
 
+    # Evaluation: the language-model loss as SFTTrainer has it, the alignment loss beside it
 
-class _TemperatureCallback(TrainerCallback):
-    """Trains the temperature beside the model, at the schedule's rate of `learning_rate`."""
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.prepare_alignment()
+        return super().evaluate(*args, **kwargs)
 
-    def __init__(self, alignment: Alignment) -> None:
-        self.alignment = alignment
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        self.prepare_alignment()
+        return super().predict(*args, **kwargs)
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.alignment.temperature.before_step()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        loop_args = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.alignment is None:
+            return super().evaluation_loop(*loop_args)
+        # As large as in training, also where `auto_find_batch_size` has found a smaller one.
+        size = self.args.pool_size(self.micro_batch_size)
+        pools = self._eval_pools = EvalPools(self.alignment.criterion, size, self.accelerator)
+        try:
+            with self.alignment.attached():
+                output = super().evaluation_loop(*loop_args)
+        finally:
+            self._eval_pools = None
+            self.alignment.check_passes()  # an optimizer may hold other weights for evaluation
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in pools.metrics().items()})
+        return output
 
-    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.alignment.temperature.step(scheduled_rate(args.learning_rate, kwargs["optimizer"]))
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.alignment is None else frozen_packing(self.model):
+            return super().prediction_step(*args, **kwargs)
+
+    # Saving and loading
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = output_dir or self.args.output_dir
+        card = CardKeeper(self.args.output_dir, folder)  # before PEFT rewrites what it finds
+        super().save_model(output_dir, _internal_call)
+        self._save_ranking(folder)
+        if self._rotates_itself:  # only now: `training_args.bin` tells the limit that was set
+            self.args.save_total_limit = None
+        # What pushes and checkpoints save gets its card from them. Here, PEFT has left a blank form.
+        if self.criterion is not None and not _internal_call and self.is_world_process_zero():
+            card.write(lambda: self.create_model_card(model_name=self._repo_name.split("/")[-1]))
+
+    def _save_ranking(self, folder: str | None) -> None:
+        if self.head_ranking is not None and self.args.should_save and folder is not None:
+            public_ranking(self.head_ranking).save(os.path.join(folder, RANKING_FILE))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.alignment is None:
+            super()._save_checkpoint(model, trial)
+        else:
+            self._save_complete_checkpoint(self.alignment, model, trial)
+        if self._checkpoint_to_push is not None:
+            checkpoint, self._checkpoint_to_push = self._checkpoint_to_push, None
+            self._push_checkpoint(checkpoint)
+
+    def _save_complete_checkpoint(self, alignment: Alignment, model: nn.Module, trial: Any) -> None:
+        output_dir = self._get_output_dir(trial=trial)
+        checkpoint = Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            make_room(checkpoint)
+        self.accelerator.wait_for_everyone()
+        # `Trainer` would delete older checkpoints before this one is marked, when they may be the only complete ones.
+        limit, self._rotates_itself = self.args.save_total_limit, True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._rotates_itself = limit, False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            alignment.save(checkpoint)  # also where `save_only_model` leaves out the optimizer
+            mark_complete(checkpoint, self.state.global_step)
+            best = self.state.best_model_checkpoint
+            rotate(output_dir, limit, {checkpoint, *([] if best is None else [Path(best)])})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.alignment is not None and checkpoint is not None:
+            self.alignment.load(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._loads_whole_model(resume_from_checkpoint):
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            with nullcontext() if self.alignment is None else kept_dtypes(self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and self._loads_whole_model(best):
+            load_weights(self.model, best)
+        else:
+            with nullcontext() if self.alignment is None else kept_dtypes(self.model):
+                super()._load_best_model()
+        self.best_step = self.state.best_global_step
+
+    def _loads_whole_model(self, checkpoint: str) -> bool:
+        """Whether a checkpoint holds all weights of an unsharded model, which `Trainer` may fail to find there."""
+        is_whole = isinstance(self.model, PreTrainedModel) and Path(checkpoint, CONFIG_NAME).is_file()
+        return self.alignment is not None and not self.is_sharded and is_whole
+
+    # Publishing
+
+    @cached_property
+    def _hub(self) -> HfApi:
+        return push.hub_api()
+
+    @property
+    def _repo_name(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+
+    def create_model_card(  # type: ignore[override]  # as TRL's, which takes other arguments than Trainer's
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Writes the model card, and the heat maps that it shows, into `output_dir`.
+
+        With `alignment_weight=0`, the card is that of [`~trl.SFTTrainer`].
+
+        Args:
+            model_name (`str`, *optional*): Name of the model.
+            dataset_name (`str` or `list[str]`, *optional*):
+                Name of the data set on the Hub, by default the one it was loaded from.
+            tags (`str` or `list[str]`, *optional*): Further tags.
+            license (`str`, *optional*):
+                Licence, such as `"apache-2.0"`; a licence that was written into the card by hand stays otherwise.
+        """
+        if self.criterion is None:
+            super().create_model_card(model_name, dataset_name, tags)  # type: ignore[arg-type]
+        elif self.is_world_process_zero():
+            write_model_card(self, super().create_model_card, model_name, dataset_name, tags, license)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        with push.explained(self._repo_name, None):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Saves the result in `output_dir` and uploads it to the repository `args.hub_model_id`.
+
+        As in [`~transformers.Trainer`], but only what [`~hub.files.publishable_files`] names is uploaded.
+
+        Args:
+            commit_message (`str`, *optional*): Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to return only when everything is uploaded.
+            token (`str`, *optional*): Access token that may write, instead of `args.hub_token`.
+            revision (`str`, *optional*): Branch, `args.hub_revision` or `"main"` by default.
+            private (`bool`, *optional*): Whether a new repository is private, `args.hub_private_repo` by default.
+            **kwargs: Arguments of `create_model_card`: `model_name`, `dataset_name`, `tags`, `license`.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`] or, with `blocking=False`, a future of it; `None` on other processes than
+            the first.
+
+        Raises:
+            [`~hub.push.PushError`]: If it failed. The result is complete in `output_dir`; call it again.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()  # it reads the files that are about to be written
+        folder, token = str(self.args.output_dir), token if token is not None else self.args.hub_token
+        # Before anything is asked of the Hub, so that a refusal finds the result on disk, on all processes.
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = kwargs.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        tags += [tag for tag in getattr(self.model, "model_tags", None) or () if tag not in tags]
+        name = kwargs.pop("model_name", None) or self._repo_name.split("/")[-1]
+        self.create_model_card(model_name=name, tags=tags, **kwargs)
+        if self.hub_model_id is None:
+            known_as = self._repo_name
+            with push.explained(known_as, folder):
+                super().init_hf_repo(token, private)
+            if self._repo_name != known_as:  # the code in the card names the repository in full
+                self.create_model_card(model_name=name, tags=tags, **kwargs)
+        push.warn_of_local_base(folder)
+        files = push.result_files(folder, written_by(self.model, self.processing_class), token, self.args.hub_token)
+        where = self._hub, self._repo_name, folder
+        revision = revision or self.args.hub_revision
+        return push.upload(*where, files, commit_message or "End of training", token, revision, blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # `Trainer` calls this while the checkpoint still lacks the marker that it is complete.
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self._checkpoint_to_push = Path(checkpoint_folder)
+
+    def _push_checkpoint(self, checkpoint: Path) -> None:
+        """Uploads in the background what a checkpoint has trained and, if `hub_strategy` says so, the checkpoint."""
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        written = written_by(self.model, self.processing_class)
+        jobs = push.push_checkpoint(self._hub, self._repo_name, checkpoint, written, self.args, self.state)
+        self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # it takes a list
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        push.warn_of_failures(getattr(self, "push_in_progress", None))
+        self.push_in_progress = None
 
 
 def _as_hera_config(model: Any, args: TrainingArguments | None) -> HeRAConfig:

@@ -25,7 +25,7 @@ import torch
 from harness import Pairs, Result, Row, fresh_process, paired
 from peak_memory import extra_bytes
 
-from hera_trainer.loss import HeRALoss
+from hera_trainer.objectives.contrastive import HeRALoss
 
 Shape = tuple[int, int, int]  # heads m, samples B, width d
 TIMED: list[Shape] = [(m, batch, d) for batch in (16, 128) for m in (5, 50) for d in (576, 8192)]

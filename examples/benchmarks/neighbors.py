@@ -30,7 +30,7 @@ from peak_memory import extra_bytes
 from torch import Tensor
 
 from hera_trainer.heads.ranking import score_heads
-from hera_trainer.metrics import nearest_neighbors
+from hera_trainer.objectives.metrics import nearest_neighbors
 
 K = 10
 HEADS, HEAD_WIDTH, WIDTH = 9, 64, 576  # of a layer of SmolLM2-135M

@@ -27,8 +27,9 @@ from harness import Result, Row, paired
 from torch import nn
 
 from hera_trainer import rank_heads
-from hera_trainer.data import TEACHER_COLUMN, text_tokens
+from hera_trainer.data.collator import TEACHER_COLUMN
 from hera_trainer.heads.registry import get_head_accessor
+from hera_trainer.heads.text import text_tokens
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BATCH_SIZE = 16  # the default of `rank_heads`
@@ -39,7 +40,7 @@ TEACHER_WIDTH = 384
 def parts(small: bool) -> tuple[nn.Module, Any, list[str]]:
     """Model, tokenizer and short captions."""
     if small:
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT / "tests" / "support"))
         from tiny import build_vlm
 
         model, processor = build_vlm("llava")

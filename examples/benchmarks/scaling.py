@@ -40,7 +40,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hera_trainer import AttentionHead, HeadCapture, HeRALoss, get_head_accessor, mutual_knn, rank_heads
-from hera_trainer.features import TEACHER_COLUMN
+from hera_trainer.teacher.vectors import TEACHER_COLUMN
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "scaling.svg"
 WORDS = [f"word{number}" for number in range(1000)]

@@ -19,9 +19,9 @@ import pyarrow as pa
 from teacher import tiny_pngs
 
 from hera_trainer import add_teacher_features
-from hera_trainer.feature_cache import Entry
-from hera_trainer.features import TEACHER_COLUMN
-from hera_trainer.image_column import ImageColumn
+from hera_trainer.teacher.cache import Entry
+from hera_trainer.teacher.images import ImageColumn
+from hera_trainer.teacher.vectors import TEACHER_COLUMN
 
 # Narrower than any real teacher, so that ten million vectors fit on a disk.
 WIDTH = 32

@@ -34,8 +34,8 @@ from harness import Result, Row, fresh_process, paired, seconds
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from hera_trainer import VisionTeacher, add_teacher_features
-from hera_trainer.features import TEACHER_COLUMN
-from hera_trainer.teacher import teacher_identity, to_rgb
+from hera_trainer.teacher.encoder import teacher_identity, to_rgb
+from hera_trainer.teacher.vectors import TEACHER_COLUMN
 
 BATCH_SIZE = 32
 WIDTH = 384

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from harness import Pairs, Result, Row, fresh_process, seconds
-from training_step_parts import PlainForward, Setting, Steps, build, chosen_heads, make_trainer
+from training_step_parts import PlainForward, Setting, Steps, aligned_heads, build, make_trainer
 
 PARTS = str(Path(__file__).resolve().parent / "training_step_parts.py")
 FIRST_THIRD_BAR = 1.20
@@ -175,7 +175,7 @@ def measure(folder: Path, pairs: int, small: bool, device: str, four_bit: bool, 
         parts (`str`, *optional*, defaults to `"all"`): `"time"`, `"memory"` or both.
     """
     build(folder, small)
-    ranked, early, layers = chosen_heads(folder)
+    ranked, early, layers = aligned_heads(folder)
     single = Setting(
         str(folder),
         ranked,

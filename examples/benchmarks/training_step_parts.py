@@ -67,7 +67,7 @@ def build(folder: Path, small: bool) -> None:
     from hera_trainer import rank_heads
 
     if small:
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT / "tests" / "support"))
         from tiny import build_vlm, image_dataset, save_tiny_dinov2
 
         model, processor = build_vlm("llava")
@@ -90,7 +90,7 @@ def build(folder: Path, small: bool) -> None:
     ranking.save(folder / "head_ranking.json")
 
 
-def chosen_heads(folder: Path, count: int = 5) -> tuple[list[str], list[str], int]:
+def aligned_heads(folder: Path, count: int = 5) -> tuple[list[str], list[str], int]:
     """The worst heads of the ranking; as many of the first third of the layers; and the number of layers.
 
     Of the first third, the last head is the worst one of its deepest layer: the costliest choice that it allows.
@@ -199,7 +199,7 @@ class NaiveTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        from hera_trainer.data import placeholder_token_ids, pooling_mask
+        from hera_trainer.heads.pooling import placeholder_token_ids, pooling_mask
 
         pixels = inputs.pop("teacher_pixels")
         mask = pooling_mask(inputs["labels"], inputs["input_ids"], placeholder_token_ids(self.model.config))

@@ -1,4 +1,4 @@
-"""The command `hera`: one module a command, imported when it is called."""
+"""The command `hera`: one module a command, imported when it is called. Uses all other folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..version import __version__
+from .. import __version__
 from .parser import Parser
 
 # Name -> what `hera --help` says of it. The module of the same name in this package has a `main(arguments)`.
@@ -32,7 +32,6 @@ def _parser() -> argparse.ArgumentParser:
         usage="hera [-h] [--version] command ...",
         description="Fine-tune vision-language models with head-wise representation alignment.",
         epilog=f"commands:\n{listing}\n\n`hera COMMAND --help` explains one. Example: hera demo --steps 20",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hera-trainer {__version__}")
     parser.add_argument("command", choices=list(COMMANDS), metavar="command", help="what to do")

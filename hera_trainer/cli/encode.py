@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .parser import Parser, positive
 
 if TYPE_CHECKING:
-    from ..feature_cache import Entry
+    from ..teacher.cache import Entry
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +25,6 @@ def _parser() -> argparse.ArgumentParser:
         "  accelerate launch --num_processes 8 -m hera_trainer encode trl-lib/llava-instruct-mix\n\n"
         "DATASET is a name on the Hub, a folder, or a .json, .jsonl, .parquet or .csv file. Encode the same rows that "
         "you train on: with a part held out (--test_split_size), training encodes anew.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", metavar="DATASET", help="data with images, as for training")
     parser.add_argument("--teacher", default="facebook/dinov2-large", help="vision teacher [%(default)s]")
@@ -47,12 +46,12 @@ def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     from accelerate import PartialState
 
-    from ..feature_cache import Entry
-    from ..features import add_teacher_features, cache_root
-    from ..image_column import ImageColumn
-    from ..processes import Team
-    from ..teacher import teacher_identity
-    from ..teacher_column import TEACHER_COLUMN
+    from ..common.processes import Team
+    from ..teacher.cache import Entry
+    from ..teacher.column import TEACHER_COLUMN
+    from ..teacher.encoder import teacher_identity
+    from ..teacher.images import ImageColumn
+    from ..teacher.vectors import add_teacher_features, cache_root
     from .loading import load_rows, local_path
 
     begin = time.perf_counter()

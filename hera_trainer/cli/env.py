@@ -9,33 +9,18 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..redaction import public_settings
-from ..version import __version__
+from .. import __version__
+from ..common.redaction import public_settings
 from .parser import Parser
 
-REQUIRED: tuple[str, ...] = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "evaluate",
-)
-REQUIRED += ("huggingface_hub", "safetensors", "tokenizers", "numpy", "pillow", "pyarrow")
-OPTIONAL: tuple[str, ...] = (
-    "bitsandbytes",
-    "deepspeed",
-    "flash_attn",
-    "liger_kernel",
-    "kernels",
-    "timm",
-    "torchao",
-    "hqq",
-    "unsloth",
-)
-OPTIONAL += ("xformers", "matplotlib", "plotly", "tensorboard", "trackio", "wandb", "lmms_eval")
+REQUIRED = """
+    torch torchvision transformers trl peft accelerate datasets evaluate huggingface_hub safetensors tokenizers numpy
+    pillow pyarrow
+""".split()
+OPTIONAL = """
+    bitsandbytes deepspeed flash_attn liger_kernel kernels timm torchao hqq unsloth xformers matplotlib plotly
+    tensorboard trackio wandb lmms_eval
+""".split()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +29,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints the versions of all libraries that matter, and the hardware, as a list to paste into a bug "
         "report. Tokens, and the names of your home folder and your computer, are not in it.",
         epilog="example:\n  hera env > env.md",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
@@ -121,8 +105,7 @@ def environment() -> dict[str, str]:
         "RAM": _memory(),
         **accelerators,
         "CUDA of torch": f"{torch.version.cuda or torch.version.hip or 'none'}" + (f", cuDNN {cudnn}" if cudnn else ""),
-        **{name: _installed(name) for name in REQUIRED},
-        **{name: _installed(name) for name in OPTIONAL},
+        **{name: _installed(name) for name in (*REQUIRED, *OPTIONAL)},
         "model types of transformers that this release does not know": ", ".join(unknown_model_types()) or "none",
         "Hugging Face cache": _abbreviated(datasets.config.HF_CACHE_HOME),
         "offline": str(bool(datasets.config.HF_HUB_OFFLINE)).lower(),

@@ -10,12 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_atomically
-from ..version import __version__
+from .. import __version__
+from ..common.files import write_atomically
 from .parser import Parser
 
 if TYPE_CHECKING:
-    from ..questions import Questions
+    from ..evaluation.questions import Questions
 
 RESULTS_FILE = "results.json"
 
@@ -41,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Asks a model the questions of a data set, greedily and in batches, saves its answers as they "
         "come, and scores them.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="model or PEFT adapter")
     parser.add_argument(
@@ -119,7 +118,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    from ..scoring import check_metrics
+    from ..evaluation.answer_scores import check_metrics
 
     metric_arguments = _metric_arguments(args.metric_arg, args.metric)
     check_metrics(args.metric, metric_arguments)
@@ -152,9 +151,9 @@ def _metric_arguments(given: Sequence[str], metrics: Sequence[str]) -> dict[str,
 def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, Any]]) -> None:
     import torch
 
-    from ..generation import PREDICTIONS_FILE, SETTINGS_FILE, predict
-    from ..processes import Team
-    from ..scoring import check_references
+    from ..common.processes import Team
+    from ..evaluation.answer_scores import check_references
+    from ..evaluation.generation import PREDICTIONS_FILE, SETTINGS_FILE, predict
 
     start = time.perf_counter()
     split = args.split or _only_split(args.dataset)
@@ -197,8 +196,8 @@ def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, An
 
 
 def _questions(args: argparse.Namespace, split: str) -> Questions:
-    from ..questions import Questions
-    from ..scoring import REFERENCE_COLUMNS
+    from ..evaluation.answer_scores import REFERENCE_COLUMNS
+    from ..evaluation.questions import Questions
     from .loading import IMAGE_COLUMNS, load_rows
 
     rows = load_rows(
@@ -222,7 +221,7 @@ def _questions(args: argparse.Namespace, split: str) -> Questions:
 def _model(args: argparse.Namespace) -> tuple[Any, Any]:
     from accelerate import PartialState
 
-    from ..generation import check_template
+    from ..evaluation.generation import check_template
     from .loading import load_model
 
     state = PartialState()
@@ -253,7 +252,7 @@ def _only_split(dataset: str) -> str:
 
 
 def _score_file(args: argparse.Namespace, metric_arguments: dict[str, dict[str, Any]]) -> None:
-    from ..generation import read_predictions
+    from ..evaluation.generation import read_predictions
 
     entries = read_predictions(args.predictions)[: args.limit]
     results = {
@@ -269,7 +268,7 @@ def _score_file(args: argparse.Namespace, metric_arguments: dict[str, dict[str, 
 def _scores(
     metrics: Sequence[str], entries: Sequence[dict[str, Any]], arguments: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    from ..scoring import score
+    from ..evaluation.answer_scores import score
 
     predictions = [entry["prediction"] for entry in entries]
     return score(metrics, predictions, [entry.get("reference") for entry in entries], arguments)
@@ -295,7 +294,7 @@ def _report(results: dict[str, Any], metric_arguments: dict[str, dict[str, Any]]
 
 
 def _export(args: argparse.Namespace) -> str:
-    from ..benchmarks import choose_benchmarks, export_commands
+    from ..evaluation.benchmarks import choose_benchmarks, export_commands
     from .loading import adapter_folder, base_of, local_path, model_config
 
     benchmarks = choose_benchmarks(args.benchmarks)

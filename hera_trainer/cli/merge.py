@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing_folder, restore_folder
+from ..common.files import replacing_folder, restore_folder
 from .parser import Parser
 
 
@@ -23,7 +23,6 @@ def _parser() -> argparse.ArgumentParser:
         "  hera merge run merged --dtype bfloat16 --overwrite\n"
         "  hera merge run merged --base-model Qwen/Qwen2.5-VL-3B-Instruct     if the adapter names another place\n\n"
         "ADAPTER is a folder that training wrote, one of its checkpoints, or a name on the Hub.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write")
@@ -139,16 +138,7 @@ def _check_not_quantized(base: str, revision: str | None) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
-    model = merge_adapter(
-        args.adapter,
-        args.output,
-        revision=args.revision,
-        base_model=args.base_model,
-        dtype=args.dtype,
-        device=args.device,
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
-    )
+    model = merge_adapter(**vars(args))
     size = sum(file.stat().st_size for file in Path(args.output).glob("*.safetensors"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = str(model.dtype).removeprefix("torch.")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .parser import Parser
 
 if TYPE_CHECKING:
-    from ..planning import RunPlan, RunSettings
+    from ..planning.plan import RunPlan
+    from ..planning.settings import RunSettings
 
 _EXAMPLES = """\
 examples:
@@ -21,26 +22,16 @@ examples:
   hera plan --config examples/configs/qwen3_vl_4b_16gb.yaml --gpu-memory 16 --json
 """
 
-# Option -> the setting of `RunSettings` that it sets.
+# Options that have another name than the setting of `RunSettings` that they set.
 _SETTINGS = {
     "batch_size": "per_device_train_batch_size",
     "accumulation": "gradient_accumulation_steps",
-    "image_size": "image_size",
-    "image_tokens": "image_tokens",
-    "text_tokens": "text_tokens",
-    "lora_r": "lora_r",
-    "load_in_4bit": "load_in_4bit",
     "double_quant": "use_bnb_nested_quant",
-    "dtype": "dtype",
-    "optim": "optim",
     "scope": "contrast_scope",
-    "queue_size": "queue_size",
     "heads": "aligned_heads",
     "head_ranking": "head_ranking_path",
     "m": "num_aligned_heads",
     "k": "num_neighbors",
-    "teacher_dim": "teacher_dim",
-    "processes": "processes",
 }
 
 
@@ -51,7 +42,7 @@ def _size(text: str) -> tuple[int, int]:
     except ValueError:
         size = 0, 0
     if min(size) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of a picture; write 640x480 (width x height) or 448")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of an image; write 640x480 (width x height) or 448")
     return size
 
 
@@ -71,7 +62,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Estimates memory, cost of head alignment and pools of a run from the model's configuration. No "
         "weights are read. Whatever is not given here or in --config has the default named.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="name on the Hub, or folder with a config.json")
@@ -82,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="samples of a micro-batch and process (8)")
     add("--accumulation", type=int, help="micro-batches of an optimizer step (4)")
     add("--processes", type=int, help="processes, each with a GPU (1); each is planned as if it held the whole model")
-    add("--image-size", type=_size, metavar="WxH", help="pixels of a picture, one a sample (640x480)")
-    add("--image-tokens", type=int, help="tokens of a picture in the language model, instead of --image-size")
+    add("--image-size", type=_size, metavar="WxH", help="pixels of an image, one a sample (640x480)")
+    add("--image-tokens", type=int, help="tokens of an image in the language model, instead of --image-size")
     add("--text-tokens", type=int, help="tokens of text in a sample (256)")
     add("--optim", help="adamw_torch_fused (default), adamw_torch, adamw_8bit, paged_adamw_8bit, paged_adamw_32bit")
     add("--no-checkpointing", action="store_true", help="keep all activations instead of computing them again")
@@ -124,7 +114,7 @@ def settings_of_config(path: str | Path) -> tuple[str | None, dict[str, Any]]:
     """
     import yaml
 
-    from ..planning import RunSettings
+    from ..planning.settings import RunSettings
 
     try:
         content = yaml.safe_load(Path(path).read_text())
@@ -148,12 +138,11 @@ def settings_of_config(path: str | Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _settings(args: argparse.Namespace) -> tuple[str, RunSettings]:
-    from ..planning import RunSettings
+    from ..planning.settings import RunSettings
 
     name, values = settings_of_config(args.config) if args.config else (None, {})
-    values |= {
-        _SETTINGS[option]: value for option, value in vars(args).items() if option in _SETTINGS and value is not None
-    }
+    given = {_SETTINGS.get(option, option): value for option, value in vars(args).items() if value is not None}
+    values |= {name: value for name, value in given.items() if name in RunSettings.__dataclass_fields__}
     if args.target_modules:
         values["lora_target_modules"] = args.target_modules if len(args.target_modules) > 1 else args.target_modules[0]
     if args.full:
@@ -167,7 +156,7 @@ def _settings(args: argparse.Namespace) -> tuple[str, RunSettings]:
 
 
 def _gib(size: float) -> str:
-    from ..planning import GIB
+    from ..planning.plan import GIB
 
     return f"{size / GIB:8.3f} GiB"
 
@@ -259,7 +248,7 @@ def _pool_lines(settings: RunSettings) -> list[str]:
 
 
 def _gpu_lines(plan: RunPlan, gpu: float) -> list[str]:
-    from ..planning import GIB, usable_bytes
+    from ..planning.plan import GIB, usable_bytes
 
     usable, largest = usable_bytes(gpu), plan.largest_batch(gpu)
     fits = "fits" if plan.total <= usable else "does not fit"
@@ -267,14 +256,14 @@ def _gpu_lines(plan: RunPlan, gpu: float) -> list[str]:
     if largest:
         lines.append(f"  largest micro-batch by this estimate: {largest}")
     else:
-        lines.append("  no micro-batch fits. Try --load-in-4bit, --double-quant, an 8-bit --optim, smaller pictures.")
+        lines.append("  no micro-batch fits. Try --load-in-4bit, --double-quant, an 8-bit --optim, smaller images.")
     return lines
 
 
 def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
-    from ..planning import plan_run
-    from ..planning_model import read_config
+    from ..planning.model import read_config
+    from ..planning.plan import plan_run
     from .loading import local_path
 
     name, settings = _settings(args)

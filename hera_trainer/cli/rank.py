@@ -30,7 +30,6 @@ def _parser() -> argparse.ArgumentParser:
         "  hera rank my-adapter photos.jsonl --image-column photo --caption-column caption --dtype bfloat16\n"
         "  hera sft --head_ranking_path heads.json ...      trains with them\n\n"
         "MODEL and DATASET are names on the Hub or folders; DATASET may be a .json, .jsonl, .parquet or .csv file too.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="model, or PEFT adapter, which is ranked with its base model")
     parser.add_argument("dataset", metavar="DATASET", help="images with captions, `messages` or `completion`")
@@ -129,7 +128,7 @@ def draw(dataset: Dataset, num_samples: int, seed: int) -> Dataset:
     """So many rows that `num_samples` distinct images are among them, or all: the teacher need not see the rest."""
     import numpy as np
 
-    from ..image_column import ImageColumn
+    from ..teacher.images import ImageColumn
 
     order = np.random.default_rng(seed).permutation(len(dataset))
     size = num_samples
@@ -145,9 +144,9 @@ def _collator(processor: Any, dataset: Dataset) -> Callable[[list[dict[str, Any]
     """What `HeRATrainer` makes batches with, for the data at hand."""
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    from ..data import TeacherCollator
-    from ..rows import TextColumns
-    from ..teacher_column import check_teacher_features
+    from ..data.collator import TeacherCollator
+    from ..heads.text import TextColumns
+    from ..teacher.column import check_teacher_features
 
     if not hasattr(processor, "image_processor"):
         raise ValueError("--context image needs a vision-language model; this one has a tokenizer only.")
@@ -161,9 +160,9 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(args.output)
     if output.suffix != ".json":
         raise ValueError(f"--output {args.output!r} must end in .json.")
-    from ..features import add_teacher_features
+    from ..heads.heat_map import plot_head_scores
     from ..heads.ranking import rank_heads
-    from ..plots import plot_head_scores
+    from ..teacher.vectors import add_teacher_features
     from .loading import IMAGE_COLUMNS, check_model, load_model, load_rows, local_path
 
     check_model(args.model, args.revision, args.base_model)  # before the teacher works for long
@@ -200,12 +199,9 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{args.selection}: {' '.join(f'{head}={ranking.score(head):.4f}' for head in heads)}")
     print(f"Scores: {output}")
     if not args.no_plot:
-        picture = output.with_suffix(".png")
-        plot_head_scores(ranking, picture, heads)
-        print(f"Heat map: {picture}")
-    more = (
-        ""
-        if (args.selection, args.m) == ("worst", 5)
-        else f" --head_selection {args.selection} --num_aligned_heads {args.m}"
-    )
-    print(f"Train with: hera sft --head_ranking_path {output}{more} ...")
+        heat_map = output.with_suffix(".png")
+        plot_head_scores(ranking, heat_map, heads)
+        print(f"Heat map: {heat_map}")
+    chosen = f" --head_selection {args.selection} --num_aligned_heads {args.m}"
+    chosen = "" if (args.selection, args.m) == ("worst", 5) else chosen
+    print(f"Train with: hera sft --head_ranking_path {output}{chosen} ...")

@@ -17,7 +17,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Needs plotly: pip install "hera-trainer[report]"\n\nexamples:\n'
         "  hera report out                           writes out/report.html\n"
         "  hera report out --output pages/run1.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run")
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write (default: RUN_DIR/report.html)")
@@ -26,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
-    from ..report import write_report
+    from ..runs.report import write_report
 
     path = write_report(args.run_dir, args.output)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

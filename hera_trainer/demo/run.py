@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hera_trainer import (
+from .. import (
     AlignmentMonitorCallback,
     AttentionHead,
     HeadRanking,
@@ -27,9 +27,8 @@ from hera_trainer import (
     rank_heads,
     read_run,
 )
-from hera_trainer.files import replacing_folder, write_atomically
-from hera_trainer.report import write_report
-
+from ..common.files import replacing_folder, write_atomically
+from ..runs.report import write_report
 from . import CREDITS
 from .data import easy_vqa, emoji_captions
 from .evaluate import accuracy, answer, majority_accuracy
@@ -111,7 +110,7 @@ def run_demo(
     out, clock = Path(output_dir), _Clock()
     clock.begin("Building a LLaVA-style model of SmolLM2-135M-Instruct and DINOv2 ViT-S/14")
     processor = _build(out)
-    clock.begin("Teacher vectors of OpenMoji and easy-VQA pictures (cached for the next run)")
+    clock.begin("Teacher vectors of OpenMoji and easy-VQA images (cached for the next run)")
     data = load_data(out, steps * BATCH_SIZE * ACCUMULATION, seed)
     trainer = make_trainer(out, data, steps, alignment_weight, seed)
     clock.begin(f"Ranking the attention heads on {RANKING_SAMPLES} captions, text only")
@@ -186,7 +185,7 @@ def _build(out: Path) -> Any:
 
 
 def load_data(out: Path, num_samples: int, seed: int) -> DemoData:
-    """Pictures with captions and questions; nothing held out is trained on or ranked with.
+    """Images with captions and questions; nothing held out is trained on or ranked with.
 
     Args:
         out (`Path`): Folder with the teacher.
@@ -194,9 +193,9 @@ def load_data(out: Path, num_samples: int, seed: int) -> DemoData:
         seed (`int`): Seed of the draw.
     """
     teacher = str(out / "teacher")
-    pictures = add_teacher_features(emoji_captions(seed=seed), teacher, desc="OpenMoji")
-    held_out = pictures.select(range(HELD_OUT_CAPTIONS))
-    captions = pictures.select(range(HELD_OUT_CAPTIONS, len(pictures)))
+    emoji = add_teacher_features(emoji_captions(seed=seed), teacher, desc="OpenMoji")
+    held_out = emoji.select(range(HELD_OUT_CAPTIONS))
+    captions = emoji.select(range(HELD_OUT_CAPTIONS, len(emoji)))
     num_captions = min(int(CAPTION_SHARE * num_samples), len(captions))
     vqa = add_teacher_features(easy_vqa("train", num_samples - num_captions, seed), teacher, desc="easy-VQA")
     columns = ["images", "prompt", "completion", "teacher_features"]

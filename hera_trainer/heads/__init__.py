@@ -1,1 +1,2 @@
-"""Attention heads: where they are, what they say, how well they agree with a teacher."""
+"""Attention heads: where a model has them, reading them, scoring them against a teacher and choosing among them. Uses
+`teacher` and what lies below it."""

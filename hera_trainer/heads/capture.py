@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .accessor import HeadAccessor
 from .head import AttentionHead
 from .modes import compiling_with_hooks, without_autocast
 from .projection import project_heads
-from .registry import HeadAccessor
 
 
 def check_positions(x: Tensor, mask: Tensor) -> None:
@@ -114,7 +114,7 @@ def done_after(module: nn.Module | None) -> Iterator[None]:
 
 
 class HeadCapture:
-    """Reads the pooled representations of chosen heads from a model's forward pass.
+    """Reads the pooled representations of attention heads from a model's forward pass.
 
     Between `start` and `stop`, the first pass through each chosen layer is read; every other forward of the model is
     left alone. In training, the representations are leaves of the autograd graph: a loss built on `vectors()` and

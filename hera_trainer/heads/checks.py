@@ -10,12 +10,14 @@ import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 
+from ..common.sharded import gathered, gathered_in_forward
+from .accessor import HeadAccessor
 from .capture import ForwardDone
 from .head import AttentionHead
 from .modes import evaluating
 from .projection import contributions_add_up, passes_gradient, project_heads
-from .registry import HeadAccessor, unwrap_model
-from .sharded import gathered, gathered_in_forward
+from .ranking import HeadRanking
+from .registry import unwrap_model
 
 
 def check_compiled(model: nn.Module) -> None:
@@ -114,7 +116,7 @@ def check_trainable(
     Args:
         model (`nn.Module`): The model.
         accessor ([`~heads.accessor.HeadAccessor`]): Its attention heads.
-        heads (sequence of [`AttentionHead`]): The chosen heads.
+        heads (sequence of [`AttentionHead`]): The aligned heads.
         batch (`Callable`, *optional*):
             Returns inputs of the model with at least one image, called if they are needed. Without it, trainable
             parameters outside of the decoder, other than the LM head's, are taken to influence all heads.
@@ -203,3 +205,18 @@ def _outside_decoder(model: nn.Module, accessor: HeadAccessor) -> set[int]:
     output = unwrap_model(model).get_output_embeddings()
     inside = {id(p) for module in (accessor.decoder, output) if module is not None for p in module.parameters()}
     return {id(p) for p in model.parameters()} - inside
+
+
+def check_ranking(ranking: HeadRanking, accessor: HeadAccessor, model_type: str) -> None:
+    """Refuses a ranking of another model.
+
+    Raises:
+        `ValueError`: If the layers and heads of the ranking are not those of the model.
+    """
+    if len(ranking.scores) != accessor.num_layers or ranking.heads() != accessor.heads():
+        raise ValueError(
+            f"The head ranking was computed for {ranking.model or 'another model'!r} with {len(ranking.scores)} layers "
+            f"and {len(ranking.heads())} heads; this {model_type!r} model has {accessor.num_layers} layers and "
+            f"{len(accessor.heads())} heads. Use the ranking of this model, or leave `head_ranking_path` and "
+            "`head_ranking` at `None` to compute it."
+        )

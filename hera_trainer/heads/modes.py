@@ -13,17 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.pytorch_utils import Conv1D
 
-from .quantized import frozen_packing
-
-
-@contextmanager
-def _restored_flags(modules: list[nn.Module]) -> Iterator[None]:
-    before = [module.training for module in modules]
-    try:
-        yield
-    finally:
-        for module, training in zip(modules, before, strict=True):
-            module.training = training
+from .quantized import frozen_packing, restored_flags
 
 
 @contextmanager
@@ -32,7 +22,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     4-bit layers keep their training layout (see [`~heads.quantized.frozen_packing`]).
     """
-    with _restored_flags(list(model.modules())):
+    with restored_flags(list(model.modules())):
         model.eval()
         # Compiling for a few passes costs more than it saves, and compiled code would go on without hooks placed later.
         with frozen_packing(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -55,7 +45,7 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
             adapted.update(parts)
             wrapped.update(layer.get_base_layer().modules())
     random = [layer for layer in module.modules() if layer in adapted - wrapped or isinstance(layer, _DropoutNd)]
-    with _restored_flags(random):
+    with restored_flags(random):
         for layer in random:
             layer.training = False  # not by `eval()`, which goes on to the layers inside
         yield

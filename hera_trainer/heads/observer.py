@@ -11,10 +11,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import TEACHER_COLUMN, pooling_mask
-from ..processes import Team
+from ..common.processes import Team
+from ..teacher.column import TEACHER_COLUMN
+from .accessor import HeadAccessor
 from .capture import check_positions
-from .registry import HeadAccessor
+from .pooling import pooling_mask
 
 
 class Observer:
@@ -22,7 +23,7 @@ class Observer:
 
     Args:
         accessor ([`~heads.registry.HeadAccessor`]): The model's attention heads.
-        team ([`~processes.Team`]): The processes that divide the batches.
+        team ([`~common.processes.Team`]): The processes that divide the batches.
     """
 
     def __init__(self, accessor: HeadAccessor, team: Team) -> None:
@@ -124,17 +125,13 @@ class Observer:
 
         def layers() -> Iterator[tuple[int, Tensor, Tensor | None]]:
             for layer in range(self.accessor.num_layers):
-                yield (
-                    layer,
-                    rows(self._hidden[layer]),
-                    rows(self._pooled[layer]) if layer in self._pooled else None,
-                )
+                yield (layer, rows(self._hidden[layer]), rows(self._pooled[layer]) if layer in self._pooled else None)
 
         return samples[places].tolist(), layers()
 
 
 def run_text(observer: Observer, encoded: list[tuple[Tensor, Tensor]], batch_size: int, progress: bool) -> None:
-    """Runs the text decoder on each text alone, given as [`~data.text_tokens`] gives it."""
+    """Runs the text decoder on each text alone, given as [`~heads.text.text_tokens`] gives it."""
     device = observer.device
     for batch in observer.batches([len(ids) for ids, _ in encoded], batch_size, progress):
         ids = nn.utils.rnn.pad_sequence([encoded[i][0] for i in batch], batch_first=True).to(device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def _bitsandbytes() -> Any:
@@ -38,19 +38,15 @@ def quantizes_activations(layer: nn.Module) -> bool:
     return any(getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "activation_quantization"))
 
 
-def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The ordinary tensors that a tensor consists of, with their names: of torchao's packed tensors the integers and
-    the scales, which can be looked at as the packed tensor itself cannot; of any other, itself.
-
-    Args:
-        name (`str`): Name of the tensor.
-        tensor (`Tensor`): Any tensor or parameter.
-    """
-    if not hasattr(tensor, "__tensor_flatten__"):  # torch's protocol of tensors that wrap others
-        yield name, tensor
-        return
-    for part in tensor.__tensor_flatten__()[0]:
-        yield from plain_tensors(f"{name}.{part}", getattr(tensor, part))
+@contextmanager
+def restored_flags(modules: list[nn.Module]) -> Iterator[None]:
+    """The `training` flags of modules are afterwards as they were."""
+    before = [module.training for module in modules]
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
 
 
 @contextmanager
@@ -67,14 +63,10 @@ def frozen_packing(model: nn.Module) -> Iterator[None]:
         model (`nn.Module`): Any model; nothing happens for one without 4-bit layers.
     """
     layers = four_bit_layers(model)
-    before = [layer.training for layer in layers]
-    for layer in layers:
-        layer.training = True
-    try:
+    with restored_flags(layers):
+        for layer in layers:
+            layer.training = True
         yield
-    finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
 
 
 def check_not_packed(model: nn.Module) -> None:

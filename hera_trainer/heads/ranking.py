@@ -16,18 +16,20 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import placeholder_token_ids
-from ..files import write_atomically
-from ..metrics import nearest_neighbors, neighbor_overlap
-from ..processes import Team
-from ..version import __version__
+from .. import __version__
+from ..common.files import write_atomically
+from ..common.processes import Team
+from ..common.sharded import gathered, gathered_in_forward
+from ..objectives.metrics import nearest_neighbors, neighbor_overlap
+from .accessor import HeadAccessor
 from .head import AttentionHead
+from .heat_map import plot_head_scores
 from .modes import evaluating, without_autocast
 from .observer import Observer, run_text, run_with_images
+from .pooling import placeholder_token_ids
 from .projection import projection_blocks
-from .registry import HeadAccessor, get_head_accessor, unwrap_model
+from .registry import get_head_accessor, unwrap_model
 from .samples import Samples, draw_samples
-from .sharded import gathered, gathered_in_forward
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,8 +134,6 @@ class HeadRanking:
             `ImportError`: If matplotlib is not installed.
             `ValueError`: If `before` is of another model.
         """
-        from ..plots import plot_head_scores  # drawing stands above ranking, and costs an import
-
         panels = self if before is None else {"before": before, "after": self}
         named = {} if title is None else {"title": title}
         return plot_head_scores(panels, path, heads, difference=before is not None, **named)

@@ -10,17 +10,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from .accessor import HeadAccessor, HeadAccessorFactory
 from .layouts import decoder_accessor
 
-__all__ = [
-    "HeadAccessor",
-    "HeadAccessorFactory",
-    "decoder_accessor",
-    "get_head_accessor",
-    "register_head_accessor",
-    "supported_model_types",
-    "unknown_model_types",
-    "unwrap_model",
-]
-
 # Vision-language models.
 _MULTIMODAL = """
     apertus1p5 aria aya_vision blip blip-2 chameleon cohere2_vision cohere_compass cosmos3_edge cosmos3_omni
@@ -51,9 +40,9 @@ _LANGUAGE = """
     mixtral nemotron_h olmo2 opt persimmon phi phi3 qwen2 qwen3 qwen3_5_text qwen3_moe smollm3 stablelm
 """
 
-_FACTORIES: dict[str, HeadAccessorFactory] = {
-    model_type: decoder_accessor for model_type in (_MULTIMODAL + _TEXT_DECODERS + _LANGUAGE).split()
-}
+_FACTORIES: dict[str, HeadAccessorFactory] = dict.fromkeys(
+    (_MULTIMODAL + _TEXT_DECODERS + _LANGUAGE).split(), decoder_accessor
+)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

@@ -12,9 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data import TEACHER_COLUMN, answer_text, text_tokens
-from ..features import check_teacher_features
-from ..rows import TextColumns
+from ..teacher.column import TEACHER_COLUMN, check_teacher_features
+from .text import TextColumns, answer_text, text_tokens
 
 
 @dataclass
@@ -24,7 +23,7 @@ class Samples:
     Args:
         indices (`list[int]`): Their rows.
         tokens (list of `tuple[Tensor, Tensor]`):
-            Token ids of each text and which of them are pooled, as [`~data.text_tokens`] gives them.
+            Token ids of each text and which of them are pooled, as [`~heads.text.text_tokens`] gives them.
         teacher (`Tensor` of shape `[N, d_teacher]`): Their teacher vectors.
         seed (`int`): Seed of the draw.
     """

@@ -1,0 +1,312 @@
+"""Head-wise alignment as a training loop holds it, whatever loop that is."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from ..common.files import write_atomically
+from ..data.collator import TeacherBatch, pop_teacher
+from ..heads.accessor import HeadAccessor
+from ..heads.capture import ForwardDone, HeadCapture, done_after
+from ..heads.head import AttentionHead
+from ..heads.pooling import placeholder_token_ids, pooling_mask
+from ..heads.registry import get_head_accessor, unwrap_model
+from ..objectives.contrastive import HeRALoss
+from ..objectives.queue import SampleQueue
+from .contrast import Contrast
+from .meter import AlignmentMeter
+from .temperature import TemperatureOptimizer
+from .window import StepWindow, seeded
+
+logger = get_logger(__name__)
+
+STATE_FILE = "hera_state.json"
+QUEUE_FILE = "hera_queue.safetensors"
+
+
+class Alignment:
+    """The alignment loss of a model in training: reads the aligned heads, compares samples, and gives each micro-batch
+    its term of the loss. It knows neither `Trainer` nor TRL.
+
+    A training loop calls, for each optimizer step: `begin_step`; `first_pass` if `needs_first_pass`; for each
+    micro-batch `observe` before the model's forward, `add_to` (or `term`) after it, and `end_micro_batch` after the
+    backward; then `temperature.before_step` and `temperature.step` around the step of its optimizer. All of it inside
+    `attached`.
+
+    Args:
+        model (`nn.Module`): The model, in any wrapping that [`get_head_accessor`] understands.
+        criterion ([`HeRALoss`]): The alignment objective, on the device of the model.
+        heads (sequence of [`AttentionHead`], *optional*): The heads to align; `align` names them later.
+        weight (`float`, *optional*, defaults to `0.01`): Weight of the alignment loss.
+        scope (`str`, *optional*, defaults to `"step"`):
+            Which samples are compared: `"step"`, all of an optimizer step, or `"micro_batch"`.
+        queue_size (`int`, *optional*, defaults to `0`): Number of past samples that join the candidates.
+        accelerator ([`~accelerate.Accelerator`], *optional*): Gathers samples of all processes.
+        processing_class (*optional*): The model's processor, which may know ids of image tokens besides the model's.
+        args ([`~transformers.TrainingArguments`], *optional*): Adam's settings for the temperature.
+
+    Attributes:
+        capture ([`HeadCapture`] or `None`): Reads the heads, once they are named.
+        meter ([`~alignment.meter.AlignmentMeter`]): Sums up what is logged.
+        temperature ([`~alignment.temperature.TemperatureOptimizer`]): Trains the temperature.
+        window ([`StepWindow`] or `None`): The optimizer step under way, if it takes two passes.
+        teacher_identity (`str`), teacher_width (`int`):
+            Which teacher the vectors are of. Past samples of a checkpoint are taken for the same one alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: HeRALoss,
+        heads: Sequence[AttentionHead] | None = None,
+        weight: float = 0.01,
+        scope: str = "step",
+        queue_size: int = 0,
+        accelerator: Accelerator | None = None,
+        processing_class: Any = None,
+        args: TrainingArguments | None = None,
+    ) -> None:
+        config = unwrap_model(model).config
+        self.accessor: HeadAccessor = get_head_accessor(model)
+        self.criterion = criterion
+        self.weight = weight
+        self.scope = scope
+        self.contrast = Contrast(criterion, accelerator, SampleQueue(queue_size) if queue_size else None)
+        self.temperature = TemperatureOptimizer(criterion, accelerator, args)
+        self.meter = AlignmentMeter()
+        self.capture: HeadCapture | None = None
+        self.window: StepWindow | None = None
+        self.teacher_identity, self.teacher_width = "", 0
+        self._model_type: str = config.model_type
+        self.placeholder_ids = placeholder_token_ids(config, processing_class)
+        self._count = 1
+        self._observed: tuple[TeacherBatch, Tensor] | None = None
+        self._checks_passes = True
+        if heads is not None:
+            self.align(heads)
+
+    def align(self, heads: Sequence[AttentionHead]) -> None:
+        """Names the heads to align.
+
+        Raises:
+            `ValueError`: If the model has no such head.
+        """
+        self.capture = HeadCapture(self.accessor, heads, self._model_type)
+
+    @property
+    def heads(self) -> list[AttentionHead]:
+        """The aligned heads."""
+        return [] if self.capture is None else self.capture.heads
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The heads can be read inside. May be nested."""
+        assert self.capture is not None, "`align` names the heads first"
+        with self.capture.attached():
+            yield
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the heads can be read now."""
+        return self.capture is not None and self.capture.is_attached
+
+    def reset(self) -> None:
+        """Forgets a run, also one that broke off within a step. The temperature and its optimizer stay as they are."""
+        self.window, self._count = None, 1
+        self.meter = AlignmentMeter()
+        self.contrast.reset()
+        self.check_passes()
+
+    def check_passes(self) -> None:
+        """Has the two passes of the next step compared. To be called when something happened in between, such as an
+        evaluation, that could make them differ."""
+        self._checks_passes = True
+
+    # An optimizer step
+
+    def begin_step(self, num_micro_batches: int) -> None:
+        """An optimizer step of so many micro-batches begins."""
+        self.window, self._count = None, num_micro_batches
+
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether the micro-batches of this step must be read before they are trained on. With a single one, the
+        training forward itself collects all there is to compare."""
+        return self.scope == "step" and self._count > 1 and self.window is None
+
+    def first_pass(
+        self, batches: Sequence[Any], forward: Callable[[Any], object], whole: nn.Module | None = None
+    ) -> None:
+        """Reads all micro-batches of a step and compares them.
+
+        Args:
+            batches (sequence): The micro-batches.
+            forward (`Callable`):
+                Takes a micro-batch the way of training, through `observe` and the model's forward, out of which it is
+                thrown by an exception as soon as the heads are read.
+            whole (`nn.Module`, *optional*): A module whose forward must be run to its end (sharded parameters).
+        """
+        assert self.capture is not None
+        device = self.criterion.log_temperature.device
+        seeds = torch.randint(2**31, (len(batches),)).tolist()
+        first = []
+        with torch.no_grad(), self.capture.reading(stop_early=whole is None), done_after(whole):
+            for batch, seed in zip(batches, seeds, strict=True):
+                with seeded(seed, device), suppress(ForwardDone):
+                    forward(batch)
+                first.append(self.take())
+                self.end_micro_batch()
+        self.window = StepWindow(self.contrast, first, seeds, device)
+        self.meter.add_pool(self.window.pool)
+
+    def same_randomness(self) -> AbstractContextManager:
+        """Context of a micro-batch's training forward, so that it draws what the first pass drew."""
+        return nullcontext() if self.window is None else self.window.same_randomness()
+
+    def observe(self, inputs: dict[str, Any], train: bool = True) -> bool:
+        """The next forward pass of the model is read. Takes the teacher vectors out of its inputs.
+
+        Args:
+            inputs (`dict`): Inputs of the model, with `labels`, `input_ids` and `teacher_features`.
+            train (`bool`, *optional*, defaults to `True`): Whether `term` will be backpropagated.
+
+        Returns:
+            `bool`: Whether there are teacher vectors; without them nothing is read.
+
+        Raises:
+            `ValueError`: If there are none in training.
+        """
+        assert self.capture is not None
+        teacher = pop_teacher(inputs)
+        if teacher is None:
+            if train:
+                raise ValueError(
+                    "A training batch has no teacher vectors, so nothing could be aligned. If you make the data loader "
+                    "yourself, let it use the trainer's `train_dataset` and `data_collator` as they are when training "
+                    "begins; otherwise set `alignment_weight=0` to train without alignment."
+                )
+            return False
+        mask = pooling_mask(inputs["labels"], inputs["input_ids"], self.placeholder_ids)
+        self._observed = teacher, mask
+        self.capture.start(mask, train)
+        return True
+
+    def take(self) -> tuple[Tensor, TeacherBatch, Tensor]:
+        """Head representations `[m, B, d_model]` of the forward pass that was observed, its teacher vectors, and the
+        positions that were pooled, `[B, T]`."""
+        if self.capture is None or self._observed is None:
+            raise RuntimeError("No forward pass was observed. A `compute_loss` of your own must call `super()`'s.")
+        return self.capture.vectors(), *self._observed
+
+    def term(self) -> Tensor:
+        """The micro-batch's term of the step's loss, to be added to it before the backward: a scalar, weighted. The
+        terms of all micro-batches add up to the alignment loss of the step times its weight."""
+        heads, teacher, mask = self.take()
+        log_temperature = self.criterion.log_temperature
+        if self.window is not None:
+            if self._checks_passes:
+                assert self.capture is not None
+                self.window.check(heads, self.capture.dtype)
+            part = self.window.carrier(heads, log_temperature)
+            self._checks_passes = self._checks_passes and self.window.is_open
+            return self.weight * part
+        # Micro-batches by themselves: their mean.
+        pool = self.contrast(heads, teacher.vectors, teacher.valid(mask))
+        self.meter.add_pool(pool)
+        return self.weight * pool.carrier(heads, log_temperature, start=0, share=1.0) / self._count
+
+    def add_to(self, loss: Tensor, divided_later: bool = False) -> Tensor:
+        """The micro-batch's loss with its `term`: what is to be backpropagated. Both losses are counted for the log.
+
+        Args:
+            loss (`Tensor`): The language-model loss, scalar: the micro-batch's part of the step's loss.
+            divided_later (`bool`, *optional*, defaults to `False`):
+                Whether the loop divides what it gets by the number of micro-batches, and `loss` is a mean, of the
+                micro-batch alone. The term, a part already, is multiplied by that number then.
+        """
+        times = self._count if divided_later else 1
+        self.meter.add_micro_batch(loss / times, share=1.0 / self._count)
+        return loss + times * self.term()
+
+    def end_micro_batch(self) -> None:
+        """To be called after the backward, which may run layers again (activation checkpointing)."""
+        self._observed = None
+        if self.capture is not None:
+            self.capture.stop()
+
+    # What is logged
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to log since the last call, of all processes, which must call it alike; empty if nothing
+        happened."""
+        accelerator, meter = self.contrast.accelerator, self.meter
+        sums = meter.as_tensor(self.criterion.log_temperature.device)
+        if accelerator is not None:
+            sums = accelerator.reduce(sums, reduction="sum")
+        metrics = meter.drain(sums, self.contrast.num_processes)
+        if metrics.get("alignment_not_finite") and not meter.has_warned:
+            meter.has_warned = True  # not `warning_once`, which is silent in the process's next run
+            logger.warning(
+                "The alignment loss or its gradient was NaN or infinite in some steps; it was left out of them "
+                "(`alignment_not_finite` counts them)."
+            )
+        return {**metrics, "temperature": self.criterion.temperature} if metrics else {}
+
+    # Checkpoints
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the temperature, the names of the aligned heads, and the queue into a checkpoint."""
+        state = {"aligned_heads": [str(head) for head in self.heads], **self.temperature.state_dict()}
+        write_atomically(Path(folder, STATE_FILE), lambda path: path.write_text(json.dumps(state, indent=1)))
+        if self.contrast.queue is not None:
+            self.contrast.queue.save(Path(folder, QUEUE_FILE), self._queue_identity())
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Takes what `save` wrote; nothing from a checkpoint without it. Warns if other heads were aligned then."""
+        path, queue = Path(folder, STATE_FILE), Path(folder, QUEUE_FILE)
+        if not path.is_file():
+            return
+        state = json.loads(path.read_text())
+        self.temperature.load_state_dict(state)
+        if state["aligned_heads"] != [str(head) for head in self.heads]:
+            warnings.warn(
+                f"The checkpoint was trained with aligned heads {', '.join(state['aligned_heads'])}, this run goes on "
+                f"with {', '.join(map(str, self.heads))}.",
+                stacklevel=2,
+            )
+        if self.contrast.queue is not None and queue.is_file():
+            self._load_queue(self.contrast.queue, queue, state["aligned_heads"])
+
+    def _queue_identity(self) -> dict[str, str]:
+        """What samples of the queue depend on, beside the weights of the model."""
+        return {
+            "aligned heads": " ".join(map(str, self.heads)),
+            "teacher": self.teacher_identity,
+            "normalize": str(self.criterion.normalize),
+        }
+
+    def _load_queue(self, queue: SampleQueue, path: Path, heads: list[str]) -> None:
+        """Takes the queue of a checkpoint, unless its samples mean something else in this run."""
+        # Earlier versions named the heads in the file beside it only.
+        then = {"aligned heads": " ".join(heads), **SampleQueue.identity_of(path)}
+        now = {**self._queue_identity(), "teacher width": str(self.teacher_width)}
+        differing = [name for name, value in then.items() if now.get(name) != value]
+        if not differing:
+            queue.load(path, self.criterion.log_temperature.device)
+            return
+        logger.warning(
+            f"The queue of past samples in {path} is not taken: they are of another run ({', '.join(differing)} "
+            "differ). It fills again within the next steps."
+        )

@@ -1,0 +1,81 @@
+"""What is checked and chosen before the first training step."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import nn
+
+from ..config import HeRAConfig
+from ..data.pool import check_pool
+from ..heads.registry import unwrap_model
+
+logger = get_logger(__name__)
+
+
+def check_arguments(args: HeRAConfig) -> None:
+    """Refuses settings under which the alignment loss would mean nothing.
+
+    Raises:
+        `ValueError`: Naming the setting and the value that passes.
+    """
+    check_pool(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, over which Trainer would divide each batch (`nn.DataParallel`), and "
+            "head representations cannot be read there. Start one process a GPU with `accelerate launch`, or let it "
+            "see one: `CUDA_VISIBLE_DEVICES=0`."
+        )
+    for name in ("packing", "padding_free"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}=True` mixes several samples in one sequence, so head representations cannot be pooled by "
+                f"sample. Set `{name}=False`, or `alignment_weight=0`."
+            )
+
+
+def check_device_map(model: nn.Module) -> None:
+    """Refuses a model that is split over several devices: gradients of heads have not been proven there."""
+    devices = {str(device) for device in getattr(unwrap_model(model), "hf_device_map", {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The model is split over several devices ({', '.join(sorted(devices))}), which head alignment does not "
+            "support yet. Load it on one device (`device_map=None`), train with several processes, or set "
+            "`alignment_weight=0`."
+        )
+
+
+def check_tokens_stay(model: nn.Module, accelerator: Accelerator) -> None:
+    """Refuses what gives the language model other positions than the labels have: prompt-learning adapters (prompt,
+    prefix and P-tuning), which put some in front, and parallelism that divides sequences.
+
+    Raises:
+        `ValueError`: Naming the cure.
+    """
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        if adapter.is_prompt_learning:
+            raise ValueError(
+                f"The prompt-learning adapter {name!r} ({adapter.peft_type.value}) puts virtual tokens before the text,"
+                " so head representations cannot be matched with labels. Use another adapter, such as LoRA, or set "
+                "`alignment_weight=0`."
+            )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Context and sequence parallelism divide the tokens of a sample over processes, so head representations "
+            "cannot be pooled. Set `cp_size` and `sp_size` of the parallelism config to 1, or `alignment_weight=0`."
+        )
+
+
+def check_loss_scaling(args: HeRAConfig, accelerator: Accelerator) -> None:
+    """Refuses to learn the temperature under DeepSpeed in fp16: its engine scales the loss by a factor of its own, and
+    takes it out of the gradients of the model's parameters only.
+
+    Raises:
+        `ValueError`: Naming the settings that pass.
+    """
+    if args.learn_temperature and accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "The temperature cannot be learned under DeepSpeed in fp16, whose loss scale is taken out of the model's "
+            "gradients only. Use bf16, or set `learn_temperature=False`."
+        )

@@ -1,0 +1,141 @@
+"""Whose samples are compared with whose, and what that means for each sample's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import Tensor
+
+from ..objectives.contrastive import HeRALoss
+from ..objectives.queue import SampleQueue
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class PoolLoss:
+    """The alignment loss of one pool of samples and its gradients at the head representations of this process.
+
+    Args:
+        value (`Tensor`): Scalar loss of the whole pool; zero where it was skipped.
+        heads_grad (`Tensor` of shape `[m, B, d_model]`):
+            Gradient at this process's B representations, times the number of processes: distributed training averages
+            parameter gradients over processes, while the loss of the pool is one.
+        temperature_grad (`Tensor`): Gradient at the log temperature, the same on every process.
+        samples (`Tensor`):
+            Number of samples of the pool that took part, of all processes and the queue; zero where it was skipped.
+        left_out (`Tensor`): Number of this process's samples that could not take part.
+        skipped (`Tensor`): Whether the pool was too small or its loss not finite, as 0.0 or 1.0.
+        not_finite (`Tensor`): Whether the loss or its gradient was NaN or infinite, as 0.0 or 1.0.
+    """
+
+    value: Tensor
+    heads_grad: Tensor
+    temperature_grad: Tensor
+    samples: Tensor
+    left_out: Tensor
+    skipped: Tensor
+    not_finite: Tensor
+
+    def carrier(self, leaves: Tensor, log_temperature: Tensor, start: int, share: float) -> Tensor:
+        """A scalar to be added to a micro-batch's loss: its value is the micro-batch's share of the loss, its gradient
+        that of the pool at the micro-batch's representations. Whatever scales the loss (accumulation, a gradient
+        scaler, DeepSpeed) scales these gradients alike, each exactly once.
+
+        Args:
+            leaves (`Tensor` of shape `[m, b, d_model]`): Representations of b of this process's samples.
+            log_temperature (`Tensor`): The loss's parameter.
+            start (`int`): Index of the first of them among the process's samples of the pool.
+            share (`float`): Share of the micro-batch in the pool's value and in the temperature's gradient.
+        """
+        part = self.heads_grad[:, start : start + leaves.shape[1]]
+        # Masked where the gradient is zero, since zero times NaN is NaN: a pool is skipped when a value is not finite.
+        gradient = (leaves.masked_fill(part == 0, 0.0) * part).sum()
+        log_temperature = log_temperature.masked_fill(self.temperature_grad == 0, 0.0)
+        gradient = gradient + share * self.temperature_grad * log_temperature
+        return share * self.value + gradient - gradient.detach()
+
+
+class Contrast:
+    """Compares samples of all processes with each other, and with a queue of past ones if there is one.
+
+    Args:
+        criterion ([`HeRALoss`]): The loss.
+        accelerator ([`~accelerate.Accelerator`], *optional*): Gathers samples of all processes.
+        queue ([`~objectives.queue.SampleQueue`], *optional*): Past samples that join the candidates.
+    """
+
+    def __init__(
+        self, criterion: HeRALoss, accelerator: Accelerator | None = None, queue: SampleQueue | None = None
+    ) -> None:
+        self.criterion = criterion
+        self.accelerator = accelerator
+        self.queue = queue
+
+    def reset(self) -> None:
+        """Forgets what an earlier run has left, also one that ran out of memory within a step: past samples and the
+        temperature's gradient."""
+        self.criterion.log_temperature.grad = None
+        if self.queue is not None:
+            self.queue.clear()
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes that share a pool."""
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    def __call__(self, heads: Tensor, teacher: Tensor, valid: Tensor, turns: Tensor | None = None) -> PoolLoss:
+        """Loss and gradients of the pool to which this process contributes B samples. To be called by all processes
+        alike; B may differ between them.
+
+        Args:
+            heads (`Tensor` of shape `[m, B, d_model]`): Head representations.
+            teacher (`Tensor` of shape `[B, d_teacher]`): Teacher vectors.
+            valid (`BoolTensor` of shape `[B]`): Samples that have a teacher vector and a token to pool.
+            turns (`LongTensor` of shape `[B]`, *optional*):
+                Number of the micro-batch that each sample belongs to. The queue takes samples in the order of these
+                numbers, then of processes, so that it does not depend on how the step is cut.
+        """
+        own = heads.shape[1]
+        turns = torch.zeros_like(valid, dtype=torch.long) if turns is None else turns
+        columns = [heads.detach().float(), teacher, valid, turns]
+        (pool_heads, pool_teacher, pool_valid, pool_turns), start = self._gather(*columns)
+        log_temperature = self.criterion.log_temperature
+        with torch.enable_grad():
+            leaves = pool_heads.requires_grad_()
+            loss = self.criterion(leaves, pool_teacher, pool_valid, self.queue)
+            inputs = [leaves, log_temperature] if log_temperature.requires_grad else [leaves]
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        heads_grad = gradients[0]
+        temperature_grad = gradients[1] if len(inputs) > 1 else torch.zeros_like(log_temperature)
+        finite = loss.isfinite() & heads_grad.isfinite().all() & temperature_grad.isfinite()
+        samples = pool_valid.sum() + len(self.queue or ())
+        taken = finite & pool_valid.any() & (samples >= self.criterion.num_neighbors + 2)
+        if self.queue is not None:
+            usable = pool_valid & pool_heads.detach().isfinite().all(-1).all(0)
+            order = pool_turns.argsort(stable=True)
+            order = order[usable[order]]
+            self.queue.push(pool_heads[:, order], pool_teacher[order])
+        return PoolLoss(
+            value=torch.where(taken, loss.detach(), 0.0),
+            heads_grad=torch.where(taken, heads_grad[:, start : start + own] * self.num_processes, 0.0),
+            temperature_grad=torch.where(taken, temperature_grad, 0.0),
+            samples=samples * taken,
+            left_out=(~valid).sum().float(),
+            skipped=1.0 - taken.float(),
+            not_finite=1.0 - finite.float(),
+        )
+
+    def _gather(self, heads: Tensor, teacher: Tensor, valid: Tensor, turns: Tensor) -> tuple[list[Tensor], int]:
+        """The samples of all processes, and where this process's own begin. Shorter contributions are padded with
+        samples that are not valid."""
+        if self.accelerator is None or self.num_processes == 1:
+            return [heads, teacher, valid, turns], 0
+        columns = [heads.transpose(0, 1).contiguous(), teacher, valid.long(), turns]
+        padded = [self.accelerator.pad_across_processes(column, dim=0) for column in columns]
+        start = self.accelerator.process_index * len(padded[0])
+        gathered = [self.accelerator.gather(column) for column in padded]
+        return [gathered[0].transpose(0, 1), gathered[1], gathered[2].bool(), gathered[3]], start

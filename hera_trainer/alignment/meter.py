@@ -1,0 +1,98 @@
+"""What is logged of the alignment loss."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+
+from .contrast import PoolLoss
+
+logger = get_logger(__name__)
+
+
+_FIRST_STEPS = 50  # of a run: whether most of them went without alignment is looked at once
+
+
+class AlignmentMeter:
+    """Sums what is logged between two logging steps, on the device, so that no step waits for it."""
+
+    _NAMES = ("steps", "lm_loss", "pools", "alignment_loss", "samples", "skipped", "left_out", "not_finite")
+
+    def __init__(self) -> None:
+        self.has_warned = False  # the trainer's: values that are not finite are said once a run
+        self._steps = 0.0
+        self._too_small: list[Tensor] | None = []  # whether pools of the first steps were, until that is looked at
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was summed for the log."""
+        self._sums: dict[str, Tensor] = {name: torch.zeros(()) for name in self._NAMES}
+
+    def _add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + torch.as_tensor(value).detach().float()
+
+    def add_micro_batch(self, lm_loss: Tensor, share: float) -> None:
+        """
+        Args:
+            lm_loss (`Tensor`): The language-model loss as it is backpropagated, scaled for accumulation.
+            share (`float`): Share of the micro-batch in its optimizer step.
+        """
+        self._steps += share
+        self._add(steps=share, lm_loss=lm_loss)
+
+    def add_pool(self, pool: PoolLoss) -> None:
+        """
+        Args:
+            pool ([`PoolLoss`]): The alignment loss of a pool.
+        """
+        self._add(
+            pools=1.0,
+            alignment_loss=pool.value,
+            samples=pool.samples,
+            skipped=pool.skipped,
+            left_out=pool.left_out,
+            not_finite=pool.not_finite,
+        )
+        if self._too_small is not None:
+            self._too_small.append(pool.skipped - pool.not_finite)
+            if round(self._steps, 6) >= _FIRST_STEPS:
+                self._look_at_first_steps(self._too_small)
+                self._too_small = None
+
+    @staticmethod
+    def _look_at_first_steps(too_small: list[Tensor]) -> None:
+        count, skipped = len(too_small), int(torch.stack(too_small).sum())
+        if skipped > count / 2:
+            logger.warning(
+                f"Most of the first {_FIRST_STEPS} steps were trained without the alignment loss: in {skipped} of "
+                f"{count} pools, too few samples had an image and a label. Raise `gradient_accumulation_steps`, "
+                "`per_device_train_batch_size` or `queue_size`, or lower `num_neighbors`."
+            )
+
+    def as_tensor(self, device: torch.device) -> Tensor:
+        """The sums, to be added up over processes."""
+        return torch.stack([self._sums[name].to(device) for name in self._NAMES])
+
+    def drain(self, sums: Tensor, num_processes: int = 1) -> dict[str, float]:
+        """Metrics from sums of all processes, and a fresh start. Empty if nothing was added.
+
+        Args:
+            sums (`Tensor`): `as_tensor` of all processes, added up.
+            num_processes (`int`, *optional*, defaults to `1`): Number of processes; they count the same pools.
+        """
+        total = dict(zip(self._NAMES, sums.tolist(), strict=True))
+        self.reset()
+        if not total["pools"]:
+            return {}
+        metrics = {
+            "lm_loss": total["lm_loss"] / total["steps"],
+            "alignment_pool": total["samples"] / total["pools"],
+            "alignment_skipped": total["skipped"] / num_processes,
+            "alignment_left_out": total["left_out"],
+            "alignment_not_finite": total["not_finite"] / num_processes,
+        }
+        if total["pools"] > total["skipped"]:
+            metrics["alignment_loss"] = total["alignment_loss"] / (total["pools"] - total["skipped"])
+        return metrics

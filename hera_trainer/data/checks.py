@@ -1,0 +1,82 @@
+"""Which data sets can have teacher vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from ..config import HeRAConfig
+from ..teacher.column import TEACHER_COLUMN, check_teacher_features
+from ..teacher.encoder import VisionTeacher
+from ..teacher.vectors import add_teacher_features
+from .stream_start import column_names
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Refuses data that cannot have teacher vectors. Of a stream, one row is read.
+
+    Raises:
+        `ValueError`: Naming the cure.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__}, but head alignment needs a `datasets.Dataset` or a streamed "
+            "`datasets.IterableDataset`. Convert it, or set `alignment_weight=0`."
+        )
+    if not {"image", "images", TEACHER_COLUMN} & column_names(dataset, name):
+        raise ValueError(
+            f"`{name}` has no column `image`, `images` or `{TEACHER_COLUMN}`, so there is nothing to align with. Add "
+            "one, or set `alignment_weight=0` to train as SFTTrainer does. If all images lie in videos or inside of "
+            "messages, let it be a column `images` of empty lists: that is how SFTTrainer knows vision data."
+        )
+
+
+def check_steps(dataset: Any, args: HeRAConfig) -> None:
+    """Refuses a stream without `max_steps`, which `Trainer` would do after the model is loaded.
+
+    Raises:
+        `ValueError`: Naming the setting.
+    """
+    if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            "`max_steps` must be set: `train_dataset` is a stream (`IterableDataset`), whose length is not known, and "
+            "the learning-rate schedule needs the number of steps."
+        )
+
+
+def with_teacher_features(
+    dataset: Any, name: str, teacher: VisionTeacher | str, batch_size: int, width: int | None = None
+) -> Dataset:
+    """A data set with teacher vectors, computed, read from the cache, or brought along. To be called by all processes
+    alike, which divide the work.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The data set, which has passed [`check_dataset`].
+        name (`str`): What the trainer calls it, for messages.
+        teacher ([`VisionTeacher`] or `str`): The teacher.
+        batch_size (`int`): Images encoded at a time.
+        width (`int`, *optional*): Width that the vectors must have.
+
+    Raises:
+        `ValueError`: If the data or the teacher cannot be used, or the vectors have another width.
+    """
+    dataset = add_teacher_features(
+        dataset, teacher, batch_size=batch_size, desc=f"Teacher vectors of {name}", distributed=True
+    )
+    if width is not None:
+        check_width(check_teacher_features(dataset), name, width)
+    return dataset
+
+
+def check_width(found: int, name: str, width: int | None) -> None:
+    """Refuses teacher vectors of another width than the training data's, if that is known.
+
+    Raises:
+        `ValueError`: Naming both.
+    """
+    if width is not None and found != width:
+        raise ValueError(
+            f"The teacher vectors of `{name}` have {found} dimensions, those of `train_dataset` {width}. Compute both "
+            "with the same teacher."
+        )

@@ -1,0 +1,109 @@
+"""Whether enough samples are compared with each other."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from math import comb
+
+from accelerate.logging import get_logger
+
+from ..config import HeRAConfig
+
+logger = get_logger(__name__)
+
+
+# Shares of pools that go without alignment: above the first that is warned of, above the second refused.
+_FEW, _MOST = 0.1, 0.5
+
+
+def check_pool(args: HeRAConfig, micro_batch_size: int | None = None) -> None:
+    """Refuses settings under which too few samples are compared: with no more than `num_neighbors + 1`, every other
+    sample is a neighbour and the alignment loss carries nothing.
+
+    Args:
+        args ([`HeRAConfig`]): The settings.
+        micro_batch_size (`int`, *optional*): The batch size in force, if it is not the configured one.
+
+    Raises:
+        `ValueError`: Naming the smallest setting that passes.
+    """
+    batch = micro_batch_size or args.per_device_train_batch_size
+    pool = args.pool_size(micro_batch_size) + args.queue_size
+    least = args.num_neighbors + 2
+    if pool >= least:
+        return
+    missing = least - args.queue_size
+    if args.contrast_scope == "step":
+        made_of = "`per_device_train_batch_size` x `gradient_accumulation_steps` x processes + `queue_size`"
+        numbers = f"{batch} x {args.gradient_accumulation_steps} x {args.world_size} + {args.queue_size}"
+        cure = f"gradient_accumulation_steps={-(-missing // (batch * args.world_size))}"
+    else:
+        made_of = "`per_device_train_batch_size` x processes + `queue_size`"
+        numbers = f"{batch} x {args.world_size} + {args.queue_size}"
+        cure = f"per_device_train_batch_size={-(-missing // args.world_size)}"
+    raise ValueError(
+        f"Too few samples are compared for `num_neighbors` ({args.num_neighbors}): {pool} ({made_of} = {numbers}), but "
+        f"{least} are needed, or every other sample is a neighbour. Set `{cure}` or more, or lower `num_neighbors`."
+    )
+
+
+def skipped_share(pool: int, least: int, usable: int, rows: int, is_stream: bool) -> float:
+    """Share of pools with fewer than `least` samples that can take part, exactly.
+
+    Args:
+        pool (`int`): Samples of a pool.
+        least (`int`): Samples that must be able to take part.
+        usable (`int`): Rows that can.
+        rows (`int`): All rows.
+        is_stream (`bool`):
+            Whether these are the first rows of many more, so that samples are drawn independently (binomial), and not
+            without replacement (hypergeometric).
+    """
+    if is_stream:
+        ways = (comb(pool, i) * usable**i * (rows - usable) ** (pool - i) for i in range(min(least, pool + 1)))
+        return sum(ways) / rows**pool
+    few, many = sorted((usable, min(pool, rows)))  # an epoch gives no more; what is drawn from what is the same
+    ways = (comb(many, i) * comb(rows - many, few - i) for i in range(min(least, few + 1)))
+    return sum(ways) / comb(rows, few)
+
+
+def check_expected_pool(args: HeRAConfig, usable: int, rows: int, is_stream: bool) -> None:
+    """Says how many samples of a pool can be expected to take part, and refuses data of which so few can that most
+    pools would be skipped: that would be plain fine-tuning.
+
+    Args:
+        args ([`HeRAConfig`]): The settings.
+        usable (`int`): Rows that have an image and a label.
+        rows (`int`): All rows, or the first ones of a stream.
+        is_stream (`bool`): Whether they are of a stream.
+
+    Raises:
+        `ValueError`: Naming the smallest setting that passes.
+    """
+    whole_step = args.contrast_scope == "step"
+    pool, least = args.pool_size(), max(1, args.num_neighbors + 2 - args.queue_size)
+    skipped = skipped_share(pool, least, usable, rows, is_stream)
+    queue = f", beside {args.queue_size} past ones," if args.queue_size else ""
+    expected = (
+        f"{usable:,} of {'the first ' if is_stream else ''}{rows:,} rows have an image and a label. Of the {pool} "
+        f"samples compared, {pool * usable / rows:.1f}{queue} are expected to take part in the alignment loss, and "
+        f"{skipped:.1%} of the {'optimizer steps' if whole_step else 'micro-batches'} to go without it."
+    )
+    if skipped <= _MOST:
+        logger.log(logging.WARNING if skipped > _FEW else logging.INFO, expected)
+        return
+    more = "shuffle the stream, so that rows with images come early" if is_stream else "add rows with images"
+    if args.max_length is not None:
+        more += f", or raise `max_length` ({args.max_length}), which cuts labels and image tokens off"
+    if usable < (1 if is_stream else least):  # not even all of them in one pool would do
+        raise ValueError(f"{expected} Please {more}, or set `alignment_weight=0` to train as SFTTrainer does.")
+    name = "gradient_accumulation_steps" if whole_step else "per_device_train_batch_size"
+    unit = pool // getattr(args, name)
+    enough = -(-2 * least * rows // (usable * unit))  # on average twice as many as are needed
+    value = 1 + bisect_left(
+        range(1, enough), True, key=lambda n: skipped_share(n * unit, least, usable, rows, is_stream) <= _MOST
+    )
+    raise ValueError(
+        f"{expected} Set `{name}={value}` or more, a larger `queue_size` or a smaller `num_neighbors`, or {more}."
+    )

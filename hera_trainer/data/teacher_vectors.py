@@ -1,0 +1,310 @@
+"""The way of the teacher vectors: from the data sets, or from the images of a stream, into each batch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from ..config import HeRAConfig
+from ..heads.pooling import pooling_mask
+from ..heads.text import TextColumns
+from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_vectors
+from ..teacher.encoder import VisionTeacher, teacher_identity
+from .checks import check_dataset, check_width, with_teacher_features
+from .collator import ROW_PLACE, TEACHER_IMAGES, TeacherCollator, check_collator, check_ranked_text
+from .pool import check_expected_pool
+from .rows import CARRIED_COLUMNS, check_tools
+from .stream_start import open_stream, ranking_samples, stream_width
+from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, stored_images, unreadable
+
+logger = get_logger(__name__)
+
+# To see how many rows can take part: read of a stream, and collated of those with an image.
+_ROWS_OF_A_STREAM = 256
+_ROWS_COLLATED = 32
+
+
+def text_columns(args: HeRAConfig, collator: Any) -> TextColumns:
+    """Which columns of text a collator trains on."""
+    inner = collator.inner if isinstance(collator, TeacherCollator) else collator
+    if isinstance(inner, DataCollatorForVisionLanguageModeling):
+        return TextColumns(inner.dataset_text_field, not args.remove_unused_columns)
+    named = None if args.dataset_text_field == "text" else args.dataset_text_field
+    return TextColumns(args.dataset_text_field, not args.remove_unused_columns, named)
+
+
+def signature_columns(args: HeRAConfig, collator: Any) -> list[str]:
+    """Columns that must reach the collator besides those that SFTTrainer lets through."""
+    return [TEACHER_COLUMN, ROW_PLACE, *CARRIED_COLUMNS, text_columns(args, collator).field]
+
+
+class TeacherVectors:
+    """Attaches teacher vectors to the data sets of a run, or computes them as batches come, and carries them along.
+
+    Args:
+        args ([`HeRAConfig`]): The settings.
+        teacher ([`VisionTeacher`] or `str`): The teacher.
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        processing_class: The model's processor.
+        placeholder_ids (sequence of `int`): See [`~heads.pooling.placeholder_token_ids`].
+
+    Attributes:
+        train_dataset, eval_dataset, data_collator: What `prepare` made of those of the run.
+        width (`int` or `None`): Numbers of a teacher vector, once the training data is prepared.
+        identity (`str`): Tells teachers apart, where past samples are kept (`queue_size`).
+    """
+
+    def __init__(
+        self,
+        args: HeRAConfig,
+        teacher: VisionTeacher | str,
+        accelerator: Accelerator,
+        processing_class: Any,
+        placeholder_ids: Sequence[int],
+    ) -> None:
+        self.args = args
+        self.teacher = teacher
+        self.accelerator = accelerator
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.placeholder_ids = placeholder_ids
+        self.train_dataset: Any = None
+        self.eval_dataset: Any = None
+        self.data_collator: Any = None
+        self.width: int | None = None
+        self.identity = ""
+        self._stream_teacher: StreamTeacher | None = None
+        self._brings_vectors = False
+        self._passed_columns: Collection[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the teacher; empty where the training data brought their vectors, of which no more is known."""
+        if self._brings_vectors:
+            return ""
+        return self.teacher if isinstance(self.teacher, str) else self.teacher.name
+
+    # Before training
+
+    def prepare(
+        self,
+        train_dataset: Any,
+        eval_dataset: Any,
+        data_collator: Any,
+        columns: Collection[str] | None = None,
+        ranks_heads: bool = False,
+    ) -> tuple[Any, Any, Any]:
+        """Gives teacher vectors to data sets and a collator, unless they have them. To be called again whenever one of
+        the three may have been replaced.
+
+        Args:
+            train_dataset, eval_dataset, data_collator: As a trainer holds them.
+            columns (collection of `str`, *optional*): Columns that reach the collator. All by default.
+            ranks_heads (`bool`, *optional*, defaults to `False`):
+                Whether heads will be ranked on the texts of the training data.
+
+        Returns:
+            `tuple`: What to train on, to evaluate on, and to collate with.
+
+        Raises:
+            `ValueError`: If the data or the teacher cannot be used.
+        """
+        prepared = self.train_dataset, self.eval_dataset, self.data_collator
+        if (train_dataset, eval_dataset, data_collator) == prepared:
+            return prepared
+        is_new = train_dataset is not self.train_dataset
+        collator, self.data_collator = data_collator, data_collator
+        self._passed_columns = columns
+        rows: Any = train_dataset
+        if is_new:
+            # The column names of a stream may not be known before it is opened.
+            self._brings_vectors = TEACHER_COLUMN in (getattr(rows, "column_names", None) or ())
+            check_dataset(rows, "train_dataset")
+            if isinstance(rows, IterableDataset):
+                rows = open_stream(rows, "train_dataset", self.columns)
+        if not isinstance(collator, TeacherCollator):
+            collator = TeacherCollator(collator, width=self.width or 0, columns=self.columns)
+        # Before the teacher has worked for hours.
+        self._check_first_rows(rows, collator, ranks_heads)
+        # Own columns first: a fault in one of them is said before the teacher has worked for hours on another.
+        if is_new:
+            rows = self.attach(rows, "train_dataset", self.width)
+        if isinstance(rows, NumberedStream):
+            self._brings_vectors = rows.has_vectors
+            self.width = rows.width
+        else:
+            self.width = check_teacher_features(rows)
+        if eval_dataset is not None:
+            eval_dataset = self.attach(eval_dataset, "eval_dataset", self.width)
+        collator.width = self.width
+        self.train_dataset, self.eval_dataset, self.data_collator = rows, eval_dataset, collator
+        self._prepare_images()
+        if self.args.queue_size:  # now: looking a teacher up while training could fail
+            self.identity = self._identify_teacher()
+        check_expected_pool(self.args, *self._usable_rows(), isinstance(rows, IterableDataset))
+        return rows, eval_dataset, collator
+
+    def prepare_eval(self, dataset: Any) -> Any:
+        """What to evaluate on where another data set is named than the run's.
+
+        Args:
+            dataset: A data set, or the key of one in the run's dictionary of them, where it may have been put since.
+        """
+        if self.width is None or dataset is None:  # nothing was prepared yet
+            return dataset
+        if not isinstance(dataset, str):
+            return self.attach(dataset, "eval_dataset", self.width)
+        self.eval_dataset[dataset] = self.attach(self.eval_dataset[dataset], "eval_dataset", self.width)
+        return dataset
+
+    @property
+    def columns(self) -> TextColumns:
+        """Which columns of text the collator trains on."""
+        return text_columns(self.args, self.data_collator)
+
+    def attach(self, dataset: Any, name: str, width: int | None = None) -> Any:
+        """A data set, or each one of a dictionary, with teacher vectors of `width`; or a stream that will have them."""
+        if isinstance(dataset, dict):
+            return {key: self.attach(value, f"{name}[{key!r}]", width) for key, value in dataset.items()}
+        if not isinstance(dataset, NumberedStream):  # one that is opened has been looked at
+            check_dataset(dataset, name)
+        if not isinstance(dataset, IterableDataset):
+            check_tools(dataset, self.data_collator)
+            return with_teacher_features(dataset, name, self.teacher, self.args.teacher_batch_size, width)
+        self._forbid_dispatching()
+        stream = open_stream(dataset, name, self.columns)
+        if not stream.width:
+            stream.width = stream_width(stream, None if stream.has_vectors else self._load_stream_teacher())
+        check_width(stream.width, name, width)
+        return stream
+
+    def _check_first_rows(self, rows: Any, collator: TeacherCollator, ranks_heads: bool) -> None:
+        """Collates two rows as they are trained on. What the labels of a collator of the user's own cover is compared
+        with the texts that heads would be ranked on."""
+        first = _first_rows(rows)
+        columns = self.columns
+        if ranks_heads:
+            names = set().union(*first, getattr(rows, "column_names", None) or ())
+            columns.required(names - {TEACHER_COLUMN, ROW_PLACE})
+        batch = check_collator(collator, [self._as_trained(row) for row in first])
+        if ranks_heads and type(collator.inner) is not DataCollatorForVisionLanguageModeling:
+            check_ranked_text(batch, first, columns, self.tokenizer, self.placeholder_ids)
+
+    def _as_trained(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with those columns that `Trainer` lets through to the collator."""
+        if self._passed_columns is None:
+            return row
+        return {name: value for name, value in row.items() if name in self._passed_columns}
+
+    def _forbid_dispatching(self) -> None:
+        # Prepared images are no tensors that could be sliced for other processes. SFTTrainer says and does the same if
+        # the training data is a stream.
+        loading = self.accelerator.dataloader_config
+        if loading.dispatch_batches:
+            logger.warning("`dispatch_batches` is set to `False`, since a data set is an `IterableDataset`.")
+        loading.dispatch_batches = False
+
+    def _load_stream_teacher(self) -> StreamTeacher:
+        """The teacher that stays in memory, loaded for the first stream that brings no vectors."""
+        if self._stream_teacher is None:
+            if not isinstance(self.teacher, VisionTeacher):
+                self.teacher = VisionTeacher.from_pretrained(self.teacher, device=self.args.device)
+            self._stream_teacher = StreamTeacher(self.teacher, self.args.teacher_batch_size)
+            self._prepare_images()
+        return self._stream_teacher
+
+    def _prepare_images(self) -> None:
+        if self._stream_teacher is not None and isinstance(self.data_collator, TeacherCollator):
+            self.data_collator.prepare = ImagePreparer(self._stream_teacher.teacher.image_processor)
+
+    def _first_image_row(self) -> dict[str, Any]:
+        """The first row that has a teacher vector or, in a stream without vectors, an image."""
+        rows = self.train_dataset
+        if isinstance(rows, NumberedStream):
+            return next(row for row in rows if _has_image(row, rows.has_vectors))
+        return rows[int(rows_with_vectors(rows)[0])]
+
+    def _identify_teacher(self) -> str:
+        """Tells teachers apart; of vectors that the data brought, nothing but the first of them can."""
+        if self._brings_vectors:
+            return hashlib.sha256(np.asarray(self._first_image_row()[TEACHER_COLUMN], np.float32).tobytes()).hexdigest()
+        return teacher_identity(self.teacher) if isinstance(self.teacher, str) else self.teacher.identity
+
+    def _usable_rows(self) -> tuple[int, int]:
+        """How many rows, out of how many, can take part in the alignment loss: those that have an image and, as far as
+        some of these tell, a label. Of a stream, its first rows are looked at."""
+        rows = self.train_dataset
+        if isinstance(rows, NumberedStream):
+            vectors, rows = rows.has_vectors, list(itertools.islice(rows, _ROWS_OF_A_STREAM))
+            usable: Any = [i for i, row in enumerate(rows) if _has_image(row, vectors)]
+        else:
+            usable = rows_with_vectors(rows)
+        # At random: at equal distances, data of alternating kinds would show one of them.
+        chosen = [int(i) for i in np.random.default_rng(0).permutation(usable)[:_ROWS_COLLATED]]
+        batches = (self.data_collator([self._as_trained(rows[i])]) for i in chosen)
+        masks = [pooling_mask(batch["labels"], batch["input_ids"], self.placeholder_ids) for batch in batches]
+        return round(len(usable) * sum(bool(mask.any()) for mask in masks) / max(1, len(chosen))), len(rows)
+
+    # What heads are chosen on
+
+    def ranking_samples(self) -> Dataset:
+        """Rows with teacher vectors on which heads are ranked: the training data, or the first samples of a stream."""
+        rows = self.train_dataset
+        columns = self.columns
+        if isinstance(rows, NumberedStream):
+            teacher = None if rows.has_vectors else self._load_stream_teacher()
+            return ranking_samples(rows, self.tokenizer, self.args.ranking_num_samples, teacher, columns)
+        column = columns.required(rows.column_names)
+        if column == TextColumns().ranked(rows.column_names):
+            return rows
+        # By the name under which a ranking looks for plain text.
+        rows = rows.select_columns([column, TEACHER_COLUMN])
+        return rows if column == "text" else rows.rename_column(column, "text")
+
+    def image_batch(self) -> dict[str, Any]:
+        """Inputs of the model for the first row with an image."""
+        batch = self.data_collator([self._as_trained(self._first_image_row())])
+        return {name: value for name, value in batch.items() if name not in (TEACHER_COLUMN, TEACHER_IMAGES, "labels")}
+
+    # While training
+
+    def fill(self, batches: list[dict[str, Any]]) -> None:
+        """Encodes the images that streamed batches carry, if any."""
+        if self._stream_teacher is not None:
+            self._stream_teacher.fill(batches)
+
+    def take(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Takes a batch's vectors out of the model's inputs, on the device of the run.
+
+        DeepSpeed casts floating-point inputs to the model's dtype; teacher vectors stay float32.
+        """
+        if TEACHER_IMAGES in inputs:  # of evaluation
+            self.fill([inputs])
+        vectors = inputs.pop(TEACHER_COLUMN, None)
+        return None if vectors is None else vectors.to(self.args.device)
+
+
+def _first_rows(rows: Any) -> list[dict[str, Any]]:
+    if isinstance(rows, NumberedStream):
+        return list(itertools.islice(rows, 2))
+    first = []
+    for number in range(min(2, len(rows))):
+        place = f"Row {number} of `train_dataset`"
+        try:
+            first.append({**rows[number], ROW_PLACE: place})
+        except Exception as error:  # whatever decoding or the user's own transforms raise
+            raise unreadable(place, error) from error
+    return first
+
+
+def _has_image(row: dict[str, Any], has_vectors: bool) -> bool:
+    """Whether a row of a stream, which has vectors or images, has one."""
+    return own_vector(row) is not None if has_vectors else bool(stored_images(row))

@@ -1,0 +1,422 @@
+"""The model card of an aligned run: what was trained, which heads, what became of them, and how to load the result."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+
+from .. import __version__
+from ..common.redaction import is_local, public_settings, public_text, shown_name
+from ..heads.head import AttentionHead
+from ..heads.heat_map import plot_head_scores
+from ..heads.ranking import HeadRanking
+from ..heads.registry import unwrap_model
+from ..runs.record import CONTEXTS, RunRecord, measurements
+from ..runs.written_files import CARD_FILE, PLOTS_FOLDER
+
+if TYPE_CHECKING:
+    from ..trainer import HeRATrainer
+
+logger = get_logger(__name__)
+
+# What a user writes into the card by hand.
+_KEPT = ("license", "license_name", "license_link", "language")
+_PAPER_POOLS = (128, 256)
+# Which heat maps this process has drawn, by their files.
+_DRAWN: dict[str, int] = {}
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def write_model_card(
+    trainer: HeRATrainer,
+    write_trl_card: Callable[[str | None, None, list[str]], None],
+    model_name: str | None = None,
+    dataset_name: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    license: str | None = None,
+) -> None:
+    """Writes `README.md` and the heat maps that it shows into a trainer's `output_dir`.
+
+    Args:
+        trainer ([`HeRATrainer`]): The trainer.
+        write_trl_card (`Callable`): `create_model_card` of TRL, whose metadata and links to trackers are taken over.
+        model_name (`str`, *optional*): Name of the model.
+        dataset_name (`str` or `list[str]`, *optional*): Data sets, by default those the training data was loaded from.
+        tags (`str` or `list[str]`, *optional*): Further tags.
+        license (`str`, *optional*): Licence, by default the one that is in the card already.
+    """
+    folder = Path(str(trainer.args.output_dir))
+    path = folder / CARD_FILE
+    kept = _written_by_hand(path)
+    if license is not None:
+        kept = {"license": license, **{name: value for name, value in kept.items() if not name.startswith("license")}}
+    adapter = trainer.model if isinstance(trainer.model, PeftModel) else None
+    tags = [tags] if isinstance(tags, str) else list(tags or ())
+    write_trl_card(model_name, None, tags)
+    trl_card = ModelCard.load(path)
+    names = [dataset_name] if isinstance(dataset_name, str) else dataset_name or _hub_datasets(trainer.train_dataset)
+    names = [shown_name(name) for name in names]
+    base = shown_name(unwrap_model(trainer.model).config.name_or_path or "")
+    own = {"hera", "trl", "sft", *(["peft"] if adapter is not None else [])}
+    data = ModelCardData(
+        base_model=base if _is_repo_id(base) and "/" in base else None,
+        datasets=[name for name in names if _is_repo_id(name)] or None,
+        library_name="transformers" if adapter is None else "peft",
+        pipeline_tag="image-text-to-text",
+        model_name=model_name,
+        tags=[*sorted(own), *sorted({*(trl_card.data.tags or ()), *tags} - own)],
+        **kept,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=files(__package__).joinpath("templates/model_card.md").read_text(encoding="utf-8"),
+        title=model_name or folder.absolute().name,
+        adapter=None if adapter is None else _adapter(adapter),
+        base=_base(base, on_hub=data.base_model is not None),
+        datasets=", ".join(
+            f"[{n}](https://huggingface.co/datasets/{n})" if _is_repo_id(n) else f"`{n}`" for n in names
+        ),
+        paper=trainer._paper,
+        badges=public_text("\n".join(line for line in trl_card.text.splitlines() if line.startswith("[<img"))),
+        repo=trainer.hub_model_id or trainer.args.hub_model_id or folder.absolute().name,
+        quantized=_quantization(trainer.model),
+        settings=_table(["setting", "this run", "paper"], _settings(trainer)),
+        training=_bullets(_training(trainer)),
+        versions=_bullets(_versions(adapter is not None)),
+        license=kept.get("license"),
+        version=__version__,
+        **_heads(trainer, folder),
+    )
+    card.text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in card.text.splitlines())) + "\n"
+    card.save(path)
+
+
+class CardKeeper:
+    """Writes the card into a folder where a model is saved, and keeps one that was written by hand. To be made before
+    the model is saved, since PEFT rewrites what it finds.
+
+    Args:
+        output_dir (`str`): The run's folder, where cards are made.
+        folder (`str`): Where the model is saved.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike | None, folder: str | os.PathLike | None) -> None:
+        self._here, self._there = Path(str(output_dir)), Path(str(folder))
+        card = self._here / CARD_FILE
+        self._is_kept = is_own_text(self._there / CARD_FILE)
+        self._own = card.read_bytes() if is_own_text(card) else None
+
+    def write(self, create: Callable[[], None]) -> None:
+        """
+        Args:
+            create (`Callable`): Makes the card in `output_dir`.
+        """
+        if self._is_kept:
+            return
+        card = self._here / CARD_FILE
+        try:
+            create()
+            if self._here.resolve() != self._there.resolve():
+                shutil.copy(card, self._there / CARD_FILE)
+                if (self._here / PLOTS_FOLDER).is_dir():
+                    shutil.copytree(self._here / PLOTS_FOLDER, self._there / PLOTS_FOLDER, dirs_exist_ok=True)
+        finally:
+            if self._own is not None:
+                card.write_bytes(self._own)
+
+
+# Of trainers (PEFT takes the tag away when it saves beside a card), of PEFT's form, and of this library's card.
+_GENERATED = (
+    "generated_from_trainer",
+    "It has been trained using [TRL]",
+    "[More Information Needed]",
+    "It was trained with hera-trainer, which is not needed",
+)
+
+
+def is_own_text(path: Path) -> bool:
+    """Whether there is a card at `path` whose text neither a trainer nor PEFT wrote."""
+    if not path.is_file():
+        return False
+    card = path.read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"\A---\n.*?^---\s*$", "", card, count=1, flags=re.DOTALL | re.MULTILINE)
+    return bool(text.strip()) and not any(mark in card for mark in _GENERATED)
+
+
+def _written_by_hand(path: Path) -> dict[str, Any]:
+    """What a card that is there already says of licence and language."""
+    if not path.is_file():
+        return {}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError):  # the new card takes its place, as TRL's does
+        return {}
+    return {name: data[name] for name in _KEPT if data.get(name) is not None}
+
+
+def _is_repo_id(name: str) -> bool:
+    """Whether a string can be the name of a repository of the Hub, and is no folder here."""
+    return _REPO_ID.fullmatch(name) is not None and not is_local(name) and not Path(name).is_dir()
+
+
+def _hub_datasets(dataset: Any) -> list[str]:
+    """Names on the Hub of what a data set was loaded from."""
+    if isinstance(dataset, dict):
+        return sorted({name for part in dataset.values() for name in _hub_datasets(part)})
+    if not isinstance(dataset, (Dataset, IterableDataset)) or not dataset.info.download_checksums:
+        return []
+    found = (re.match(r"hf://datasets/([^@]+?)@", url) for url in dataset.info.download_checksums)
+    return sorted({match[1] for match in found if match is not None})
+
+
+def _adapter(model: PeftModel) -> dict[str, Any]:
+    kind = _value(model.peft_config[model.active_adapter].peft_type)
+    mergeable = hasattr(model.base_model, "merge_and_unload")
+    return {"name": "LoRA" if kind == "LORA" else kind, "mergeable": mergeable}
+
+
+def _base(name: str, on_hub: bool) -> dict[str, str]:
+    if on_hub:
+        return {"text": f"[{name}](https://huggingface.co/{name})", "load": name, "comment": ""}
+    text = f"`{name}`, a model that is not on the Hub" if name else "a model that is not on the Hub"
+    return {"text": text, "load": name or "base-model", "comment": "  # the folder of the base model"}
+
+
+def _quantization(model: Any) -> str | None:
+    config = getattr(unwrap_model(model).config, "quantization_config", None)
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else config.to_dict()
+    if values.get("load_in_4bit"):
+        return f"4 bit ({values.get('bnb_4bit_quant_type', 'bitsandbytes')})"
+    return "8 bit" if values.get("load_in_8bit") else str(values.get("quant_method"))
+
+
+# Heads
+
+
+def _heads(trainer: HeRATrainer, folder: Path) -> dict[str, Any]:
+    """What the template says of the heads."""
+    heads, ranking = trainer.aligned_heads, trainer.head_ranking
+    if heads is None:
+        return {"heads": []}
+    monitored: dict[str, dict[int, HeadRanking]] = {}
+    for step, context, path in measurements(folder):
+        if trainer.best_step is not None and step > trainer.best_step:
+            continue  # of weights that were given up for better ones
+        monitored.setdefault(context, {})[step] = HeadRanking.load(path)
+    run = RunRecord(folder, {}, [], ranking, monitored)
+    changes = {context: pair for context in CONTEXTS if (pair := run.before_after(context)) is not None}
+    args = trainer.args
+    if args.aligned_heads is not None:
+        chosen = "The heads below were named in the configuration."
+    else:
+        which = {"worst": "least aligned", "top": "most aligned", "random": "randomly drawn"}[args.head_selection]
+        chosen = (
+            f"Before training, the {len(heads)} {which} of all {len(ranking.heads()) if ranking else ''} were chosen."
+        )
+    return {
+        "heads": heads,
+        "chosen": chosen,
+        "scores": _scores(heads, ranking, changes),
+        "score_notes": _score_notes(ranking, changes, monitored),
+        "heat_maps": _heat_maps(folder, heads, ranking, changes),
+    }
+
+
+def _scores(
+    heads: Sequence[AttentionHead], ranking: HeadRanking | None, changes: dict[str, tuple[HeadRanking, HeadRanking]]
+) -> str:
+    """Table of the aligned heads' scores, when they were chosen and before and after training in each context."""
+    columns: list[tuple[str, HeadRanking]] = [] if ranking is None else [("when chosen", ranking)]
+    for context, (before, after) in changes.items():
+        columns += [(f"{CONTEXTS[context]}, before", before), (f"{CONTEXTS[context]}, after", after)]
+    if not columns:
+        return ", ".join(f"`{head}`" for head in heads)
+    m, first = len(heads), columns[0][1]  # the best are those of the first column in all of them
+    rows = [[f"`{head}`", *(_mean_score(ranked, [head]) for _, ranked in columns)] for head in heads]
+    rows.append([f"mean of these {m}", *(_mean_score(ranked, heads) for _, ranked in columns)])
+    rows.append([f"mean of the {m} best at first", *(_mean_score(r, first.select("top", m)) for _, r in columns)])
+    rows.append(["mean of all", *(_mean_score(ranked, ranked.heads()) for _, ranked in columns)])
+    return _table(["head", *(name for name, _ in columns)], rows)
+
+
+def _mean_score(ranking: HeadRanking, heads: Sequence[AttentionHead]) -> str:
+    return f"{sum(map(ranking.score, heads)) / len(heads):.3f}"
+
+
+def _score_notes(
+    ranking: HeadRanking | None,
+    changes: dict[str, tuple[HeadRanking, HeadRanking]],
+    monitored: dict[str, dict[int, HeadRanking]],
+) -> str:
+    notes = {} if ranking is None else {"When chosen": _measured_on(ranking)}
+    for context, (before, _) in changes.items():
+        steps = monitored[context]
+        notes[CONTEXTS[context].capitalize()] = (
+            f"{_measured_on(before)}; held out; before is step {min(steps)}, after is step {max(steps)}"
+        )
+    text = _bullets(notes)
+    if not changes:
+        text += (
+            "\n\nWhat training changed was not measured. `AlignmentMonitorCallback` of hera-trainer measures it while "
+            "training, `hera rank` of a finished model."
+        )
+    return text
+
+
+def _measured_on(ranking: HeadRanking) -> str:
+    chance = ranking.k / max(1, ranking.num_samples - 1)
+    context = CONTEXTS[ranking.context]
+    return f"{ranking.num_samples:,} pairs, {context}, k = {ranking.k}; unrelated spaces score about {chance:.3f}"
+
+
+def _heat_maps(
+    folder: Path,
+    heads: Sequence[AttentionHead],
+    ranking: HeadRanking | None,
+    changes: dict[str, tuple[HeadRanking, HeadRanking]],
+) -> list[dict[str, str]]:
+    """Draws the heat maps and says where they are; none without matplotlib."""
+    drawn: dict[str, tuple[str, HeadRanking | dict[str, HeadRanking]]] = {}
+    for context, (before, after) in changes.items():
+        title = f"Agreement of attention heads with the teacher, {CONTEXTS[context]}"
+        drawn[f"heads_{context}.png"] = (title, {"before training": before, "after training": after})
+    if not drawn and ranking is not None:
+        drawn["heads.png"] = ("Agreement of attention heads with the teacher, before training", ranking)
+    (folder / PLOTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    heat_maps = []
+    for name, (title, rankings) in drawn.items():
+        path = folder / PLOTS_FOLDER / name
+        panels = rankings.values() if isinstance(rankings, dict) else [rankings]
+        content = hash((tuple(heads), *(panel.scores.numpy().tobytes() for panel in panels)))
+        try:
+            if _DRAWN.get(str(path)) != content or not path.is_file():  # every checkpoint asks for it again
+                plot_head_scores(rankings, path, heads, title, difference=isinstance(rankings, dict))
+        except ImportError as error:
+            logger.warning_once(f"The model card goes without its heat map. {error}")
+            return []
+        _DRAWN[str(path)] = content
+        heat_maps.append({"path": f"{PLOTS_FOLDER}/{name}", "alt": f"{title}; the aligned heads are outlined"})
+    return heat_maps
+
+
+# Settings
+
+
+def _settings(trainer: HeRATrainer) -> list[list[str]]:
+    """Settings of the method with the paper's beside them: name, this run's (bold where it differs), the paper's."""
+    args, ranking = trainer.args, trainer.head_ranking
+    assert trainer.criterion is not None
+    learned = f"learned ({trainer.criterion.temperature:.4g} now)" if args.learn_temperature else "fixed"
+    selection = "named" if args.aligned_heads is not None else args.head_selection
+    m = len(args.aligned_heads) if args.aligned_heads is not None else args.num_aligned_heads
+    batch_size = trainer.micro_batch_size
+    pool = args.pool_size(batch_size)
+    parts = f"{batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
+    if args.contrast_scope == "micro_batch":
+        parts = f"{batch_size} x {args.world_size}"
+    queue = f", and {args.queue_size} past ones" if args.queue_size else ""
+    teacher = shown_name(trainer.teacher_name) or "vectors that came with the data"
+    is_large_dinov2 = "dinov2" in teacher.lower() and "large" in teacher.lower() and "reg" not in teacher.lower()
+    rows = [
+        ("weight of the alignment loss, λ", f"{args.alignment_weight:g}", "0.01", args.alignment_weight == 0.01),
+        ("neighbours, k", str(args.num_neighbors), "10", args.num_neighbors == 10),
+        ("aligned heads, m", f"{m} ({selection})", "5 (worst)", (m, selection) == (5, "worst")),
+        (
+            "temperature, τ",
+            f"{args.temperature:g}, {learned}",
+            "0.07, learned",
+            args.temperature == 0.07 and args.learn_temperature,
+        ),
+        ("L2-normalised", "yes" if args.normalize else "no", "not stated", True),
+        (
+            "samples compared",
+            f"{pool} ({parts}{queue})",
+            "batches of 256, then 128",
+            pool in _PAPER_POOLS and not queue,
+        ),
+        ("teacher", teacher, "DINOv2 ViT-L", is_large_dinov2),
+    ]
+    if ranking is not None and args.aligned_heads is None:
+        same = (ranking.num_samples, ranking.context) == (1000, "text")
+        ranked = f"{ranking.num_samples:,} pairs, {CONTEXTS[ranking.context]}"
+        rows.append(("heads ranked on", ranked, "1,000 pairs, text only", same))
+    return [[name, value if same else f"**{value}**", paper] for name, value, paper, same in rows]
+
+
+def _training(trainer: HeRATrainer) -> dict[str, str]:
+    """The rest of the configuration that others need to train alike."""
+    args, state = trainer.args, trainer.state
+    lines = {
+        "Steps": f"{state.global_step} of {state.max_steps}" if state.max_steps > 0 else f"{state.global_step}",
+        "Batch": f"{trainer.micro_batch_size} a device x {args.gradient_accumulation_steps} accumulated x "
+        f"{args.world_size} device{'s' if args.world_size > 1 else ''}",
+        "Learning rate": f"{args.learning_rate:g}, {_value(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}",
+        "Optimizer": f"{_value(args.optim)}, weight decay {args.weight_decay:g}",
+        "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "Seed": str(args.seed),
+    }
+    if state.epoch:
+        lines["Steps"] += f" ({state.epoch:.3g} epochs)"
+    if trainer.best_step is not None:
+        lines["Steps"] += f"; the weights are those of step {trainer.best_step}, the best in evaluation"
+    losses = [entry["lm_loss"] for entry in state.log_history if "lm_loss" in entry]
+    if losses:
+        lines["Language-model loss"] = f"{losses[0]:.4g} when first logged, {losses[-1]:.4g} when last"
+    quantized = _quantization(trainer.model)
+    if quantized is not None:
+        lines["Base model in"] = quantized
+    if isinstance(trainer.model, PeftModel):
+        lines["Adapter"] = _adapter_summary(trainer.model)
+    return lines
+
+
+def _value(setting: Any) -> str:
+    return str(getattr(setting, "value", setting))  # some are enumerations, some strings
+
+
+def _adapter_summary(model: PeftModel) -> str:
+    config = public_settings(model.peft_config[model.active_adapter].to_dict())
+    parts = [_value(config["peft_type"])]
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
+        if config.get(name):
+            parts.append(f"{name} {config[name]:g}" if not isinstance(config[name], bool) else name)
+    for name in ("target_modules", "modules_to_save"):
+        value = config.get(name)
+        if value:
+            listed = [f"`{value}`"] if isinstance(value, str) else [f"`{item}`" for item in sorted(value)]
+            more = f" and {len(listed) - 12} more" if len(listed) > 12 else ""
+            parts.append(f"{name} {', '.join(listed[:12])}{more}")
+    return ", ".join(parts)
+
+
+def _versions(with_peft: bool) -> dict[str, str]:
+    names = {"TRL": "trl", "PEFT": "peft", "Transformers": "transformers", "PyTorch": "torch"}
+    names |= {"Datasets": "datasets", "Tokenizers": "tokenizers"}
+    found = {title: version(name) for title, name in names.items() if with_peft or name != "peft"}
+    return {"hera-trainer": __version__, **found}
+
+
+# Markdown
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _bullets(lines: dict[str, str]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())

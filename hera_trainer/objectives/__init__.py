@@ -1,0 +1,1 @@
+"""Alignment objectives, the metric of neighbourhoods, and the queue of past samples: torch alone. Uses `common`."""

@@ -1,0 +1,162 @@
+"""Which checkpoints are complete. A process may die at any moment; at least one complete checkpoint stays on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from .. import __version__
+from ..common.files import write_atomically
+from ..heads.ranking import HeadRanking
+from .written_files import RUN_FILE
+
+MARKER_FILE = "hera_complete"
+
+# A complete checkpoint waits under the second name while another one of the same step is written.
+_REPLACED = "replaced-"
+_NAME = re.compile(rf"({_REPLACED})?{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def is_complete(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint has the marker that is written last."""
+    return Path(checkpoint, MARKER_FILE).is_file()
+
+
+def make_room(checkpoint: Path) -> None:
+    """Clears the place of a checkpoint that is about to be written. What a killed run left there goes; a complete
+    checkpoint is put aside until `mark_complete`, and so is one with the trainer's state but no marker, which may be a
+    whole one of `SFTTrainer`, unless it would take the place of a complete one.
+
+    `Trainer` writes the new one under its name, bit by bit, so [`~common.files.replacing_folder`] does not fit here.
+
+    Args:
+        checkpoint (`Path`): Folder of the checkpoint.
+    """
+    aside = checkpoint.with_name(_REPLACED + checkpoint.name)
+    if is_complete(checkpoint) or (Path(checkpoint, TRAINER_STATE_NAME).is_file() and not is_complete(aside)):
+        _remove(aside)
+        os.replace(checkpoint, aside)
+    else:
+        _remove(checkpoint)
+
+
+def mark_complete(checkpoint: Path, step: int) -> None:
+    """Writes the marker into a checkpoint in which everything else is written.
+
+    Args:
+        checkpoint (`Path`): Folder of the checkpoint.
+        step (`int`): Its optimizer step.
+    """
+    content = json.dumps({"step": step, "hera_trainer": __version__})
+    write_atomically(checkpoint / MARKER_FILE, lambda path: path.write_text(content))
+    _remove(checkpoint.with_name(_REPLACED + checkpoint.name))
+
+
+def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Collection[Path]) -> None:
+    """`transformers.trainer_utils.rotate_checkpoints`, but incomplete checkpoints go before complete ones, and it is
+    told what to keep instead of guessing the newest from times. To be called when the new checkpoint is complete.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): Folder of the checkpoints.
+        limit (`int` or `None`): Most checkpoints to leave; `None` or 0 for all.
+        keep (collection of `Path`): Checkpoints that stay in any case.
+    """
+    if not limit or limit < 0:
+        return
+    checkpoints = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
+    others = [path for path in checkpoints if path not in keep]
+    others.sort(key=is_complete)  # stable: the oldest first among both kinds
+    for path in others[: max(0, len(checkpoints) - max(limit, len(keep)))]:
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint, its marker first: half of one must not look complete."""
+    (checkpoint / MARKER_FILE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def find_checkpoint(resume_from: str | os.PathLike | bool | None, output_dir: str | os.PathLike) -> str | None:
+    """The checkpoint that `train(resume_from_checkpoint=...)` means.
+
+    Args:
+        resume_from (`str`, `bool` or `None`): Folder of a checkpoint; `True` for the newest complete one.
+        output_dir (`str`): Where `True` looks for one.
+
+    Returns:
+        `str` or `None`: Its folder. Warns if newer checkpoints are passed over because their writing was interrupted,
+        or if a named one has no marker.
+
+    Raises:
+        `ValueError`: If there is no complete checkpoint, a named one lacks the trainer's state, or it is the folder of
+            the whole run.
+    """
+    if not resume_from:
+        return None
+    if resume_from is True:
+        return _newest_complete(Path(output_dir))
+    if Path(resume_from, RUN_FILE).is_file():
+        raise ValueError(
+            f"{str(resume_from)!r} is the output folder of a run, not a checkpoint. Name one of the checkpoints in it, "
+            "or set `output_dir` to it and `resume_from_checkpoint=True` to take the newest complete one."
+        )
+    if not Path(resume_from, TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"The checkpoint {str(resume_from)!r} has no `{TRAINER_STATE_NAME}`, so it is not there or its writing was "
+            "interrupted. Name an earlier one, or set `resume_from_checkpoint=True` to take the newest complete one."
+        )
+    if not is_complete(resume_from):
+        warnings.warn(
+            f"The checkpoint {str(resume_from)!r} has no `{MARKER_FILE}`: SFTTrainer wrote it, or its writing was "
+            "interrupted at the very end.",
+            stacklevel=3,
+        )
+    return str(resume_from)
+
+
+def _newest_complete(output_dir: Path) -> str:
+    found = []
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        name = _NAME.fullmatch(path.name)
+        if name is not None and path.is_dir():
+            found.append((int(name[2]), name[1] is None, path))
+    checkpoints = [path for _, _, path in sorted(found, reverse=True)]
+    if not checkpoints:
+        raise ValueError(
+            f"No valid checkpoint found in output directory ({output_dir}). Train without `resume_from_checkpoint`."
+        )
+    complete = next((path for path in checkpoints if is_complete(path)), None)
+    newer = checkpoints if complete is None else checkpoints[: checkpoints.index(complete)]
+    names = ", ".join(path.name for path in newer)
+    if complete is None:
+        raise ValueError(
+            f"No checkpoint in {str(output_dir)!r} is complete: {names} have no `{MARKER_FILE}`. Train without "
+            "`resume_from_checkpoint` (teacher vectors and ranking are cached), or name a checkpoint of SFTTrainer."
+        )
+    if newer:
+        warnings.warn(
+            f"Resuming from {complete.name}: the writing of {names} was interrupted (no `{MARKER_FILE}`).",
+            stacklevel=4,
+        )
+    return str(complete)
+
+
+def checkpoint_ranking(checkpoint: str | os.PathLike | None, file_name: str) -> HeadRanking | None:
+    """The ranking that a checkpoint carries, if it carries one."""
+    path = None if checkpoint is None else Path(checkpoint, file_name)
+    return HeadRanking.load(path) if path is not None and path.is_file() else None
+
+
+def saved_step(checkpoint: str | os.PathLike | None) -> int:
+    """The step at which a checkpoint was saved; -1 if there is none, or that is not known."""
+    state = None if checkpoint is None else Path(checkpoint, TRAINER_STATE_NAME)
+    return TrainerState.load_from_json(str(state)).global_step if state is not None and state.is_file() else -1

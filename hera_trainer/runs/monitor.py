@@ -1,0 +1,332 @@
+"""Watching alignment while training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from ..common.processes import Team
+from ..common.randomness import same_randomness
+from ..data.checks import check_dataset, with_teacher_features
+from ..data.collator import TeacherCollator
+from ..data.rows import collatable
+from ..heads.head import AttentionHead
+from ..heads.heat_map import pixels, plot_head_scores
+from ..heads.modes import evaluating
+from ..heads.ranking import HeadRanking, rank_heads
+from ..heads.registry import get_head_accessor
+from ..teacher.column import TEACHER_COLUMN
+from ..teacher.encoder import VisionTeacher
+from .plots import monitor_group
+from .record import CONTEXTS, measurement_path, measurements, public_ranking
+
+
+class AlignmentMonitorCallback(TrainerCallback):
+    """Measures, while a [`HeRATrainer`] trains, how well attention heads agree with the vision teacher on held-out
+    samples: the mutual k-NN score (MKNN, eq. 3 of the [HeRA paper](https://huggingface.co/papers/2606.23885)) of every
+    head, before the first step, every so many steps, and after the last.
+
+    The means over three groups of heads are logged through the trainer, so that they reach all that `report_to` names:
+    `alignment_mknn/aligned`, `alignment_mknn/top` (as many heads, the best of the ranking that the aligned ones were
+    chosen from) and `alignment_mknn/all`; with the image in context, the group is `alignment_mknn_image`. TensorBoard,
+    Trackio and Weights & Biases also get a heat map of all heads and of their change, if matplotlib is installed. Every
+    measurement is kept in the folder `alignment_monitor` of the run, as a [`HeadRanking`].
+
+    Training is the same with and without it, bit for bit: random states, modes and gradients are left as they were.
+    `HeRAConfig(monitor_steps=...)` adds one that measures on `eval_dataset`.
+
+    Args:
+        dataset ([`~datasets.Dataset`], *optional*):
+            Held-out rows in a form that [`HeRATrainer`] takes, the trainer's `eval_dataset` by default. The teacher
+            encodes all their images once, unless they have a column `teacher_features`.
+        processing_class ([`~transformers.ProcessorMixin`], *optional*):
+            The model's processor, the trainer's by default.
+        teacher ([`VisionTeacher`] or `str`, *optional*):
+            A teacher to measure with, the trainer's by default.
+        every (`int`, *optional*, defaults to `100`):
+            Number of optimizer steps between two measurements.
+        contexts (sequence of `str`, *optional*):
+            `"text"`: answers and captions go through the language model alone, as heads are ranked. `"image"`: the
+            whole model runs, with the image in context, and the positions with labels are pooled, as in training. By
+            default both, or the second alone if the text decoder can't run on text alone.
+        num_samples (`int`, *optional*, defaults to `500`):
+            Number of samples with distinct images, the same in every measurement; all there are if there are fewer.
+        k (`int`, *optional*):
+            Number of neighbours, `num_neighbors` of the trainer by default. Unrelated spaces score about
+            `k / (num_samples - 1)`.
+        heads (sequence of [`AttentionHead`] or `str`, *optional*):
+            The heads of the group `aligned`, those that the trainer aligns by default. To be named in a control run
+            with `alignment_weight=0`, unless its `aligned_heads` names them.
+
+    Raises:
+        `ValueError`: If a value is out of range. Data that cannot be used are refused before training starts.
+
+    Example:
+
+    ```python
+    >>> monitor = AlignmentMonitorCallback(held_out, every=200)
+    >>> trainer = HeRATrainer(model, args, train_dataset=dataset, callbacks=[monitor])
+    ```
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | None = None,
+        processing_class: Any = None,
+        teacher: VisionTeacher | str | None = None,
+        every: int = 100,
+        contexts: Sequence[str] | None = None,
+        num_samples: int = 500,
+        k: int | None = None,
+        heads: Sequence[AttentionHead | str] | None = None,
+    ) -> None:
+        unknown = set(contexts or ()) - set(CONTEXTS)
+        if unknown or (contexts is not None and not contexts) or isinstance(contexts, str):
+            raise ValueError(f"`contexts` must be a sequence of {' and '.join(map(repr, CONTEXTS))}, got {contexts!r}.")
+        for name, value, least in (("every", every, 1), ("k", 1 if k is None else k, 1)):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        self.dataset = dataset
+        self.processing_class = processing_class
+        self.teacher = teacher
+        self.every = every
+        self.contexts = contexts
+        self.num_samples = num_samples
+        self.k = k
+        self.heads = heads
+        self._trainer: Any = None
+        self._rows: Dataset | None = None
+        self._first: dict[str, HeadRanking] = {}
+        self._last_step = -1
+
+    # Before training
+
+    def check(self, trainer: Any) -> None:
+        """Refuses what cannot be measured; needs neither teacher nor ranking.
+
+        Args:
+            trainer ([`HeRATrainer`]): The trainer.
+
+        Raises:
+            `ValueError`: Naming the setting.
+        """
+        rows, name = (trainer.eval_dataset, "eval_dataset") if self.dataset is None else (self.dataset, "dataset")
+        if trainer.is_sharded:
+            raise ValueError(
+                "`AlignmentMonitorCallback` does not run under FSDP and DeepSpeed, which divide the model. Leave it "
+                "(or `monitor_steps`) out, and rank the heads of the trained model with `rank_heads`."
+            )
+        if rows is None:
+            raise ValueError(
+                "`AlignmentMonitorCallback` (`monitor_steps`) measures on held-out samples, but there is no "
+                "`eval_dataset`. Give the trainer one, or the callback a `dataset`."
+            )
+        if isinstance(rows, dict):
+            raise ValueError(
+                f"`{name}` is a dictionary of data sets ({', '.join(map(repr, rows))}). Leave `monitor_steps` out and "
+                "name the one to measure on: `callbacks=[AlignmentMonitorCallback(data_sets[name])]`."
+            )
+        if isinstance(rows, IterableDataset):
+            raise ValueError(
+                f"`{name}` is a stream (`IterableDataset`), but alignment is measured on the same samples every time. "
+                "Give the callback some rows of it: "
+                "`AlignmentMonitorCallback(Dataset.from_list(list(stream.take(500)), features=stream.features))`."
+            )
+        check_dataset(rows, name)
+        k = self._neighbors(trainer)
+        if self.num_samples < k + 2:
+            raise ValueError(f"`num_samples` ({self.num_samples}) must be at least k + 2 = {k + 2}.")
+        accessor = get_head_accessor(trainer.model)
+        if "text" in (self.contexts or ()) and accessor.needs:
+            raise ValueError(
+                f"The text decoder of this model needs {accessor.needs}, so its heads cannot be measured on text "
+                'alone. Set `contexts=["image"]`.'
+            )
+        missing = set(self._named_heads(trainer)) - set(accessor.heads())
+        if missing:
+            raise ValueError(f"This model has no attention head {min(missing)}. Correct `heads` or `aligned_heads`.")
+
+    def prepare(self, trainer: Any) -> None:
+        """Attaches the teacher's vectors to the held-out rows. Called by the trainer in all processes, before training.
+
+        Args:
+            trainer ([`HeRATrainer`]): The trainer.
+
+        Raises:
+            `ValueError`: If the data or the teacher cannot be used.
+        """
+        self.check(trainer)
+        self._trainer = trainer
+        if self.contexts is None:
+            self.contexts = tuple(CONTEXTS) if not get_head_accessor(trainer.model).needs else ("image",)
+        rows = trainer.eval_dataset if self.dataset is None else self.dataset
+        if self.teacher is None:
+            rows = trainer.teacher_vectors.attach(rows, "the monitor's data set")
+        else:
+            batch_size = trainer.args.teacher_batch_size
+            rows = with_teacher_features(rows, "the monitor's data set", self.teacher, batch_size)
+        trainer.teacher_vectors.columns.required(rows.column_names)
+        self._rows = rows
+
+    def _neighbors(self, trainer: Any) -> int:
+        return trainer.args.num_neighbors if self.k is None else self.k
+
+    # While training
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._rows is None:
+            raise ValueError("`AlignmentMonitorCallback` works with `HeRATrainer`; other trainers do not prepare it.")
+        self._first, self._last_step = {}, -1
+        earlier: dict[str, Path] = {}
+        for _, context, path in measurements(str(args.output_dir)):
+            earlier.setdefault(context, path)
+        # All processes must measure alike, also those that do not see the main one's files.
+        going_on = Team(distributed=True).any(state.is_world_process_zero and set(self.contexts or ()) <= set(earlier))
+        if state.global_step > 0 and going_on:  # resumed: what was measured before the first step stays
+            self._first = {context: HeadRanking.load(path) for context, path in earlier.items()}
+            self._last_step = state.global_step
+        else:
+            self._measure(args, state, control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_last = control.should_training_stop or state.global_step >= state.max_steps
+        if state.global_step % self.every == 0 or is_last:
+            self._measure(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Here and not when training has ended: trackers may have closed their run by then.
+        if control.should_training_stop and self._last_step != state.global_step:
+            self._measure(args, state, control)
+
+    def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        trainer = self._trainer
+        should_log = control.should_log
+        with same_randomness(args.device), evaluating(trainer.model):
+            rankings = {context: self._rank(context) for context in self.contexts or ()}
+            values = {}
+            for context, ranking in rankings.items():
+                self._first.setdefault(context, ranking)
+                for name, heads in self._groups(context).items():
+                    score = sum(map(ranking.score, heads)) / len(heads)
+                    values[f"{monitor_group(context)}/{name}"] = score
+            # In eval mode still: in training mode, `log` would take out what the trainer has summed up for its own.
+            trainer.log(values)
+        control.should_log = should_log  # logging answers the request, which is meant for the losses
+        self._last_step = state.global_step
+        if state.is_world_process_zero:
+            for context, ranking in rankings.items():
+                public_ranking(ranking).save(measurement_path(str(args.output_dir), state.global_step, context))
+                self._show(state, context, ranking)
+
+    def _rank(self, context: str) -> HeadRanking:
+        trainer = self._trainer
+        assert self._rows is not None
+        with trainer.accelerator.autocast():
+            return rank_heads(
+                trainer.model,
+                self.processing_class or trainer.processing_class,
+                self._rows,
+                k=self._neighbors(trainer),
+                num_samples=self.num_samples,
+                batch_size=trainer.args.per_device_eval_batch_size,
+                seed=trainer.args.seed,
+                normalize=trainer.args.normalize,
+                data_collator=None if context == "text" else self._collate,
+                teacher_name=self._teacher_name(),
+                progress=False,
+                distributed=True,
+                text_column=trainer.teacher_vectors.columns.ranked(self._rows.column_names),
+            )
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Any:
+        """A batch as in training, but for the teacher's vectors."""
+        collator: Callable = self._trainer.data_collator
+        inner = collator.inner if isinstance(collator, TeacherCollator) else collator
+        own = [{name: value for name, value in row.items() if name != TEACHER_COLUMN} for row in rows]
+        return inner([collatable(row, inner, self._trainer.teacher_vectors.columns) for row in own])
+
+    def _teacher_name(self) -> str:
+        if self.teacher is None:
+            own = self.dataset is not None and TEACHER_COLUMN in self.dataset.column_names
+            return "" if own else self._trainer.teacher_name
+        return self.teacher.name if isinstance(self.teacher, VisionTeacher) else self.teacher
+
+    def _named_heads(self, trainer: Any) -> list[AttentionHead]:
+        return [AttentionHead.parse(str(head)) for head in self.heads or trainer.args.aligned_heads or ()]
+
+    def _aligned(self) -> list[AttentionHead]:
+        """The heads of the group of that name: named ones, or those that the trainer chose."""
+        return self._named_heads(self._trainer) or self._trainer.aligned_heads or []
+
+    def _groups(self, context: str) -> dict[str, list[AttentionHead]]:
+        """The heads whose mean scores are logged."""
+        aligned = self._aligned()
+        first = self._first[context]
+        # Chosen on other data than measured on, where that can be: the best of one sample are worse on another.
+        before = self._trainer.head_ranking or first
+        count = min(len(aligned) or self._trainer.args.num_aligned_heads, len(first.heads()))
+        groups = {"aligned": aligned, "top": before.select("top", count), "all": first.heads()}
+        return {name: heads for name, heads in groups.items() if heads}
+
+    def _show(self, state: TrainerState, context: str, ranking: HeadRanking) -> None:
+        """Gives a heat map to those trackers of the trainer that take images."""
+        trackers = [c for c in self._trainer.callback_handler.callbacks if isinstance(c, _WITH_IMAGES)]
+        if not trackers:
+            return
+        step = state.global_step
+        panels = {"first": self._first[context], f"step {step}": ranking}
+        try:
+            figure = plot_head_scores(panels, heads=self._aligned(), title=f"Alignment ({context})", difference=True)
+        except ImportError as error:
+            warnings.warn(f"Trackers get no heat map of the attention heads. {error}", stacklevel=2)
+            return
+        image = pixels(figure)
+        for tracker in trackers:
+            _give_image(tracker, f"{monitor_group(context)}/heads", image, step)
+
+
+_WITH_IMAGES = (TensorBoardCallback, TrackioCallback, WandbCallback)
+
+
+def _give_image(tracker: TrainerCallback, name: str, image: np.ndarray, step: int) -> None:
+    """Logs an image `[height, width, 3]` beside the scalars of a step, under names as the trackers' own."""
+    name = f"train/{name}"
+    if isinstance(tracker, TensorBoardCallback):
+        if tracker.tb_writer is not None:
+            tracker.tb_writer.add_image(name, image, step, dataformats="HWC")
+            tracker.tb_writer.flush()
+    elif isinstance(tracker, TrackioCallback):
+        import trackio
+
+        trackio.log({name: trackio.Image(image), "train/global_step": step})
+    else:
+        import wandb
+
+        wandb.log({name: wandb.Image(image), "train/global_step": step})
+
+
+def prepare_monitors(trainer: Any, monitors: Sequence[AlignmentMonitorCallback]) -> None:
+    """Prepares the monitor of a trainer that is about to train. Random states are afterwards as they were.
+
+    Raises:
+        `ValueError`: If there is more than one, or it cannot measure.
+    """
+    if len(monitors) > 1:
+        raise ValueError(
+            "The trainer has more than one `AlignmentMonitorCallback`, and their measurements would replace each "
+            "other. Leave one of them, or `monitor_steps`, out."
+        )
+    for monitor in monitors:
+        with same_randomness(trainer.args.device):
+            monitor.prepare(trainer)

@@ -1,0 +1,182 @@
+"""What a run leaves in its output folder for those who look at it later: a report, a model card, a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..common.redaction import public_name
+from ..heads.head import AttentionHead
+from ..heads.ranking import HeadRanking
+from .written_files import MONITOR_FOLDER, RANKING_FILE, RUN_FILE
+
+CONTEXTS = {"text": "text only", "image": "image in context"}  # and how they are called
+
+_MEASUREMENT = re.compile(r"step-(\d+)-(text|image)\.json")
+
+
+@dataclass
+class RunRecord:
+    """What a training run left behind.
+
+    Args:
+        path (`Path`): The run's folder.
+        record (`dict[str, Any]`):
+            Content of `hera_run.json`: `model`, `dataset`, `adapter`, `aligned_heads`, `config`, `versions`,
+            `hardware`, `started`, `finished`, `resumed_from`, `files` (what saving the result writes). Empty where
+            there is no such file.
+        log_history (`list[dict]`): What was logged, as `TrainerState.log_history` has it.
+        head_ranking ([`HeadRanking`] or `None`): The ranking that the aligned heads were chosen from.
+        monitored (`dict[str, dict[int, HeadRanking]]`):
+            What [`AlignmentMonitorCallback`] measured: context (`"text"` or `"image"`), then step, ascending.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    log_history: list[dict[str, Any]]
+    head_ranking: HeadRanking | None = None
+    monitored: dict[str, dict[int, HeadRanking]] = field(default_factory=dict)
+
+    @property
+    def aligned_heads(self) -> list[AttentionHead]:
+        """The heads that were aligned, in the order of the run; empty if it is not known."""
+        return [AttentionHead.parse(head) for head in self.record.get("aligned_heads") or ()]
+
+    def before_after(self, context: str) -> tuple[HeadRanking, HeadRanking] | None:
+        """The first and the last measurement in a context.
+
+        Args:
+            context (`str`): `"text"` or `"image"`.
+
+        Returns:
+            `tuple` of two [`HeadRanking`], or `None` if fewer than two steps were measured in this context.
+        """
+        steps = self.monitored.get(context, {})
+        return (steps[min(steps)], steps[max(steps)]) if len(steps) > 1 else None
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """The steps at which a value was logged, and the values.
+
+        Args:
+            name (`str`): Key of `log_history`, such as `"alignment_loss"`.
+        """
+        points = {entry["step"]: entry[name] for entry in self.log_history if entry.get(name) is not None}
+        return list(points), list(points.values())
+
+
+def read_run(run_dir: str | os.PathLike) -> RunRecord:
+    """Reads what a run, finished or not, left in its `output_dir`.
+
+    Args:
+        run_dir (`str` or `os.PathLike`): The run's `output_dir`, or one of its checkpoints.
+
+    Returns:
+        [`RunRecord`].
+
+    Raises:
+        `ValueError`: If nothing of a run is there, or a file of it cannot be read.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise ValueError(f"{str(run_dir)!r} is not a folder. Name the `output_dir` of a training run.")
+    run_file, ranking = folder / RUN_FILE, folder / RANKING_FILE
+    state = _longest_state(folder)
+    run = RunRecord(
+        path=folder,
+        record=_read_json(run_file) if run_file.is_file() else {},
+        log_history=[] if state is None else state.get("log_history") or [],
+        head_ranking=HeadRanking.load(ranking) if ranking.is_file() else None,
+        monitored=_measurements(folder),
+    )
+    if state is None and not run.record and run.head_ranking is None and not run.monitored:
+        raise ValueError(
+            f"{str(run_dir)!r} holds no training run: there is neither `{RUN_FILE}` nor `{TRAINER_STATE_NAME}` in it. "
+            "Name the `output_dir` of a run of HeRATrainer."
+        )
+    return run
+
+
+def measurement_path(folder: str | os.PathLike, step: int, context: str) -> Path:
+    """Where the measurement of a step is kept in a run's `output_dir`."""
+    return Path(folder, MONITOR_FOLDER, f"step-{step:08d}-{context}.json")
+
+
+def measurements(folder: str | os.PathLike) -> Iterator[tuple[int, str, Path]]:
+    """Step, context and file of each measurement in a run's `output_dir`, by step."""
+    for path in sorted(Path(folder, MONITOR_FOLDER).glob("step-*.json")):
+        name = _MEASUREMENT.fullmatch(path.name)
+        if name is not None:
+            yield int(name[1]), name[2], path
+
+
+def _measurements(folder: Path) -> dict[str, dict[int, HeadRanking]]:
+    found: dict[str, dict[int, HeadRanking]] = {}
+    for step, context, path in measurements(folder):
+        found.setdefault(context, {})[step] = HeadRanking.load(path)
+    return found
+
+
+def _longest_state(folder: Path) -> dict[str, Any] | None:
+    """The newest trainer state of the run: that of its folder, or that of a checkpoint which goes on from there.
+
+    A checkpoint whose log does not begin with the folder's is of an earlier run into the same folder.
+    """
+    own = _read_if_whole(folder / TRAINER_STATE_NAME)
+    found = [_read_if_whole(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    states = [state for state in found if state is not None]
+    if own is not None:
+        log = own.get("log_history") or []
+        states = [state for state in states if log and (state.get("log_history") or [])[: len(log)] == log]
+        states.insert(0, own)
+    return max(states, key=lambda state: state.get("global_step") or 0, default=None)
+
+
+def _read_if_whole(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return _read_json(path)
+    except ValueError as error:  # transformers writes its state in place: a killed run may leave half of one
+        warnings.warn(f"{error} It is left out.", stacklevel=2)
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object.")
+    return content
+
+
+def defaults_of(config_class: type) -> dict[str, Any]:
+    """The defaults of a dataclass, `dataclasses.MISSING` for a field without one."""
+    return {s.name: s.default if s.default_factory is MISSING else s.default_factory() for s in fields(config_class)}
+
+
+def forget_measurements(folder: str | os.PathLike, after: int) -> None:
+    """Removes the measurements of later steps than `after`, which an earlier run left in its `output_dir`.
+
+    Args:
+        folder (`str` or `os.PathLike`): The run's `output_dir`.
+        after (`int`): The step from which training goes on; -1 for a new run.
+    """
+    for step, _, path in list(measurements(folder)):
+        if step > after:
+            path.unlink(missing_ok=True)
+
+
+def public_ranking(ranking: HeadRanking) -> HeadRanking:
+    """A ranking as others may read it: of folders of this computer, it names the last part only."""
+    return replace(ranking, model=public_name(ranking.model), teacher=public_name(ranking.teacher))

@@ -1,0 +1,219 @@
+"""Curves of what a run logged."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from ..record import RunRecord
+from .parts import CURVE_HEIGHT, Missing, Plot, Section, Table, number_text, plain_figure, spread
+
+# More points than a screen has columns only make the page slow.
+MOST_POINTS = 2000
+MOST_ROWS = 60
+# Curves with fewer points are read without a running mean.
+SMOOTHED_FROM = 50
+
+
+@dataclass
+class Series:
+    """One line of a chart: its name, the colour it takes of the page, and its points."""
+
+    name: str
+    color: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    noisy: bool = False
+
+
+def curves_section(run: RunRecord) -> Section:
+    """Loss, alignment loss, temperature, pool, skipped steps, and the mutual k-NN of groups of heads."""
+    section = Section("training", "Training")
+    plots = [
+        _chart("loss", "Language-model loss", _loss(run)),
+        _chart("alignment-loss", "Alignment loss", _alignment_loss(run), note=_band(run)),
+        _chart("mknn-text", "Mutual k-NN, text only", _groups(run, "alignment_mknn")),
+        _chart("mknn-image", "Mutual k-NN, image in context", _groups(run, "alignment_mknn_image")),
+        _chart("temperature", "Temperature", [_series(run, "temperature", "temperature", "--series-1")]),
+        _chart("pool", "Samples compared at a time", [_series(run, "alignment_pool", "pool", "--series-1")], zero=True),
+        _chart("skipped", "Without alignment loss, running total", _skipped(run), note=_left_out(run), zero=True),
+    ]
+    found = [plot for plot in plots if plot is not None]
+    if found:
+        section.plots[""] = found
+    section.missing += _missing(run, {plot.name for plot in found})
+    if any(len(line["x"]) > 2 for plot in found for line in plot.figure["data"]):
+        section.notes.append("Drag over a plot to zoom in; double-click to go back.")
+    return section
+
+
+def _series(run: RunRecord, key: str, name: str, color: str, noisy: bool = False) -> Series:
+    steps, values = run.curve(key)
+    return Series(name, color, steps, values, noisy)
+
+
+def _keys(run: RunRecord, pattern: str) -> list[str]:
+    return sorted({key for entry in run.log_history for key in entry if re.fullmatch(pattern, key)})
+
+
+def _evaluations(run: RunRecord, keys: Iterable[str], ending: str) -> list[Series]:
+    """One series an evaluation set: `eval_loss`, or `eval_<name>_loss` of several."""
+    found: list[Series] = []
+    for key in keys:
+        name = key.removeprefix("eval").removesuffix(ending).strip("_")
+        found.append(
+            _series(run, key, f"evaluation, {name}" if name else "evaluation", f"--series-{2 + len(found) % 2}")
+        )
+    return found
+
+
+def _loss(run: RunRecord) -> list[Series]:
+    key = "lm_loss" if run.curve("lm_loss")[0] else "loss"  # plain SFTTrainer has the latter only
+    evaluations = [key for key in _keys(run, r"eval(_.+)?_loss") if not key.endswith("_alignment_loss")]
+    return [_series(run, key, "training", "--series-1", noisy=True), *_evaluations(run, evaluations, "_loss")]
+
+
+def _alignment_loss(run: RunRecord) -> list[Series]:
+    evaluations = _keys(run, r"eval(_.+)?_alignment_loss")
+    training = _series(run, "alignment_loss", "training", "--series-1", noisy=True)
+    return [training, *_evaluations(run, evaluations, "_alignment_loss")]
+
+
+def _groups(run: RunRecord, prefix: str) -> list[Series]:
+    names = (
+        ("aligned", "aligned heads", "--aligned"),
+        ("top", "top heads", "--series-1"),
+        ("all", "all heads", "--quiet"),
+    )
+    return [_series(run, f"{prefix}/{key}", name, color) for key, name, color in names]
+
+
+def _skipped(run: RunRecord) -> list[Series]:
+    found = []
+    for key, name, color in (
+        ("alignment_skipped", "too few samples", "--series-1"),
+        ("alignment_not_finite", "not finite", "--series-2"),
+    ):
+        steps, values = run.curve(key)
+        found.append(Series(name, color, steps, list(accumulate(values))))
+    return found
+
+
+def _left_out(run: RunRecord) -> str:
+    total = sum(run.curve("alignment_left_out")[1])
+    if not total:
+        return ""
+    return f"{total:,.0f} samples were left out of the alignment loss: no image, or no token with a label."
+
+
+def _band(run: RunRecord) -> str:
+    """What the values of the alignment loss can be compared with."""
+    config, (_, pools) = run.record.get("config", {}), run.curve("alignment_pool")
+    neighbors = config.get("num_neighbors")
+    if not isinstance(neighbors, int) or not pools:
+        return ""
+    note = f"The least possible value is ln {neighbors} = {math.log(neighbors):.2f}"
+    candidates = round(sorted(pools)[len(pools) // 2]) - 1
+    if config.get("queue_size") == 0 and candidates > neighbors:
+        note += f"; equal similarities with all {candidates} others give {math.log(candidates):.2f}"
+    return note + "."
+
+
+def _chart(name: str, title: str, series: Sequence[Series], note: str = "", zero: bool = False) -> Plot | None:
+    """A line chart, `None` if there is nothing to draw."""
+    series = [line for line in series if line.steps]
+    if not series:
+        return None
+    lines: list[Any] = []
+    for line in series:
+        lines += _lines(line)
+    layout: dict[str, Any] = {"rangemode": "tozero"} if zero else {}
+    if zero and not any(value for line in series for value in line.values):
+        layout = {"range": [0, 1]}  # a flat zero at the bottom, not in the middle of a scale from -1 to 1
+    figure = plain_figure(
+        lines,
+        xaxis={"title": {"text": "step"}},
+        yaxis=layout,
+        hovermode="x unified",
+        showlegend=len(series) > 1,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        margin={"l": 52, "r": 12, "t": 28 if len(series) > 1 else 10, "b": 40},
+    )
+    longest = max(series, key=lambda line: len(line.steps))
+    if any(line.noisy and len(line.steps) >= SMOOTHED_FROM for line in series):
+        note = f"Pale: as logged; strong: mean of the last {_window(len(longest.steps))} logs. {note}".strip()
+    if len(longest.steps) > MOST_POINTS:
+        note = f"{MOST_POINTS:,} of {len(longest.steps):,} logged points are drawn. {note}".strip()
+    return Plot(name, title, title, figure, CURVE_HEIGHT, _label(title, series), _table(title, series), note)
+
+
+def _lines(line: Series) -> list[Any]:
+    import plotly.graph_objects as go
+
+    shown = spread(len(line.steps), MOST_POINTS)
+    few = len(line.steps) < SMOOTHED_FROM
+
+    def trace(values: Sequence[float], **style: Any) -> Any:
+        x, y = [line.steps[i] for i in shown], [values[i] for i in shown]
+        name = html.escape(line.name)  # plotly reads tags in names
+        return go.Scatter(x=x, y=y, name=name, meta=line.color, hovertemplate="%{y:.5~g}", line={"width": 2}, **style)
+
+    raw = trace(line.values, mode="lines+markers" if few else "lines", marker={"size": 5 if few else 3})
+    if few or not line.noisy:
+        return [raw]
+    raw.update(line={"width": 1}, opacity=0.4, showlegend=False, name=f"{raw.name}, as logged")
+    return [raw, trace(_running_mean(line.values, _window(len(line.values))), mode="lines")]
+
+
+def _window(count: int) -> int:
+    return max(5, count // 25)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    means = []
+    for i in range(len(values)):
+        last = [value for value in values[max(0, i + 1 - window) : i + 1] if math.isfinite(value)]
+        means.append(math.fsum(last) / len(last) if last else math.nan)
+    return means
+
+
+def _label(title: str, series: Sequence[Series]) -> str:
+    parts = []
+    for line in series:
+        last = f" to {number_text(line.values[-1])} at step {line.steps[-1]:,}" if len(line.steps) > 1 else ""
+        parts.append(f"{line.name} from {number_text(line.values[0])} at step {line.steps[0]:,}{last}")
+    return f"Line chart. {title}: {'; '.join(parts)}."
+
+
+def _table(title: str, series: Sequence[Series]) -> Table:
+    points = [dict(zip(line.steps, line.values, strict=True)) for line in series]
+    steps = sorted({line.steps[i] for line in series for i in spread(len(line.steps), MOST_ROWS)})
+    rows = [[f"{step:,}", *(number_text(line.get(step)) for line in points)] for step in steps]
+    logged = len({step for line in series for step in line.steps})
+    share = f", {len(steps)} of {logged:,} logged steps" if logged > len(steps) else ""
+    return Table(f"{title}{share}", ["Step", *(line.name for line in series)], rows, numeric=True)
+
+
+def _missing(run: RunRecord, found: set[str]) -> list[Missing]:
+    if not run.log_history:
+        return [
+            Missing(
+                "Nothing was logged yet: there is no trainer_state.json with a log in this folder or its checkpoints.",
+                "Wait for the first log of the run (logging_steps), or for its first checkpoint.",
+            )
+        ]
+    missing = []
+    if "alignment-loss" not in found:
+        off = run.record.get("config", {}).get("alignment_weight") == 0
+        what = "There is no alignment loss, temperature, pool or count of skipped steps"
+        cure = "HeRATrainer logs them; with SFTTrainer, or with alignment_weight=0, there is no such loss."
+        missing.append(Missing(f"{what}: alignment was off." if off else f"{what} in the log.", cure))
+    if not {"mknn-text", "mknn-image"} & found:
+        cure = "Set monitor_steps, or give the trainer an AlignmentMonitorCallback."
+        missing.append(Missing("The mutual k-NN of the heads was not logged.", cure))
+    return missing

@@ -1,0 +1,268 @@
+"""The heads of a run: maps before, after and of the difference, and the table of the aligned heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ...heads.head import AttentionHead
+from ...heads.ranking import HeadRanking
+from ..record import CONTEXTS, RunRecord
+from .parts import Missing, Plot, Section, Table, change_text, plain_figure, score_text
+
+CONTEXT_NAMES = {context: name.capitalize() for context, name in CONTEXTS.items()}
+
+_MONITOR_CODE = """\
+args = HeRAConfig(..., monitor_steps=50)
+trainer = HeRATrainer(model, args, train_dataset=train, eval_dataset=held_out)"""
+
+# White in a black frame stands out from every colour of both maps, in either scheme.
+_OUTLINE = (("#000000", 3.6), ("#ffffff", 1.6))
+
+Grid = list[list[float]]
+
+
+def heads_section(run: RunRecord) -> Section:
+    """Head maps of every context of a run."""
+    section = Section("heads", "Attention heads")
+    aligned = run.aligned_heads
+    for context in CONTEXTS:
+        pair = run.before_after(context)
+        if pair is not None:
+            steps = run.monitored[context]
+            section.plots[CONTEXT_NAMES[context]] = _three_maps(context, *pair, (min(steps), max(steps)), aligned)
+        elif run.monitored.get(context):
+            step, ranking = next(iter(run.monitored[context].items()))
+            section.plots[CONTEXT_NAMES[context]] = [_single_map(context, f"at step {step:,}", ranking, aligned)]
+    if not section.plots and run.head_ranking is not None:
+        title = "before training, as the heads were chosen"
+        name = CONTEXT_NAMES[run.head_ranking.context]
+        section.plots[name] = [_single_map(run.head_ranking.context, title, run.head_ranking, aligned)]
+    rankings = _rankings(run)
+    if rankings:
+        section.notes.append(_about(rankings))
+    section.missing += _missing(run)
+    return section
+
+
+def chosen_section(run: RunRecord) -> Section:
+    """The table of the aligned heads, with their scores before and after."""
+    section = Section("aligned", "Aligned heads")
+    aligned = run.aligned_heads
+    if not aligned:
+        return section
+    pairs = {context: pair for context in CONTEXTS if (pair := run.before_after(context)) is not None}
+    columns, rows = ["Head"], [[str(head)] for head in aligned]
+    if run.head_ranking is not None:
+        columns.append("Score in the ranking")
+    for context in pairs:
+        columns += [f"{CONTEXT_NAMES[context]}: {name}" for name in ("before", "after", "change")]
+    for head, row in zip(aligned, rows, strict=True):
+        if run.head_ranking is not None:
+            row.append(score_text(score_of(run.head_ranking, head)))
+        for before, after in pairs.values():
+            a, b = score_of(before, head), score_of(after, head)
+            row += [score_text(a), score_text(b), change_text(a, b)]
+    caption = f"The {len(aligned)} aligned heads and their mutual k-NN with the teacher"
+    section.tables.append(Table(caption, columns, rows, numeric=True, footer=_means(run, pairs, aligned)))
+    return section
+
+
+def score_of(ranking: HeadRanking, head: AttentionHead) -> float | None:
+    """The score of a head, `None` if the ranking has none."""
+    layers, width = ranking.scores.shape
+    score = ranking.score(head) if head.layer < layers and head.head < width else math.nan
+    return None if math.isnan(score) else score
+
+
+def mean_of(ranking: HeadRanking, heads: Sequence[AttentionHead]) -> float | None:
+    """The mean score of heads, `None` if one of them has none."""
+    scores = [score_of(ranking, head) for head in heads]
+    return None if not scores or None in scores else math.fsum(s for s in scores if s is not None) / len(scores)
+
+
+def _means(run: RunRecord, pairs: dict[str, Any], aligned: Sequence[AttentionHead]) -> list[list[str]]:
+    """Rows of means: the aligned heads, as many of the most aligned before training, all heads, and chance."""
+
+    def top(ranking: HeadRanking) -> list[AttentionHead]:  # the group `alignment_mknn/top` of the monitor
+        return (run.head_ranking or ranking).select("top", len(aligned))
+
+    rows = []
+    for name, choose in (
+        ("Mean of the aligned heads", lambda ranking: aligned),
+        (f"Mean of the {len(aligned)} heads that were most aligned", top),
+        ("Mean of all heads", HeadRanking.heads),
+    ):
+        row = [name]
+        if run.head_ranking is not None:
+            row.append(score_text(mean_of(run.head_ranking, choose(run.head_ranking))))
+        for before, after in pairs.values():
+            heads = choose(before)
+            a, b = mean_of(before, heads), mean_of(after, heads)
+            row += [score_text(a), score_text(b), change_text(a, b)]
+        rows.append(row)
+    row = ["Chance, k / (N - 1)"]
+    if run.head_ranking is not None:
+        row.append(score_text(_chance(run.head_ranking)))
+    for before, after in pairs.values():
+        row += [score_text(_chance(before)), score_text(_chance(after)), ""]
+    return [*rows, row]
+
+
+def _chance(ranking: HeadRanking) -> float:
+    """The score that two unrelated spaces have on average."""
+    return ranking.k / (ranking.num_samples - 1)
+
+
+def _rankings(run: RunRecord) -> list[HeadRanking]:
+    found = [ranking for steps in run.monitored.values() for ranking in steps.values()]
+    return found or ([run.head_ranking] if run.head_ranking is not None else [])
+
+
+def _about(rankings: Sequence[HeadRanking]) -> str:
+    ranking = rankings[0]
+    return (
+        f"A score is the mutual k-NN of a head with the teacher: the share of a sample's {ranking.k} nearest "
+        f"neighbours that both agree on, over {ranking.num_samples:,} samples. Chance is {_chance(ranking):.4f}. "
+        "Aligned heads are outlined. Blank: the layer has no such head. Point at a cell for its values."
+    )
+
+
+def _three_maps(
+    context: str, before: HeadRanking, after: HeadRanking, steps: tuple[int, int], aligned: Sequence[AttentionHead]
+) -> list[Plot]:
+    change = (after.scores - before.scores).tolist()
+    first, last = before.scores.tolist(), after.scores.tolist()
+    values = [score for grid in (first, last) for row in grid for score in row if not math.isnan(score)]
+    limits = (min(values), max(values))
+    widest = max((abs(score) for row in change for score in row if not math.isnan(score)), default=0.0) or 1e-4
+    hover = _hover_data(first, last, aligned)
+    lines = "before %{customdata[0]:.4f}<br>after %{customdata[1]:.4f}<br>change %{customdata[2]}"
+    plots = []
+    for name, title, grid, bounds in (
+        ("before", f"Before (step {steps[0]:,})", first, limits),
+        ("after", f"After (step {steps[1]:,})", last, limits),
+        ("difference", "Difference, after - before", change, (-widest, widest)),
+    ):
+        scale = "difference" if name == "difference" else "score"
+        figure = _heat_map(grid, scale, bounds, aligned, hover, lines)
+        what = f"{CONTEXT_NAMES[context]}, {title[0].lower()}{title[1:]}"
+        plots.append(_plot(f"heads-{context}-{name}", title, what, grid, figure, aligned, signed=scale == "difference"))
+    return plots
+
+
+def _single_map(context: str, when: str, ranking: HeadRanking, aligned: Sequence[AttentionHead]) -> Plot:
+    grid = ranking.scores.tolist()
+    values = [score for row in grid for score in row if not math.isnan(score)]
+    hover = _hover_data(grid, grid, aligned)
+    figure = _heat_map(grid, "score", (min(values), max(values)), aligned, hover, "score %{customdata[0]:.4f}")
+    title = f"{when[0].upper()}{when[1:]}"
+    return _plot(f"heads-{context}", title, f"{CONTEXT_NAMES[context]}, {when}", grid, figure, aligned)
+
+
+def _hover_data(before: Grid, after: Grid, aligned: Sequence[AttentionHead]) -> list[list[list[Any]]]:
+    """For each cell its score before and after, their difference as text, and whether the head is aligned."""
+    chosen = set(aligned)
+    return [
+        [
+            [round(a, 6), round(b, 6), change_text(a, b), ", aligned" if (layer, head) in chosen else ""]
+            for head, (a, b) in enumerate(zip(row, after[layer], strict=True))
+        ]
+        for layer, row in enumerate(before)
+    ]
+
+
+def _heat_map(
+    grid: Grid,
+    scale: str,
+    bounds: tuple[float, float],
+    aligned: Sequence[AttentionHead],
+    hover: list[list[list[Any]]],
+    lines: str,
+) -> dict[str, Any]:
+    import plotly.graph_objects as go
+
+    layers, widest = len(grid), len(grid[0])
+    trace = go.Heatmap(
+        z=[[round(score, 6) for score in row] for row in grid],
+        x=list(range(widest)),
+        y=list(range(layers)),
+        customdata=hover,
+        meta=scale,  # the page chooses the colours
+        zmin=bounds[0],
+        zmax=bounds[1],
+        xgap=1 if widest <= 40 else 0,
+        ygap=1 if layers <= 60 else 0,
+        hoverongaps=False,
+        hovertemplate="<b>L%{y}H%{x}</b>%{customdata[3]}<br>layer %{y}, head %{x}<br>" + lines + "<extra></extra>",
+        colorbar={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "thickness": 10, "len": 1},
+    )
+    outlines = [
+        {
+            "type": "rect",
+            "name": str(head),
+            "x0": head.head - 0.5,
+            "x1": head.head + 0.5,
+            "y0": head.layer - 0.5,
+            "y1": head.layer + 0.5,
+            "line": {"color": color, "width": width},
+        }
+        for head in aligned
+        for color, width in _OUTLINE
+    ]
+    return plain_figure(
+        [trace],
+        shapes=outlines,
+        xaxis=_axis("head", [-0.5, widest - 0.5]),
+        yaxis=_axis("layer", [layers - 0.5, -0.5]),
+        margin={"l": 44, "r": 8, "t": 6, "b": 92},
+    )
+
+
+def _axis(name: str, limits: list[float]) -> dict[str, Any]:
+    ticks = {"dtick": 1} if max(limits) < 12 else {}  # of its own, plotly would set ticks at halves
+    return {"title": {"text": name}, "range": limits, "fixedrange": True, "showgrid": False, **ticks}
+
+
+def _plot(
+    name: str,
+    title: str,
+    what: str,
+    grid: Grid,
+    figure: dict[str, Any],
+    aligned: Sequence[AttentionHead],
+    signed: bool = False,
+) -> Plot:
+    layers, width = len(grid), len(grid[0])
+    scores = {AttentionHead(i, j): s for i, row in enumerate(grid) for j, s in enumerate(row) if not math.isnan(s)}
+    low, high = min(scores, key=lambda head: scores[head]), max(scores, key=lambda head: scores[head])
+    sign = "+" if signed else ""
+    label = (
+        f"Heat map. {what}: {layers} layers by {width} heads. Lowest {low} {scores[low]:{sign}.4f}, highest {high} "
+        f"{scores[high]:{sign}.4f}, mean {math.fsum(scores.values()) / len(scores):{sign}.4f}."
+    )
+    chosen = [scores[head] for head in aligned if head in scores]
+    if chosen:
+        label += f" Mean of the aligned heads {math.fsum(chosen) / len(chosen):{sign}.4f}."
+    rows = [
+        [f"Layer {i}", *("-" if math.isnan(score) else f"{score:{sign}.4f}" for score in row)]
+        for i, row in enumerate(grid)
+    ]
+    table = Table(f"{what}: score of each head", ["", *(f"Head {j}" for j in range(width))], rows, numeric=True)
+    return Plot(name, title, what, figure, min(max(13 * layers, 240), 760) + 98, label, table)
+
+
+def _missing(run: RunRecord) -> list[Missing]:
+    if any(len(steps) == 1 for steps in run.monitored.values()):
+        cure = "The difference appears with the next one, or at the end of training."
+        return [Missing("The heads have been measured only once so far.", cure)]
+    if run.monitored:
+        return []
+    if (run.record.get("config") or {}).get("alignment_weight") == 0:
+        what = "Alignment was off in this run (alignment_weight=0), and its heads were not measured."
+    elif run.head_ranking is not None:
+        what = "The heads were not measured during training, so there is no map after it."
+    else:
+        what = "This folder holds no scores of heads: no ranking, and no measurements of the monitor."
+    return [Missing(what, "Set monitor_steps and give the trainer held-out data:", _MONITOR_CODE)]

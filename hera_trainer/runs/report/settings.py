@@ -1,0 +1,141 @@
+"""Configuration, versions and hardware of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from ...common.redaction import public_settings
+from ..record import RunRecord, defaults_of
+from .parts import Missing, Section, Table
+
+# In the report already, or a matter of the machine.
+_NOT_SHOWN = ("output_dir", "logging_dir", "run_name", "local_rank")
+# What `__post_init__` makes of a default: no one has set these.
+_FILLED_IN = {
+    "activation_checkpointing": True,
+    "bf16": True,
+    "debug": [],
+    "disable_tqdm": False,
+    "pad_to_multiple_of": None,
+    "report_to": [],
+}
+# What `TrainingArguments.to_dict` writes for any value of `hub_token`, `eos_token` and their like.
+_PLACEHOLDER = re.compile(r"<[A-Z_]+>")
+
+
+def settings_section(run: RunRecord) -> Section:
+    """The configuration: what differs from the defaults, and everything."""
+    section = Section("configuration", "Configuration")
+    config = run.record.get("config") or {}
+    if not config:
+        cure = "HeRATrainer writes it to hera_run.json when training begins; SFTTrainer does not."
+        section.missing.append(Missing("The configuration was not recorded.", cure))
+        return section
+    config = {name: value for name, value in config.items() if name not in _NOT_SHOWN}
+    defaults = _defaults()
+    own = _of_alignment(config)
+    names = [*own, *sorted(set(config) - set(own))]
+    changed = [name for name in names if not _is_default(name, config[name], defaults)]
+    rows = [[name, _text(config[name]), _text(defaults.get(name))] for name in changed]
+    section.tables.append(Table("Settings that differ from the defaults", ["Setting", "Value", "Default"], rows))
+    everything = [[name, _text(config[name])] for name in names]
+    section.folded.append(Table(f"All {len(everything)} settings", ["Setting", "Value"], everything))
+    if run.record.get("adapter"):
+        rows = [[name, _text(value)] for name, value in run.record["adapter"].items()]
+        section.tables.append(Table("Adapter", ["Setting", "Value"], rows))
+    return section
+
+
+def environment_section(run: RunRecord) -> Section:
+    """Versions, hardware and times."""
+    section = Section("environment", "Environment")
+    for key, caption in (("versions", "Versions"), ("hardware", "Hardware")):
+        if run.record.get(key):
+            rows = [[name.replace("_", " "), _text(value)] for name, value in run.record[key].items()]
+            section.tables.append(Table(caption, ["Name", "Value"], rows))
+    times = [("started", run.record.get("started")), ("finished", run.record.get("finished"))]
+    rows = [[name, time_text(value)] for name, value in times if value]
+    if duration(run):
+        rows.append(["duration", duration(run)])
+    if run.record.get("resumed_from"):
+        rows.append(["resumed from", _text(run.record["resumed_from"])])
+    if rows:
+        section.tables.append(Table("Time", ["Name", "Value"], rows))
+    if not run.record.get("versions"):
+        cure = "HeRATrainer writes them to hera_run.json when training begins; `hera env` prints those of this machine."
+        section.missing.append(Missing("Versions and hardware were not recorded.", cure))
+    return section
+
+
+def time_text(value: Any) -> str:
+    """A recorded time without its fractions of a second."""
+    time = _time(value)
+    return str(value) if time is None else time.strftime("%Y-%m-%d %H:%M %Z").strip()
+
+
+def duration(run: RunRecord) -> str:
+    """How long the run took, `""` if it is not known."""
+    started, finished = _time(run.record.get("started")), _time(run.record.get("finished"))
+    seconds = (finished - started).total_seconds() if started is not None and finished is not None else None
+    if seconds is None:
+        runtimes = run.curve("train_runtime")[1]
+        if not runtimes:
+            return ""
+        seconds = runtimes[-1]
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _time(value: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _defaults() -> dict[str, Any]:
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    from ...config import HeRAConfig
+
+    values = {name: value for name, value in defaults_of(HeRAConfig).items() if value is not dataclasses.MISSING}
+    values["accelerator_config"] = AcceleratorConfig().to_dict()
+    return public_settings(values)
+
+
+def _of_alignment(config: Mapping[str, Any]) -> list[str]:
+    """The settings that `HeRAConfig` adds to those of `SFTConfig`."""
+    from trl import SFTConfig
+
+    from ...config import HeRAConfig
+
+    inherited = {setting.name for setting in dataclasses.fields(SFTConfig)}
+    return [s.name for s in dataclasses.fields(HeRAConfig) if s.name in config and s.name not in inherited]
+
+
+def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    if isinstance(value, str) and _PLACEHOLDER.fullmatch(value):
+        return True
+    if name in _FILLED_IN and value == _FILLED_IN[name]:
+        return True
+    default = defaults.get(name)
+    if isinstance(value, Mapping) and isinstance(default, Mapping):  # some entries are left out when it is recorded
+        return all(item == default.get(key) for key, item in value.items())
+    return name in defaults and (value == default or str(value) == str(default))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "None"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(_text(item) for item in value)
+    return str(value)

@@ -1,0 +1,192 @@
+"""The temperature is trained alike beside every optimizer, and its state goes with every checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from runs import config, logged, trainer
+from tiny import build_vlm, image_dataset, sft_args
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from trl import SFTConfig, SFTTrainer
+
+from hera_trainer import HeRATrainer
+from hera_trainer.alignment.alignment import STATE_FILE
+from hera_trainer.alignment.temperature import scheduled_rate
+
+STEPS, RATE, WARMUP = 5, 1e-2, 2
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of the log temperature before each step."""
+
+    def __init__(self):
+        self.values = []
+        self.trainer = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.values.append(self.trainer.criterion.log_temperature.grad.item())
+
+
+def adam(gradients, rates, beta1=0.9, beta2=0.999, epsilon=1e-8):
+    """The log temperature after each step, by Kingma and Ba's Algorithm 1."""
+    value, m, v, values = math.log(0.07), 0.0, 0.0, []
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
+        value -= rate * (m / (1 - beta1**t)) / (math.sqrt(v / (1 - beta2**t)) + epsilon)
+        value = max(value, math.log(0.01))
+        values.append(value)
+    return values
+
+
+def linear(step):
+    """Transformers' linear schedule with warm-up."""
+    return RATE * (step / WARMUP if step < WARMUP else (STEPS - step) / (STEPS - WARMUP))
+
+
+def lora():
+    return LoraConfig(target_modules=["q_proj", "o_proj"], r=4)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=RATE)
+
+
+def own_rates(model):
+    """As the Qwen-VL repositories have it: a rate for each part, the first one tiny."""
+    tower = [p for name, p in model.named_parameters() if "vision" in name]
+    rest = [p for name, p in model.named_parameters() if "vision" not in name]
+    return torch.optim.AdamW([{"params": tower, "lr": 1e-7}, {"params": rest, "lr": 5e-3}], lr=RATE)
+
+
+def frozen_first(model):
+    tower = [p for name, p in model.named_parameters() if "vision" in name]
+    rest = [p for name, p in model.named_parameters() if "vision" not in name]
+    return torch.optim.AdamW([{"params": tower, "lr": 0.0}, {"params": rest, "lr": 5e-3}], lr=RATE)
+
+
+def muon(model):
+    """Takes matrices only."""
+    return torch.optim.Muon([p for p in model.parameters() if p.requires_grad and p.ndim == 2], lr=RATE)
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "own rates": own_rates, "frozen first": frozen_first, "muon": muon}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("optimizer", ["trainer's", "create_optimizer", *OPTIMIZERS])
+def test_adam_at_the_rate_of_the_schedule_beside_every_optimizer(tmp_path, optimizer, accumulation):
+    gradients = Gradients()
+
+    class Own(HeRATrainer):
+        def create_optimizer(self, *args, **kwargs):
+            self.optimizer = own_rates(self.model)
+            return self.optimizer
+
+    model, processor = build_vlm("llava")
+    if optimizer == "muon":
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora())
+    run = (Own if optimizer == "create_optimizer" else HeRATrainer)(
+        model,
+        config(
+            tmp_path,
+            max_steps=STEPS,
+            learning_rate=RATE,
+            warmup_steps=WARMUP,
+            lr_scheduler_type="linear",
+            gradient_accumulation_steps=accumulation,
+        ),
+        train_dataset=image_dataset(n=24, with_features=8),
+        processing_class=processor,
+        optimizers=(OPTIMIZERS[optimizer](model) if optimizer in OPTIMIZERS else None, None),
+        callbacks=[gradients],
+    )
+    gradients.trainer = run
+    run.train()
+    expected = [math.exp(value) for value in adam(gradients.values, [linear(step) for step in range(STEPS)])]
+    assert logged(run, "temperature") == pytest.approx(expected, rel=1e-5)
+    assert abs(math.log(expected[-1] / 0.07)) > 1e-3
+    owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert id(run.criterion.log_temperature) not in owned
+
+
+def test_rate_of_layerwise_optimizers():
+    """They keep an optimizer and a schedule for each parameter, behind one that does nothing."""
+    parameters = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+    parts = {parameter: torch.optim.SGD([parameter], lr=0.5) for parameter in parameters}
+    schedules = [torch.optim.lr_scheduler.LambdaLR(part, lambda step: 1 / (step + 1)) for part in parts.values()]
+    optimizer = LayerWiseDummyOptimizer(optimizer_dict=parts, lr=0.5)
+    assert scheduled_rate(0.2, optimizer) == pytest.approx(0.2)
+    for part, schedule in zip(parts.values(), schedules, strict=True):
+        part.step()
+        schedule.step()
+    assert scheduled_rate(0.2, optimizer) == pytest.approx(0.1)
+
+
+def test_rate_on_a_plateau():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+    assert scheduled_rate(0.2, optimizer) == pytest.approx(0.2)
+    schedule.step(1.0)
+    schedule.step(1.0)
+    assert scheduled_rate(0.2, optimizer) == pytest.approx(0.02)
+
+
+class TestResumeAcrossSettings:
+    """The optimizer's parameter groups are those of SFTTrainer, whatever is aligned."""
+
+    KWARGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "learning_rate": 1e-2}
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            ({"alignment_weight": 0.0}, {}),
+            ({}, {"alignment_weight": 0.0}),
+            ({"learn_temperature": False}, {}),
+            ({}, {"learn_temperature": False}),
+        ],
+    )
+    def test_of_our_own(self, tmp_path, before, after):
+        first = trainer(tmp_path, peft_config=lora(), **self.KWARGS, **before)
+        first.train()
+        kwargs = {**self.KWARGS, "max_steps": 3}
+        second = trainer(tmp_path, peft_config=lora(), **kwargs, **after)
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert second.state.global_step == 3 and len(logged(second, "loss")) == 3
+        if "alignment_weight" not in {**before, **after}:
+            begin = first.criterion.temperature
+            assert second.criterion.temperature == pytest.approx(begin, rel=2e-2 if not after else 1e-6)
+
+    def test_of_sft_trainer(self, tmp_path):
+        model, processor = build_vlm("llava")
+        args = sft_args(tmp_path, per_device_train_batch_size=6, **self.KWARGS)
+        plain = SFTTrainer(
+            model, SFTConfig(**args), train_dataset=image_dataset(n=24), processing_class=processor, peft_config=lora()
+        )
+        plain.train()
+        run = trainer(tmp_path, peft_config=lora(), **{**self.KWARGS, "max_steps": 4})
+        with pytest.warns(UserWarning, match="SFTTrainer wrote it"):
+            run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert run.state.global_step == 4 and len(logged(run, "alignment_loss")) == 2
+
+
+def test_saved_without_the_optimizer_too(tmp_path):
+    kwargs = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "learning_rate": 1e-2}
+    first = trainer(tmp_path, max_steps=2, **kwargs)
+    first.train()
+    assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    state = json.loads((tmp_path / "checkpoint-2" / STATE_FILE).read_text())
+    assert state["log_temperature"] == first.criterion.log_temperature.item() != pytest.approx(math.log(0.07))
+    second = trainer(tmp_path, max_steps=2, **kwargs)
+    second.train(resume_from_checkpoint=True)
+    assert second.criterion.log_temperature.item() == state["log_temperature"]

@@ -1,0 +1,146 @@
+"""A cached ranking is taken for what it was computed from, and for nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from runs import config
+from tiny import build_vlm, image_dataset
+from tokenizers.normalizers import Replace
+
+from hera_trainer import HeadRanking, HeRATrainer, rank_heads
+from hera_trainer.common.digest import weights_digest
+
+
+def trainer(folder, model=None, processing_class=None, train_dataset=None) -> HeRATrainer:
+    if model is None:
+        model, processor = build_vlm("llava")
+    if train_dataset is None:
+        train_dataset = image_dataset(n=24, with_features=8)
+    processor = processor if processing_class is None else processing_class
+    return HeRATrainer(model, config(folder), train_dataset=train_dataset, processing_class=processor)
+
+
+def rank_of(run: HeRATrainer, model: torch.nn.Module | None = None) -> HeadRanking:
+    """Computed anew."""
+    args = run.args
+    return rank_heads(
+        run.model if model is None else model,
+        run.processing_class,
+        run.train_dataset,
+        k=args.num_neighbors,
+        num_samples=args.ranking_num_samples,
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+        normalize=args.normalize,
+        progress=False,
+    )
+
+
+def test_cache_notices_a_rewritten_head(tmp_path):
+    """Also in the columns of a matrix whose number of rows is a multiple of 64."""
+    runs = []
+    for name in "ab":
+        model, processor = build_vlm("llava", hidden_size=64)
+        if runs:
+            with torch.no_grad():
+                model.get_decoder().layers[0].self_attn.o_proj.weight[:, 16:32].mul_(torch.rand(64, 16))
+        runs.append(trainer(tmp_path / name, model=model, processing_class=processor))
+        runs[-1].prepare_alignment()
+    expected = rank_of(runs[1])
+    assert torch.equal(runs[1].head_ranking.scores, expected.scores)
+    assert not torch.equal(runs[0].head_ranking.scores, expected.scores)
+
+
+def test_cache_tells_tokenizers_apart(tmp_path):
+    first = trainer(tmp_path / "a")
+    first.prepare_alignment()
+    model, processor = build_vlm("llava")
+    processor.tokenizer.backend_tokenizer.normalizer = Replace("e", "a")
+    second = trainer(tmp_path / "b", model=model, processing_class=processor)
+    second.prepare_alignment()
+    expected = rank_of(second)
+    assert torch.equal(second.head_ranking.scores, expected.scores)
+    assert not torch.equal(first.head_ranking.scores, expected.scores)
+
+
+def test_cache_tells_texts_apart_that_have_one_fingerprint(tmp_path):
+    """A fingerprint comes from a function, not from what it reads."""
+    runs = []
+    for name, shift in (("a", 0), ("b", 7)):
+        dataset = image_dataset(n=24, with_features=8)
+        texts = dataset["completion"][:]
+        turned = dataset.remove_columns("completion").add_column("completion", texts[shift:] + texts[:shift])
+        turned._fingerprint = "0123456789abcdef"
+        runs.append(trainer(tmp_path / name, train_dataset=turned))
+        runs[-1].prepare_alignment()
+    expected = rank_of(runs[1])
+    assert torch.equal(runs[1].head_ranking.scores, expected.scores)
+    assert not torch.equal(runs[0].head_ranking.scores, expected.scores)
+
+
+def test_cache_tells_configurations_apart(tmp_path):
+    """Equal weights compute otherwise under another one."""
+    runs = [trainer(tmp_path / "a")]
+    model, processor = build_vlm("llava", rope_parameters={"rope_type": "default", "rope_theta": 3.0})
+    runs.append(trainer(tmp_path / "b", model=model, processing_class=processor))
+    assert weights_digest(runs[0].model.get_decoder()) == weights_digest(model.get_decoder())
+    for run in runs:
+        run.prepare_alignment()
+    assert torch.equal(runs[1].head_ranking.scores, rank_of(runs[1]).scores)
+    assert not torch.equal(runs[0].head_ranking.scores, runs[1].head_ranking.scores)
+
+
+def test_a_cached_ranking_has_the_names_of_this_run(tmp_path):
+    runs = []
+    for name, fingerprint in (("a", "0123456789abcdef"), ("b", "fedcba9876543210")):
+        model, processor = build_vlm("llava")
+        model.config.name_or_path = f"models/{name}"
+        dataset = image_dataset(n=24, with_features=8)
+        dataset._fingerprint = fingerprint
+        runs.append(trainer(tmp_path / name, model=model, processing_class=processor, train_dataset=dataset))
+        runs[-1].prepare_alignment()
+    assert torch.equal(runs[0].head_ranking.scores, runs[1].head_ranking.scores)
+    assert [run.head_ranking.model for run in runs] == ["models/a", "models/b"]
+    assert [run.head_ranking.dataset_fingerprint for run in runs] == ["0123456789abcdef", "fedcba9876543210"]
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_injected_adapters_are_off_while_ranking(tmp_path, off):
+    """Those of a model that is no `PeftModel`; the bare model's ranking is cached under the same key."""
+    model, processor = build_vlm("llava")
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False, modules_to_save=["embed_tokens"])
+    inject_adapter_in_model(config, model)
+    with torch.no_grad():
+        model.get_input_embeddings().modules_to_save["default"].weight.mul_(-1)
+    if off:
+        model.get_decoder().layers[1].self_attn.q_proj.enable_adapters(False)
+    model.get_decoder().layers[2].self_attn.q_proj.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    adapted = trainer(tmp_path / "a", model=model, processing_class=processor)
+    adapted.prepare_alignment()
+    bare = trainer(tmp_path / "b")
+    assert torch.equal(adapted.head_ranking.scores, rank_of(bare).scores)
+    assert not torch.equal(adapted.head_ranking.scores, rank_of(adapted).scores)  # its adapters are on again
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert model.get_decoder().layers[1].self_attn.q_proj.disable_adapters is off
+    assert not model.get_decoder().layers[0].self_attn.q_proj.disable_adapters
+    assert not model.get_input_embeddings().disable_adapters
+    bare.prepare_alignment()
+    assert torch.equal(bare.head_ranking.scores, adapted.head_ranking.scores)
+
+
+def test_merged_adapters_are_off_while_ranking_and_merged_again(tmp_path):
+    model, processor = build_vlm("llava")
+    torch.manual_seed(0)
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model)
+    layer = model.get_decoder().layers[0].self_attn.q_proj
+    layer.merge()
+    weight = layer.base_layer.weight.clone()
+    run = trainer(tmp_path / "a", model=model, processing_class=processor)
+    run.prepare_alignment()
+    assert torch.allclose(run.head_ranking.scores, rank_of(trainer(tmp_path / "b")).scores)
+    assert layer.merged_adapters == ["default"]
+    torch.testing.assert_close(layer.base_layer.weight, weight)

@@ -1,0 +1,221 @@
+"""`hera plan`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from recipes import RECIPES
+from tiny import save_vlm
+
+from hera_trainer import HeadRanking, HeRAConfig
+from hera_trainer.cli import main
+from hera_trainer.data.pool import check_pool
+from hera_trainer.planning.model import read_config
+from hera_trainer.planning.plan import GIB, RunSettings, plan_run, usable_bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder without its weights."""
+    path = tmp_path_factory.mktemp("model")
+    save_vlm("llava", path, hidden_size=64, intermediate_size=128)
+    for weights in path.glob("*.safetensors"):
+        weights.unlink()
+    return str(path)
+
+
+def as_json(arguments, capsys):
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_the_plan(folder, capsys):
+    options = ["--load-in-4bit", "--double-quant", "--batch-size", "2", "--accumulation", "8", "--image-size", "64x32"]
+    options += ["--text-tokens", "50", "--lora-r", "4", "--optim", "paged_adamw_8bit", "--m", "3", "--k", "4"]
+    found = as_json([folder, *options, "--teacher-dim", "32", "--gpu-memory", "8"], capsys)
+    settings = RunSettings(
+        load_in_4bit=True,
+        use_bnb_nested_quant=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=8,
+        image_size=(64, 32),
+        text_tokens=50,
+        lora_r=4,
+        optim="paged_adamw_8bit",
+        num_aligned_heads=3,
+        num_neighbors=4,
+        teacher_dim=32,
+    )
+    plan = plan_run(read_config(folder), settings)
+    assert found == json.loads(
+        json.dumps({"model": folder, **plan.to_dict(), "largest_micro_batch": plan.largest_batch(8)})
+    )
+    assert found["pool"] == 16 and found["estimate"] is True
+    assert found["total"] == sum(sum(found[part].values()) for part in ("fixed", "batch", "alignment"))
+
+
+def test_text_says_that_it_is_an_estimate_and_names_all_parts(folder, capsys):
+    assert main(["plan", folder, "--gpu-memory", "24"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        *("An estimate from the model's configuration", "language model", "vision tower", "projector", "embeddings"),
+        *(
+            "nf4, double quantization",
+            "LoRA adapter",
+            "optimizer",
+            "activations",
+            "head alignment, 5 heads, pool of 32",
+        ),
+        *("first third", "last layer (2)", "accumulation", "GPU of 24 GiB", "largest micro-batch"),
+    ):
+        assert words in text
+
+
+def test_pools_are_refused_where_training_refuses_them(tmp_path):
+    for batch in (1, 2, 4, 11, 12):
+        for steps in (1, 3, 6, 12):
+            for queue in (0, 5):
+                for scope in ("step", "micro_batch"):
+                    values = {
+                        "per_device_train_batch_size": batch,
+                        "gradient_accumulation_steps": steps,
+                        "queue_size": queue,
+                        "contrast_scope": scope,
+                    }
+                    config = HeRAConfig(str(tmp_path), use_cpu=True, bf16=False, **values)
+                    settings = RunSettings(**values)
+                    assert settings.pool_size() == config.pool_size() + queue
+                    if settings.pool_size() >= settings.least_pool:
+                        check_pool(config)
+                    else:
+                        with pytest.raises(ValueError, match="Too few samples"):
+                            check_pool(config)
+
+
+def test_the_table_of_pools(folder, capsys):
+    main(["plan", folder, "--batch-size", "1", "--k", "10"])
+    text = capsys.readouterr().out
+    assert "batch 1      -      -      -      -     16     32" in text
+    assert "batch 8      -     16     32     64    128    256" in text
+    assert "have a pool of 4: training would refuse them" in text
+
+
+def test_defaults_are_those_of_the_trainer(tmp_path):
+    config, settings = HeRAConfig(str(tmp_path), use_cpu=True, bf16=False), RunSettings()
+    shared = set(RunSettings.__dataclass_fields__) & set(HeRAConfig.__dataclass_fields__)
+    assert {name: getattr(settings, name) for name in shared} == {name: getattr(config, name) for name in shared}
+    assert len(shared) >= 10
+
+
+def test_the_first_pass_of_real_heads(folder, capsys, tmp_path):
+    scores = torch.ones(3, 4)
+    scores[1, 2] = scores[0, 3] = 0.0
+    HeadRanking(scores, torch.ones(3), k=5, num_samples=100).save(tmp_path / "ranking.json")
+    ranked = as_json([folder, "--head-ranking", str(tmp_path / "ranking.json"), "--m", "2"], capsys)
+    named = as_json([folder, "--heads", "L0H3", "L1H2"], capsys)
+    assert ranked["first_pass"] == named["first_pass"] and list(named["first_pass"]) == ["deepest head in layer 1"]
+    guesses = as_json([folder], capsys)["first_pass"]
+    assert len(guesses) == 2 and min(guesses.values()) < named["first_pass"]["deepest head in layer 1"]
+    assert named["first_pass"]["deepest head in layer 1"] < max(guesses.values()) < 1 / 3
+    alone = as_json([folder, "--heads", "L1H2", "--accumulation", "1"], capsys)["first_pass"]
+    assert set(alone.values()) == {0.0}
+
+
+def test_training_all_weights(folder, capsys):
+    found = as_json([folder, "--full", "--dtype", "float32", "--optim", "adamw_torch"], capsys)
+    everything = sum(found["parameters"].values())
+    assert found["trained"] == everything and found["fixed"]["adapter"] == 0
+    assert found["fixed"]["weights"] == found["fixed"]["gradients"] == 4 * everything
+    lora = as_json([folder, "--dtype", "float32"], capsys)["first_pass"]
+    assert max(found["first_pass"].values()) < max(lora.values())  # the same pass in a longer step
+
+
+def test_largest_batch_is_the_largest_that_fits(folder):
+    plan = plan_run(read_config(folder), RunSettings(image_size=(24, 24), text_tokens=20_000))
+    gpu = next(size for size in (1.0, 1.5, 2.0, 3.0) if plan.largest_batch(size) > 3)
+    largest = plan.largest_batch(gpu)
+    settings = {"image_size": (24, 24), "text_tokens": 20_000}
+    fitting = [
+        plan_run(read_config(folder), RunSettings(per_device_train_batch_size=size, **settings)).total
+        for size in (largest, largest + 1)
+    ]
+    assert fitting[0] <= usable_bytes(gpu) < fitting[1] and usable_bytes(gpu) < gpu * GIB
+
+
+def test_options_go_before_the_file(folder, capsys):
+    recipe = str(RECIPES[0])
+    found = as_json([folder, "--config", recipe, "--batch-size", "3", "--target-modules", "q_proj", "v_proj"], capsys)
+    assert found["settings"]["per_device_train_batch_size"] == 3
+    assert found["settings"]["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert found["settings"]["optim"] == "paged_adamw_8bit"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nothing/here"], "configuration of 'nothing/here' cannot be read"),
+        ([], "Which model\\?"),
+        (["FOLDER", "--heads", "L9H0"], "L9H0 does not exist in this model, which has heads in layers 0 to 2"),
+        (["FOLDER", "--heads", "third"], "'third' is not an attention head"),
+        (["FOLDER", "--optim", "lion"], "state of optimizer 'lion' is not known"),
+        (["FOLDER", "--full", "--load-in-4bit"], "4-bit weights cannot be trained"),
+        (["FOLDER", "--batch-size", "0"], "per_device_train_batch_size"),
+        (["FOLDER", "--target-modules", "nope"], "nope"),
+        (["FOLDER", "--head-ranking", "missing.json"], "missing.json"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["./nowhere"], "no file or folder './nowhere'"),
+    ],
+)
+def test_errors_are_one_line(folder, options, message, capsys):
+    assert main(["plan", *[folder if option == "FOLDER" else option for option in options]]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hera plan: error: ") and error.count("\n") == 1
+    assert message.replace("\\", "") in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1\nb: 2\n", "is no YAML file"),
+        ("", "Write `name: value` lines"),
+        ("per_device_train_batch_size: many\n", "whole number of at least 1, got 'many'"),
+    ],
+)
+def test_files_that_are_no_settings(folder, content, message, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert main(["plan", folder, "--config", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hera plan: error: ") and error.count("\n") == 1 and message in error
+
+
+def test_files_are_read_as_training_reads_them(folder, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "use_peft: true\nlora_target_modules: q_proj v_proj\naligned_heads: L0H3 L1H2\n"
+        "activation_checkpointing: false\n"
+    )
+    found = as_json([folder, "--config", str(path)], capsys)
+    options = ["--target-modules", "q_proj", "v_proj", "--heads", "L0H3", "L1H2", "--dtype", "float32"]
+    assert found == as_json([folder, *options, "--no-checkpointing"], capsys)
+
+
+def test_a_baseline_costs_no_alignment(folder, tmp_path, capsys):
+    """`alignment_weight: 0` is SFTTrainer, which compares nothing and refuses no batch."""
+    path = tmp_path / "run.yaml"
+    path.write_text("use_peft: true\nlora_target_modules: all-linear\ndtype: bfloat16\nalignment_weight: 0\n")
+    aligned, plain = as_json([folder], capsys), as_json([folder, "--config", str(path)], capsys)
+    assert plain["alignment"] == {} and set(plain["first_pass"].values()) == {0.0}
+    assert plain["fixed"] == aligned["fixed"] and plain["total"] < aligned["total"]
+    assert main(["plan", folder, "--config", str(path), "--batch-size", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "head alignment: none" in text and "refuse" not in text
+
+
+@pytest.mark.parametrize("size", ["0x3", "big", "3x4x5"])
+def test_a_wrong_size_of_images(size, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "x", "--image-size", size])
+    assert stopped.value.code == 2 and "640x480" in capsys.readouterr().err

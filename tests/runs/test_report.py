@@ -1,0 +1,297 @@
+"""The page of a run, as text. What it looks like in a browser is in `test_report_browser.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_runs import ALIGNED, HEADS, LAYERS, STEPS, log_entries, ranking, record, write_json, write_run
+
+from hera_trainer import cli
+from hera_trainer.runs.record import read_run
+from hera_trainer.runs.report import page as report_page
+from hera_trainer.runs.report import write_report
+
+pytest.importorskip("plotly")
+
+
+class _Page(HTMLParser):
+    """Tables by caption, texts, figures and the attributes of all elements of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._rows: list[list[str]] = []
+        self._caption = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+        self.figures = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1])
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "br"):
+            self._open.append(tag)
+        if tag == "table":
+            self._rows, self._caption = [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag  # well-formed
+        if tag == "table":
+            self.tables[self._caption] = self._rows
+
+    def handle_data(self, data: str) -> None:
+        if {"script", "style"} & set(self._open):
+            return
+        self.words.append(data)
+        if "caption" in self._open:
+            self._caption += data.strip()
+        elif {"td", "th"} & set(self._open):
+            self._rows[-1][-1] += data
+
+    def tagged(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def rendered(folder: Path) -> _Page:
+    return _Page(report_page.render(read_run(folder), plotly_js=""))
+
+
+def test_maps_hold_the_measurements(tmp_path):
+    page = rendered(write_run(tmp_path))
+    for offset, context in ((1, "text"), (2, "image")):
+        before, after = ranking(offset).scores, ranking(STEPS + offset).scores
+        expected = {"before": before, "after": after, "difference": after - before}
+        for name, scores in expected.items():
+            trace = page.figures[f"heads-{context}-{name}"]["data"][0]
+            for layer, row in enumerate(scores.tolist()):
+                for head, score in enumerate(row):
+                    cell = trace["z"][layer][head]
+                    assert cell is None if math.isnan(score) else cell == pytest.approx(score, abs=1e-6)
+            places = {
+                (s["x0"] + 0.5, s["y0"] + 0.5) for s in page.figures[f"heads-{context}-{name}"]["layout"]["shapes"]
+            }
+            assert places == {(head.head, head.layer) for head in ALIGNED}
+        one, other = (page.figures[f"heads-{context}-{name}"]["data"][0] for name in ("before", "after"))
+        assert (one["zmin"], one["zmax"]) == (other["zmin"], other["zmax"])
+
+
+def test_tables_hold_what_the_plots_show(tmp_path):
+    page = rendered(write_run(tmp_path))
+    table = page.tables["Text only, after (step 60): score of each head"]
+    assert table[0] == ["", *(f"Head {head}" for head in range(HEADS))]
+    scores = ranking(STEPS + 1).scores.tolist()
+    assert table[1:] == [
+        [f"Layer {layer}", *("-" if math.isnan(score) else f"{score:.4f}" for score in scores[layer])]
+        for layer in range(LAYERS)
+    ]
+    loss = page.tables["Language-model loss"]
+    assert loss[0] == ["Step", "training", "evaluation"]
+    assert loss[1] == ["1", "2.483", "-"] and loss[-1] == ["60", "1.5", "1.625"] and len(loss) == STEPS + 1
+    skipped = page.tables["Without alignment loss, running total"]
+    assert [row[1] for row in skipped[1:]] == [str((s >= 20) + (s >= 40)) for s in range(1, STEPS + 1)]
+    assert "60 samples were left out of the alignment loss" in page.text
+
+
+def test_aligned_heads_before_and_after(tmp_path):
+    page = rendered(write_run(tmp_path))
+    table = page.tables["The 2 aligned heads and their mutual k-NN with the teacher"]
+    rankings = [ranking(0), *(ranking(seed) for seed in (1, STEPS + 1, 2, STEPS + 2))]
+
+    def row(name, scores):
+        chosen, a, b, c, d = scores
+        return [name, *(f"{s:.4f}" for s in (chosen, a, b)), f"{b - a:+.4f}", f"{c:.4f}", f"{d:.4f}", f"{d - c:+.4f}"]
+
+    for line, head in zip(table[1:], ALIGNED, strict=False):
+        assert line == row(str(head), [r.scores[head].item() for r in rankings])
+    assert table[3] == row(
+        "Mean of the aligned heads", [sum(r.scores[h].item() for h in ALIGNED) / 2 for r in rankings]
+    )
+    top = sorted(ranking(0).heads(), key=ranking(0).score)[-2:]
+    name = "Mean of the 2 heads that were most aligned"
+    assert table[4] == row(name, [sum(map(r.score, top)) / 2 for r in rankings])
+    assert table[5] == row("Mean of all heads", [r.scores.nanmean().item() for r in rankings])
+    assert table[6] == ["Chance, k / (N - 1)", "0.0500", "0.0500", "0.0500", "", "0.0500", "0.0500", ""]
+
+
+def test_settings_that_were_changed_come_first(tmp_path):
+    page = rendered(write_run(tmp_path))
+    assert page.tables["Settings that differ from the defaults"][1:] == [
+        ["num_neighbors", "5", "10"],
+        ["max_steps", str(STEPS), "-1"],
+    ]
+    everything = page.tables["All 5 settings"][1:]
+    assert ["alignment_weight", "0.01"] in everything
+    assert page.tables["Versions"][1:] == [["trl", "1.16.0"]]
+    assert ["duration", "1 h 14 min"] in page.tables["Time"]
+
+
+def test_values_are_escaped_and_private_ones_hidden(tmp_path):
+    attack, token = "</script><script>alert(1)</script>", "hf_" + "a" * 30
+    log = [*log_entries(), {"step": STEPS, f"eval_{attack}_loss": 1.0}]
+    settings = {**record()["config"], "run_note": attack, "hub_token": token, "head_ranking_path": "/home/ann/r.json"}
+    write_run(tmp_path, model="/home/ann/models/mine", dataset=attack, config=settings, versions={"trl": attack})
+    write_json(tmp_path / "trainer_state.json", {"global_step": STEPS, "log_history": log})
+    text = report_page.render(read_run(tmp_path), plotly_js="")
+    assert attack not in text and "<script>alert" not in text
+    assert token not in text and "/home" not in text and str(tmp_path) not in text
+    page = _Page(text)
+    assert ["trl", attack] in page.tables["Versions"] and "mine" in page.text
+    assert ["head_ranking_path", "r.json", "None"] in page.tables["Settings that differ from the defaults"]
+    names = [trace["name"] for trace in page.figures["loss"]["data"]]
+    assert not any("<" in name for name in names)  # plotly reads tags in names
+
+
+def test_everything_is_in_the_one_file(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    path = tmp_path / "run" / "report.html"
+    assert capsys.readouterr().out.startswith(str(path))
+    from plotly.offline import get_plotlyjs
+
+    text = path.read_text(encoding="utf-8")
+    assert get_plotlyjs() in text
+    page = _Page(report_page.render(read_run(tmp_path / "run"), plotly_js=""))
+    assert not page.tagged("link") and not page.tagged("img") and not page.tagged("iframe")
+    assert all("src" not in attributes for _, attributes in page.elements)
+    assert "https:" not in text.replace(get_plotlyjs(), "") and "http:" not in text.replace(get_plotlyjs(), "")
+    assert "default-src 'none'" in page.tagged("meta")[4]["content"]
+
+
+def test_what_reads_the_page_aloud_finds_its_way(tmp_path):
+    page = rendered(write_run(tmp_path))
+    assert page.tagged("html")[0]["lang"] == "en"
+    assert [len(page.tagged(tag)) for tag in ("header", "nav", "main", "footer", "h1")] == [1, 1, 1, 1, 1]
+    ids = {attributes["id"] for _, attributes in page.elements if attributes.get("id")}
+    for link in page.tagged("a"):
+        assert link["href"].removeprefix("#") in ids
+    plots = [attributes for attributes in page.tagged("div") if attributes.get("class") == "plot"]
+    assert len(plots) == len(page.figures) == 13
+    assert all(plot["role"] == "img" and len(plot["aria-label"]) > 40 for plot in plots)
+    label = next(plot["aria-label"] for plot in plots if plot["id"] == "plot-heads-text-before")
+    scores = ranking(1)
+    low, high = scores.select("worst", 1)[0], scores.select("top", 1)[0]
+    assert f"Lowest {low} {scores.score(low):.4f}, highest {high} {scores.score(high):.4f}" in label
+    assert all(attributes.get("scope") in ("row", "col") for attributes in page.tagged("th"))
+    assert len(page.tagged("caption")) == len(page.tagged("table"))
+
+
+def test_run_without_monitor(tmp_path):
+    page = rendered(write_run(tmp_path, monitor=False))
+    assert "heads-text" in page.figures and not any("difference" in name for name in page.figures)
+    assert "no map after it" in page.text and "monitor_steps=50" in page.text
+    assert page.tables["The 2 aligned heads and their mutual k-NN with the teacher"][0] == [
+        "Head",
+        "Score in the ranking",
+    ]
+
+
+def test_run_that_goes_on_or_was_killed(tmp_path):
+    write_run(tmp_path, finished=None)
+    for path in (tmp_path / "alignment_monitor").glob("step-000000[36]*"):
+        path.unlink()
+    (tmp_path / "trainer_state.json").unlink()
+    write_json(
+        tmp_path / "checkpoint-20" / "trainer_state.json", {"global_step": 20, "log_history": log_entries(20)[:-1]}
+    )
+    page = rendered(tmp_path)
+    assert "no end recorded" in page.text and "1 h 14 min" not in page.text
+    assert "measured only once" in page.text
+    assert len(page.tables["Alignment loss"]) == 21
+
+
+def test_run_that_has_only_begun(tmp_path):
+    write_json(tmp_path / "hera_run.json", record(finished=None))
+    page = rendered(tmp_path)
+    assert page.figures == {} and "Nothing was logged yet" in page.text
+
+
+def test_plain_run(tmp_path):
+    log = [{"step": step, "loss": 2.0 - step / 10} for step in (1, 2, 3)]
+    write_json(tmp_path / "checkpoint-3" / "trainer_state.json", {"global_step": 3, "log_history": log})
+    page = rendered(tmp_path)
+    assert list(page.figures) == ["loss"] and len(page.tables["Language-model loss"]) == 4
+    for missing in ("no ranking", "no alignment loss", "configuration was not recorded", "Versions and hardware"):
+        assert missing in page.text
+
+
+def test_run_with_alignment_off(tmp_path):
+    write_json(tmp_path / "hera_run.json", record(aligned_heads=[], config={"alignment_weight": 0}))
+    write_json(tmp_path / "trainer_state.json", {"global_step": 1, "log_history": [{"step": 1, "loss": 2.0}]})
+    page = rendered(tmp_path)
+    assert "Alignment was off in this run (alignment_weight=0)" in page.text
+    assert "alignment was off" in page.text and "Aligned heads" not in page.text
+
+
+def test_long_runs_are_thinned(tmp_path):
+    log = [{"step": step, "lm_loss": float(step)} for step in range(1, 9001)]
+    write_json(tmp_path / "trainer_state.json", {"global_step": 9000, "log_history": log})
+    page = rendered(tmp_path)
+    raw, mean = page.figures["loss"]["data"]
+    assert len(raw["x"]) == len(mean["x"]) == 2000 and (raw["x"][0], raw["x"][-1]) == (1, 9000)
+    assert raw["y"] == raw["x"]
+    assert mean["y"][-1] == sum(range(8641, 9001)) / 360  # the mean of the last 9000 / 25 logs
+    assert "2,000 of 9,000 logged points are drawn" in page.text
+    rows = page.tables["Language-model loss, 60 of 9,000 logged steps"][1:]
+    assert len(rows) == 60 and rows[-1] == ["9,000", "9,000"]
+
+
+@pytest.mark.parametrize("make", [None, lambda folder: folder.mkdir()])
+def test_folder_without_a_run_is_an_error_of_one_line(tmp_path, capsys, make):
+    folder = tmp_path / "nothing"
+    if make is not None:
+        make(folder)
+    assert cli.main(["report", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hera report: error: ") and error.count("\n") == 1 and "output_dir" in error
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_output_that_is_a_folder_is_refused(tmp_path):
+    write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="is a folder"):
+        write_report(tmp_path / "run", tmp_path)
+    path = write_report(tmp_path / "run", tmp_path / "new" / "page.html")
+    assert path == tmp_path / "new" / "page.html" and path.is_file()
+    shutil.rmtree(path.parent)
+
+
+def test_missing_plotly_names_the_cure(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert 'pip install "hera-trainer[report]"' in capsys.readouterr().err
+
+
+def test_colours_have_contrast():
+    style = (Path(report_page.__file__).parent / "style.css").read_text()
+    light, dark = (dict(re.findall(r"(--[\w-]+): (#\w{6});", block)) for block in style.split("@media screen", 1))
+
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one, other):
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert set(dark) == set(light)
+    for colors in (light, dark):
+        for text in ("--text", "--quiet", "--link"):  # WCAG 2: 4.5 for text, 3 for what carries meaning in a plot
+            assert min(contrast(colors[text], colors[ground]) for ground in ("--page", "--surface")) >= 4.5
+        assert contrast(colors["--text"], colors["--note"]) >= 4.5
+        for line in ("--aligned", "--series-1", "--series-2", "--series-3", "--focus"):
+            assert contrast(colors[line], colors["--surface"]) >= 3

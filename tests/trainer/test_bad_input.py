@@ -1,0 +1,292 @@
+"""Bad input is refused before the first step, with a message that names the cure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image, List
+from peft import LoraConfig, PromptTuningConfig
+from runs import NoStep
+from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
+from transformers import TrainerCallback
+
+from hera_trainer import HeadRanking, HeRAConfig, HeRATrainer
+from hera_trainer.data.collator import TEACHER_COLUMN
+
+
+def trainer(tmp_path, dataset=None, family="llava", model=None, data_collator=None, **kwargs):
+    own = ("teacher", "head_ranking", "eval_dataset", "peft_config")
+    own = {name: kwargs.pop(name) for name in own if name in kwargs}
+    callbacks = kwargs.pop("callbacks", [NoStep()])
+    built, processor = build_vlm(family)
+    defaults = {
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 1,
+        "num_neighbors": 3,
+        "num_aligned_heads": 3,
+        "max_steps": 2,
+    }
+    return HeRATrainer(
+        built if model is None else model,
+        HeRAConfig(**sft_args(tmp_path, **{**defaults, **kwargs})),
+        data_collator,
+        image_dataset(n=24, with_features=8) if dataset is None else dataset,
+        processing_class=processor,
+        callbacks=callbacks,
+        **own,
+    )
+
+
+def with_features(values):
+    dataset = image_dataset(n=len(values))
+    return dataset.add_column(TEACHER_COLUMN, values)
+
+
+def test_unknown_model_type(tmp_path):
+    model, _ = build_vlm("llava")
+    model.config.model_type = "cyclops"
+    with pytest.raises(ValueError, match=r"(?s)model type 'cyclops'.*register_head_accessor"):
+        trainer(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("head", ["L3H0", "L0H4"])
+def test_head_that_does_not_exist(tmp_path, head):
+    with pytest.raises(ValueError, match=f"{head} does not exist.*`aligned_heads`"):
+        trainer(tmp_path, aligned_heads=["L0H0", head])
+
+
+def test_head_named_twice(tmp_path):
+    with pytest.raises(ValueError, match="`aligned_heads` names an attention head twice"):
+        trainer(tmp_path, aligned_heads=["L0H0", "L0H0"])
+
+
+def test_more_heads_than_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"`num_aligned_heads` \(13\) exceeds the 12 attention heads"):
+        trainer(tmp_path, num_aligned_heads=13)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 5}, "gradient_accumulation_steps=6"),
+        ({"per_device_train_batch_size": 11}, "gradient_accumulation_steps=2"),
+        (
+            {"per_device_train_batch_size": 11, "contrast_scope": "micro_batch", "gradient_accumulation_steps": 4},
+            "per_device_train_batch_size=12",
+        ),
+        ({"per_device_train_batch_size": 2, "queue_size": 5}, "gradient_accumulation_steps=4"),
+    ],
+)
+def test_pool_too_small_names_the_smallest_setting_that_passes(tmp_path, settings, cure):
+    with pytest.raises(ValueError, match=cure):
+        trainer(tmp_path, num_neighbors=10, **settings)
+    name, value = cure.split("=")
+    trainer(tmp_path, num_neighbors=10, **{**settings, name: int(value)})
+    with pytest.raises(ValueError, match=cure):
+        trainer(tmp_path, num_neighbors=10, **{**settings, name: int(value) - 1})
+
+
+def test_defaults_train_out_of_the_box(tmp_path):
+    run = trainer(
+        tmp_path,
+        image_dataset(n=32, with_features=8),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=HeRAConfig.gradient_accumulation_steps,
+        num_neighbors=HeRAConfig.num_neighbors,
+        callbacks=[],
+        max_steps=1,
+    )
+    run.train()
+    assert run.state.log_history[0]["alignment_pool"] == 32
+
+
+def test_batch_size_found_automatically_that_is_too_small(tmp_path):
+    """`auto_find_batch_size` halves the batch after running out of memory: the pool must not shrink in silence."""
+
+    class OutOfMemory(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise RuntimeError("CUDA out of memory.")
+
+    run = trainer(tmp_path, callbacks=[OutOfMemory()], auto_find_batch_size=True)
+    with pytest.raises(ValueError, match="Too few samples are compared for `num_neighbors`"):
+        run.train()
+
+
+@pytest.mark.parametrize("empty", ["images", "features"])
+def test_no_row_has_an_image(tmp_path, empty):
+    if empty == "features":
+        dataset = with_features([None] * 12)
+    else:
+        rows = [{k: v for k, v in row.items() if k != "images"} for row in image_dataset(n=12)]
+        dataset = Dataset.from_list(rows).add_column("images", [[]] * 12).cast_column("images", List(Image()))
+    with pytest.raises(ValueError, match=r"(?s)No row .*has.*alignment_weight=0"):
+        trainer(tmp_path, dataset, teacher=save_tiny_dinov2(tmp_path / "teacher")).train()
+
+
+def test_text_only_data(tmp_path):
+    with pytest.raises(ValueError, match=r"`train_dataset` has no column `image`.*alignment_weight=0"):
+        trainer(tmp_path, image_dataset(n=12, fmt="text"))
+
+
+def test_data_that_is_no_data_set(tmp_path):
+    with pytest.raises(ValueError, match=r"`train_dataset` is a list, but .*`datasets.Dataset` or a streamed"):
+        trainer(tmp_path, list(image_dataset(n=12)))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_image_that_cannot_be_read_names_the_row(tmp_path, damage):
+    source = image_dataset(n=12)
+    rows = []
+    for i, row in enumerate(source):
+        path = tmp_path / f"{i}.png"
+        row["images"][0].save(path)
+        rows.append({**row, "images": [str(path)]})
+    broken = tmp_path / "7.png"
+    if damage == "missing":
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[:60])
+    good_first = Dataset.from_list(rows).cast_column("images", List(Image()))
+    with pytest.raises(ValueError, match=r"[Rr]ow 7"):
+        trainer(tmp_path, good_first, teacher=save_tiny_dinov2(tmp_path / "teacher")).train()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_name_the_row(tmp_path, value):
+    values = np.random.default_rng(0).normal(size=(12, 4)).tolist()
+    values[5][2] = value
+    with pytest.raises(ValueError, match="row 5"):
+        trainer(tmp_path, with_features(values)).train()
+
+
+def test_features_of_different_widths(tmp_path):
+    values = np.random.default_rng(0).normal(size=(12, 4)).tolist()
+    values[9] = values[9][:3]
+    with pytest.raises(ValueError, match=r"(?s)widths.*row 9"):
+        trainer(tmp_path, with_features(values)).train()
+
+
+def test_train_and_eval_widths_differ(tmp_path):
+    run = trainer(tmp_path, eval_dataset=image_dataset(n=12, with_features=5))
+    with pytest.raises(ValueError, match="`eval_dataset` have 5 dimensions, those of `train_dataset` 8"):
+        run.train()
+
+
+def test_teacher_that_cannot_be_loaded(tmp_path):
+    run = trainer(tmp_path, image_dataset(n=12), teacher_model_name_or_path=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"(?s)nowhere.*teacher_model_name_or_path"):
+        run.train()
+
+
+@pytest.mark.parametrize("setting", ["packing", "padding_free"])
+def test_packing(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"`{setting}=False`"):
+        trainer(tmp_path, **{setting: True})
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": "layers"},
+        {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 2], "layers_pattern": "layers"},
+    ],
+)
+def test_head_below_all_that_is_trained(tmp_path, lora):
+    """Adapters in later layers, or in the MLP behind the head, cannot move it."""
+    run = trainer(tmp_path, aligned_heads=["L1H1"], peft_config=LoraConfig(exclude_modules=".*vision.*", **lora))
+    with pytest.raises(ValueError, match="No trainable parameter influences attention head L1H1"):
+        run.train()
+
+
+def test_head_at_the_height_of_what_is_trained(tmp_path):
+    lora = LoraConfig(
+        target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers", exclude_modules=".*vision.*"
+    )
+    run = trainer(tmp_path, aligned_heads=["L1H1"], peft_config=lora, callbacks=[])
+    run.train()
+    assert run.state.global_step == 2
+
+
+def test_forward_that_bypasses_the_projection(tmp_path):
+    model, _ = build_vlm("llava")
+    projection = model.get_decoder().layers[1].self_attn.o_proj
+
+    class Fused(torch.nn.Module):
+        """An attention whose output projection is never called as a module."""
+
+        def __init__(self, attention):
+            super().__init__()
+            self.attention, self.o_proj, self.config = attention, projection, attention.config
+            self.head_dim = attention.head_dim
+            attention.o_proj = lambda x: torch.nn.functional.linear(x, projection.weight)
+
+        def forward(self, *args, **kwargs):
+            return self.attention(*args, **kwargs)
+
+    attention = model.get_decoder().layers[1].self_attn
+    del attention._modules["o_proj"]
+    model.get_decoder().layers[1].self_attn = Fused(attention)
+    with pytest.raises(ValueError, match="does not call the output projection of layer 1"):
+        trainer(tmp_path, model=model, aligned_heads=["L1H0"]).train()
+
+
+def test_forward_that_is_patched_after_the_check(tmp_path):
+    """What escapes the start-up check stops the first step."""
+    run = trainer(tmp_path, aligned_heads=["L1H0"], callbacks=[])
+    run.prepare_alignment()
+    attention = run.model.get_decoder().layers[1].self_attn
+    projection = attention._modules.pop("o_proj")
+    attention.__dict__["o_proj"] = lambda x: torch.nn.functional.linear(x, projection.weight)
+    with pytest.raises(RuntimeError, match="did not go through the attention output projection of layer 1"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_projection_that_does_not_add_up(tmp_path):
+    model, _ = build_vlm("llava")
+    projection = model.get_decoder().layers[1].self_attn.o_proj
+    forward = projection.forward
+    projection.forward = lambda x: forward(x) + x.square().mean(-1, keepdim=True)
+    with pytest.raises(ValueError, match=r"layer 1.*do not add up"):
+        trainer(tmp_path, model=model, aligned_heads=["L1H0"]).train()
+
+
+def test_prompt_tuning(tmp_path):
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="prompt"):
+        trainer(tmp_path, peft_config=peft_config, callbacks=[]).train()
+
+
+def test_ranking_of_another_model(tmp_path):
+    ranking = HeadRanking(torch.rand(5, 4), torch.rand(5), k=3, num_samples=20, model="other")
+    with pytest.raises(ValueError, match="computed for 'other' with 5 layers"):
+        trainer(tmp_path, head_ranking=ranking).train()
+
+
+def test_ranking_that_cannot_be_read(tmp_path):
+    (tmp_path / "ranking.json").write_text("{")
+    with pytest.raises(ValueError, match="`head_ranking_path`"):
+        trainer(tmp_path, head_ranking_path=str(tmp_path / "ranking.json"))
+
+
+def test_collator_that_loses_samples(tmp_path):
+    def collator(rows):
+        return {"input_ids": torch.zeros(1, 4).long(), "labels": torch.zeros(1, 4).long()}
+
+    with pytest.raises(ValueError, match="cannot ride through this `data_collator`"):
+        trainer(tmp_path, data_collator=collator).train()
+
+
+def test_too_few_distinct_images_to_rank(tmp_path):
+    values = [[1.0, 2.0]] * 12
+    with pytest.raises(ValueError, match="1 samples with distinct images"):
+        trainer(tmp_path, with_features(values)).train()
+
+
+def test_model_split_over_devices(tmp_path):
+    model, _ = build_vlm("llava")
+    model.hf_device_map = {"model.language_model": 0, "lm_head": 1}
+    model.is_parallelizable, model.model_parallel = True, True
+    with pytest.raises(ValueError, match="split over several devices"):
+        trainer(tmp_path, model=model)

@@ -1,0 +1,317 @@
+"""The trainer's own parameter, the temperature, and its checkpoints: resumed runs equal uninterrupted ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from runs import assert_same_parameters, config, logged, parameters, trainer
+from safetensors.torch import load_file, save_file
+from tiny import build_vlm, image_dataset, save_tiny_dinov2
+from transformers import LlavaForConditionalGeneration, TrainerCallback
+
+from hera_trainer import AttentionHead, HeRATrainer, VisionTeacher
+from hera_trainer.runs.weights import load_weights
+
+
+class Keep(TrainerCallback):
+    """Keeps the parameters after each step, and ends training after one of them, as an interruption would."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at = stop_at
+        self.after = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after[state.global_step] = parameters(model)
+        control.should_training_stop = state.global_step == self.stop_at
+
+
+class TestTemperature:
+    def test_one_adam_step(self, tmp_path):
+        """Adam's first step moves a parameter by the learning rate, gradient accumulation or not; and the gradient
+        does not pile up from step to step."""
+        run = trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2, learning_rate=1e-2)
+        run.train()
+        assert abs(math.log(run.criterion.temperature / 0.07)) == pytest.approx(1e-2, rel=1e-3)
+        assert run.criterion.log_temperature.grad is None
+
+    def test_fixed_temperature(self, tmp_path):
+        run = trainer(tmp_path, max_steps=2, learn_temperature=False, learning_rate=1e-2)
+        run.train()
+        assert run.criterion.temperature == pytest.approx(0.07)
+
+    def test_outside_the_clipped_norm(self, tmp_path):
+        """The logged gradient norm is that of the model's parameters."""
+        norms = []
+
+        class Norm(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                norms.append(
+                    math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+                )
+
+        run = trainer(tmp_path, max_steps=1, alignment_weight=5.0, max_grad_norm=1e6, callbacks=[Norm()])
+        run.train()
+        assert logged(run, "grad_norm")[0] == pytest.approx(norms[0], rel=1e-5)
+
+    def test_clamped(self, tmp_path):
+        run = trainer(tmp_path, max_steps=3, temperature=0.0101, learning_rate=0.5)
+        run.train()
+        assert run.criterion.temperature >= 0.01 - 1e-8
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("family", "tuning", "scope", "queue"),
+        [
+            ("llava", "full", "step", 0),
+            ("llava", "lora", "micro_batch", 0),
+            ("llava", "lora_dropout", "step", 0),
+            ("qwen2_5_vl", "full", "micro_batch", 7),
+            ("qwen2_5_vl", "lora_dropout", "step", 20),
+            ("idefics3", "full", "step", 20),
+            ("idefics3", "lora_dropout", "micro_batch", 0),
+        ],
+    )
+    def test_resumed_run_equals_uninterrupted_run(self, tmp_path, family, tuning, scope, queue):
+        dropout = 0.1 if tuning == "lora_dropout" else 0.0
+        lora = None if tuning == "full" else LoraConfig(target_modules="all-linear", lora_dropout=dropout)
+        kwargs = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+        kwargs |= {"contrast_scope": scope, "queue_size": queue}
+        whole = trainer(tmp_path / "whole", family, peft_config=lora, max_steps=6, **kwargs)
+        whole.train()
+        begun = trainer(tmp_path / "half", family, peft_config=lora, max_steps=6, callbacks=[Keep(stop_at=3)], **kwargs)
+        begun.train()
+        assert begun.state.global_step == 3
+        resumed = trainer(tmp_path / "half", family, peft_config=lora, max_steps=6, **kwargs)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.aligned_heads == whole.aligned_heads
+        for name in ("loss", "lm_loss", "alignment_loss", "temperature"):
+            assert logged(resumed, name) == logged(whole, name) and len(logged(whole, name)) == 6
+        assert_same_parameters(parameters(resumed.model), parameters(whole.model))
+        assert torch.equal(resumed.criterion.log_temperature, whole.criterion.log_temperature)
+
+    def test_ranking_comes_from_the_checkpoint(self, tmp_path, monkeypatch):
+        kwargs = {"save_strategy": "steps", "save_steps": 1}
+        first = trainer(tmp_path, max_steps=1, **kwargs)
+        first.train()
+        path = tmp_path / "checkpoint-1" / "head_ranking.json"
+        content = json.loads(path.read_text())
+        content["scores"][2][2] = -1.0  # so that it is told apart from a fresh ranking
+        path.write_text(json.dumps(content))
+        monkeypatch.setattr("hera_trainer.heads.ranking_cache.rank_samples", None)
+        second = trainer(tmp_path, max_steps=2, **kwargs)
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert second.aligned_heads[0] == AttentionHead(2, 2)
+
+    @pytest.mark.parametrize("tuning", ["full", "lora"])
+    def test_best_model_is_loaded(self, tmp_path, tuning):
+        """Asked for the largest loss while the loss falls: the best model is the first one."""
+        keep = Keep()
+        run = trainer(
+            tmp_path,
+            peft_config=None if tuning == "full" else LoraConfig(target_modules="all-linear"),
+            eval_dataset=image_dataset(n=6, seed=3, with_features=8),
+            max_steps=3,
+            learning_rate=1e-2,
+            metric_for_best_model="loss",
+            greater_is_better=True,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            callbacks=[keep],
+        )
+        run.train()
+        assert run.state.best_global_step == 1
+        assert_same_parameters(parameters(run.model), keep.after[1])
+
+    def test_temperature_is_no_part_of_the_adapter(self, tmp_path):
+        run = trainer(
+            tmp_path,
+            peft_config=LoraConfig(target_modules="all-linear"),
+            max_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        run.train()
+        names = load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors").keys()
+        assert names and all("lora" in name for name in names)
+
+    def test_model_card_names_method_and_paper(self, tmp_path):
+        run = trainer(tmp_path, max_steps=1)
+        run.create_model_card("tiny")
+        card = (tmp_path / "README.md").read_text()
+        assert "2606.23885" in card and "hera" in card
+
+
+def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path):
+    """Its last checkpoint lies within an epoch: 48 samples, of which three steps of eight are taken."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    rows = image_dataset(n=48, with_features=8)
+    first = trainer(tmp_path, dataset=rows, per_device_train_batch_size=8, **settings)
+    first.train()
+    again = trainer(tmp_path, dataset=rows, per_device_train_batch_size=8, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3 and not (tmp_path / "checkpoint-4").exists()
+    assert_same_parameters(parameters(again.model), parameters(first.model))
+    assert again.criterion.temperature == first.criterion.temperature
+
+
+# --- Dtypes: what was saved comes back bit for bit -------------------------------------------------------------------
+
+
+def in_full_precision(model):
+    """A float32 model, though its configuration names another dtype."""
+    model.config.dtype = torch.bfloat16
+    return model
+
+
+def projector_in_full_precision(model):
+    """A bf16 model of which the projector, in float32, is trained alone."""
+    model = model.to(torch.bfloat16).requires_grad_(False)
+    model.config.dtype = torch.bfloat16
+    model.model.multi_modal_projector.float().requires_grad_(True)
+    return model
+
+
+def every_other_layer(model):
+    """Half precisions of two kinds, neither of which holds the other's numbers."""
+    model.config.dtype = torch.float16
+    model.model.language_model.layers[0].to(torch.float16)
+    model.model.language_model.layers[1].to(torch.bfloat16)
+    return model
+
+
+def adapters_in_half_precision(model):
+    """As SFTTrainer has them on a quantized backbone."""
+    torch.manual_seed(0)
+    model = get_peft_model(model.to(torch.bfloat16), LoraConfig(target_modules="all-linear"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+DTYPES = {
+    "float32 under a bf16 config": in_full_precision,
+    "float32 projector on bf16": projector_in_full_precision,
+    "float16 and bf16": every_other_layer,
+}
+
+
+class Llava(LlavaForConditionalGeneration):
+    """LLaVA with a buffer that is saved."""
+
+    def __init__(self, llava_config):
+        super().__init__(llava_config)
+        self.register_buffer("scale", torch.ones(7))
+
+
+@pytest.mark.parametrize("form", DTYPES)
+def test_weights_and_buffers_are_loaded_bit_for_bit(tmp_path, form):
+    saved, model = (DTYPES[form](Llava(build_vlm("llava")[0].config)) for _ in range(2))
+    with torch.no_grad():
+        for tensor in saved.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape))
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    saved.save_pretrained(tmp_path)
+    load_weights(model, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == dtypes[name] and torch.equal(tensor, saved.state_dict()[name]), name
+    assert any(not torch.equal(tensor, tensor.bfloat16()) for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("form", ["float32 under a bf16 config", "float32 projector on bf16", "bf16 adapters"])
+def test_resumed_run_of_any_dtypes_equals_uninterrupted_run(tmp_path, form):
+    def run(folder, steps, **kwargs):
+        model, processor = build_vlm("llava")
+        model = adapters_in_half_precision(model) if form == "bf16 adapters" else DTYPES[form](model)
+        settings = {"bf16": "bf16 config" not in form, "learning_rate": 1e-2, "max_steps": 4}
+        settings |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+        keep = Keep(stop_at=steps)
+        return keep, HeRATrainer(
+            model,
+            config(tmp_path / folder, **settings, **kwargs),
+            train_dataset=image_dataset(n=24, with_features=8),
+            eval_dataset=image_dataset(n=6, seed=3, with_features=8),
+            processing_class=processor,
+            callbacks=[keep],
+        )
+
+    kept, whole = run("whole", 4)
+    whole.train()
+    run("half", 2)[1].train()
+    _, resumed = run("half", 4)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_parameters(parameters(resumed.model), parameters(whole.model))
+    assert logged(resumed, "loss") == logged(whole, "loss") and len(logged(whole, "loss")) == 4
+    # And as the best model, after two more steps: by a rule that prefers the first.
+    first, second = logged(whole, "eval_loss")
+    choice = {"metric_for_best_model": "loss", "greater_is_better": first > second, "load_best_model_at_end": True}
+    _, best = run("best", 4, **choice)
+    best.train()
+    assert best.state.best_global_step == 2 and first != second
+    assert_same_parameters(parameters(best.model), kept.after[2])
+
+
+# --- The queue of past samples belongs to one run --------------------------------------------------------------------
+
+
+def with_teacher_vectors(n, seed):
+    """The same rows, with the vectors of one teacher or another."""
+    rows = image_dataset(n=n, with_features=8)
+    vectors = np.random.default_rng(seed).standard_normal((n, 8)).astype(np.float32)
+    feature = datasets.List(datasets.Value("float32"))
+    return rows.remove_columns("teacher_features").add_column("teacher_features", list(vectors), feature=feature)
+
+
+QUEUE = {"queue_size": 18, "save_strategy": "steps", "save_steps": 2, "aligned_heads": ["L0H1", "L1H2"]}
+CHANGES = {
+    "nothing": ({}, None),
+    "normalize": ({"normalize": False}, "normalize differ"),
+    "heads": ({"aligned_heads": ["L0H1", "L2H2"]}, "aligned heads differ"),
+    "order of heads": ({"aligned_heads": ["L1H2", "L0H1"]}, "aligned heads differ"),
+    "number of heads": ({"aligned_heads": ["L0H1"]}, "aligned heads differ"),
+    "teacher": ({"dataset": with_teacher_vectors(24, seed=2)}, "teacher differ"),
+    "width": ({"dataset": image_dataset(n=24, with_features=9)}, "teacher, teacher width differ"),
+}
+
+
+@pytest.mark.parametrize("has_metadata", [True, False], ids=["", "without metadata"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_queue_is_taken_by_the_same_run_alone(tmp_path, change, has_metadata, caplog):
+    rows = with_teacher_vectors(24, seed=1)
+    trainer(tmp_path, dataset=rows, max_steps=2, **QUEUE).train()
+    path = tmp_path / "checkpoint-2" / "hera_queue.safetensors"
+    stored = load_file(path)
+    assert [len(stored["teacher"]), stored["heads"].shape[1]] == [12, 12]
+    settings, message = CHANGES[change]
+    if not has_metadata:  # as earlier versions wrote it: known are the widths, and the heads from the file beside it
+        save_file(stored, path)
+        message = {"teacher": None, "normalize": None, "width": "teacher width differ"}.get(change, message)
+    resumed = trainer(tmp_path, **{"dataset": rows, "max_steps": 3, **QUEUE, **settings})
+    resumed.train(resume_from_checkpoint=True)
+    # The step's own six samples, with the twelve of the queue or without.
+    assert logged(resumed, "alignment_pool")[-1] == (18 if message is None else 6)
+    warnings = [record.message for record in caplog.records if "The queue of past samples" in record.message]
+    assert len(warnings) == (message is not None) and all(f"({message})" in warning for warning in warnings)
+
+
+def test_the_queue_knows_its_teacher_by_its_weights(tmp_path, caplog):
+    teachers = [save_tiny_dinov2(tmp_path / f"teacher{seed}", seed=seed) for seed in range(2)]
+    moved = shutil.copytree(teachers[0], tmp_path / "elsewhere")
+    rows = image_dataset(n=24)
+    trainer(tmp_path / "out", dataset=rows, teacher=teachers[0], max_steps=2, **QUEUE).train()
+    for teacher, pool in ((str(moved), 18), (VisionTeacher.from_pretrained(teachers[0]), 18), (teachers[1], 6)):
+        resumed = trainer(tmp_path / "out", dataset=rows, teacher=teacher, max_steps=3, **QUEUE)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        assert logged(resumed, "alignment_pool")[-1] == pool
+    assert sum("(teacher differ)" in record.message for record in caplog.records) == 1
