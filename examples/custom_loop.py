@@ -129,7 +129,7 @@ def read_dataset(path: str, split: str) -> Dataset:
     return load_from_disk(path) if Path(path, "dataset_info.json").is_file() else load_dataset(path, split=split)
 
 
-def main(arguments: Sequence[str] | None = None, criterion: HeRALoss | None = None) -> dict[str, Tensor | float]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Tensor | float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True, help="name on the Hub, or folder of `save_to_disk`")
@@ -161,8 +161,7 @@ def main(arguments: Sequence[str] | None = None, criterion: HeRALoss | None = No
     accelerator.print("Aligned heads:", *heads)
 
     model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
-    criterion = HeRALoss(args.num_neighbors) if criterion is None else criterion
-    criterion.to(accelerator.device)
+    criterion = HeRALoss(args.num_neighbors).to(accelerator.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
     loader = DataLoader(
@@ -184,9 +183,9 @@ def main(arguments: Sequence[str] | None = None, criterion: HeRALoss | None = No
         for step, batches in enumerate(steps_of(loader, args.accumulation, args.steps), start=1):
             logs = train_step(accelerator, model, batches, alignment)
             accelerator.clip_grad_norm_(trained, 1.0)
-            alignment.temperature.before_step()
+            alignment.before_optimizer_step()
             optimizer.step()
-            alignment.temperature.step(args.learning_rate)
+            alignment.optimizer_step(args.learning_rate)
             optimizer.zero_grad()
             results["log"].append(logs)
             accelerator.print(f"step {step}", *(f"{name} {value:.4f}" for name, value in logs.items()))

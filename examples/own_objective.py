@@ -1,53 +1,54 @@
-"""Another alignment objective: linear centred kernel alignment (CKA) between aligned heads and the teacher.
+"""An alignment objective of your own: heads' distances between samples become the teacher's (relational distillation).
 
     accelerate launch examples/own_objective.py \\
-        --model Qwen/Qwen2.5-VL-3B-Instruct --dataset trl-lib/llava-instruct-mix --split "train[:2000]" --output_dir out
+        --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name trl-lib/llava-instruct-mix --use_peft \\
+        --alignment_objective distances --output_dir out
 
-The loop, the choice of heads and the exact gradient of the whole step are those of `custom_loop.py`; only what is
-compared, and how, is replaced.
+The file is `hera sft` with one objective more.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from custom_loop import main
+import torch.nn.functional as F
 from torch import Tensor
 
-from hera_trainer import HeRALoss
+from hera_trainer import AlignmentObjective, register_objective
+from hera_trainer.cli import sft
 
 
-def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear CKA of vectors `[B, d]` and `[B, e]` of the same samples: 1 if they differ by a rotation and a scale."""
-    x, y = x - x.mean(0), y - y.mean(0)
-    # By Gram matrices [B, B]: a pool has fewer samples than a representation has dimensions.
-    kernel, target = x @ x.T, y @ y.T
-    return (kernel * target).sum() / (kernel.norm() * target.norm()).clamp_min(1e-12)
+def relative_distances(x: Tensor) -> Tensor:
+    """Distances between all samples `[..., B, d]`, over their mean."""
+    distances = torch.cdist(x, x)
+    count = x.shape[-2]
+    return distances / (distances.sum((-1, -2), keepdim=True) / (count * (count - 1))).clamp_min(1e-6)
 
 
-class LinearCKALoss(HeRALoss):
-    """One minus the linear CKA between a head's representations and the teacher's vectors, the mean over heads.
+@register_objective("distances")
+class DistanceLoss(AlignmentObjective):
+    """Distance-wise relational distillation ([Park et al., 2019](https://arxiv.org/abs/1904.05068)), with a scale that
+    is trained. Two terms, which are logged by name."""
 
-    It keeps the interface of [`HeRALoss`]: head representations `[m, B, d_model]` with gradient, teacher vectors
-    `[B, d_teacher]`, the samples that take part, and a queue, which this one does not use. There is no temperature to
-    learn.
+    least_samples = 3
 
-    Args:
-        min_samples (`int`, *optional*, defaults to `12`): A pool with fewer samples is left out.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = torch.nn.Parameter(torch.zeros(()))
 
-    def __init__(self, min_samples: int = 12) -> None:
-        super().__init__(num_neighbors=min_samples - 2, learn_temperature=False)
-
-    def forward(
-        self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: object | None = None
-    ) -> Tensor:
-        heads, teacher = heads.float(), teacher.detach().float()
+    def forward(self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: object = None):
+        heads, teacher = heads.float(), teacher.float()
         if valid is not None:
             heads, teacher = heads[:, valid], teacher[valid]
-        if len(teacher) < self.num_neighbors + 2:
+        if len(teacher) < self.least_samples:
             return heads.flatten()[:0].sum()  # zero, connected to the graph
-        return 1 - torch.stack([linear_cka(z, teacher) for z in heads]).mean()
+        own, target = relative_distances(heads), relative_distances(teacher).expand(len(heads), -1, -1)
+        return {
+            "distances": F.smooth_l1_loss(self.log_scale.exp() * own, target),
+            "scale": 0.01 * self.log_scale.square(),
+        }
 
 
 if __name__ == "__main__":
-    main(criterion=LinearCKALoss())
+    sft.main(sys.argv[1:])

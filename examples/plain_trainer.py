@@ -33,7 +33,7 @@ from hera_trainer import (
     AttentionHead,
     HeadRanking,
     HeRALoss,
-    TemperatureCallback,
+    ObjectiveCallback,
     add_teacher_features,
     rank_heads,
 )
@@ -47,7 +47,7 @@ class AlignedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         criterion.to(self.args.device)
         self.alignment = Alignment(self.model, criterion, heads, weight, accelerator=self.accelerator, args=self.args)
-        self.add_callback(TemperatureCallback(self.alignment.temperature))
+        self.add_callback(ObjectiveCallback(self.alignment))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.alignment.reset()

@@ -1,12 +1,13 @@
 from .alignment.alignment import Alignment as Alignment
+from .alignment.callback import ObjectiveCallback as ObjectiveCallback
 from .alignment.contrast import Contrast as Contrast
-from .alignment.temperature import TemperatureCallback as TemperatureCallback
 from .alignment.window import StepWindow as StepWindow
 from .config import HeRAConfig as HeRAConfig
 from .data.collator import TeacherBatch as TeacherBatch
 from .heads.accessor import HeadAccessor as HeadAccessor
 from .heads.capture import HeadCapture as HeadCapture
 from .heads.head import AttentionHead as AttentionHead
+from .heads.head import DecoderLayer as DecoderLayer
 from .heads.heat_map import plot_head_scores as plot_head_scores
 from .heads.layouts import decoder_accessor as decoder_accessor
 from .heads.ranking import HeadRanking as HeadRanking
@@ -15,7 +16,10 @@ from .heads.registry import get_head_accessor as get_head_accessor
 from .heads.registry import register_head_accessor as register_head_accessor
 from .objectives.contrastive import HeRALoss as HeRALoss
 from .objectives.metrics import mutual_knn as mutual_knn
+from .objectives.metrics import mutual_knn_null as mutual_knn_null
 from .objectives.metrics import nearest_neighbors as nearest_neighbors
+from .objectives.objective import AlignmentObjective as AlignmentObjective
+from .objectives.registry import register_objective as register_objective
 from .runs.monitor import AlignmentMonitorCallback as AlignmentMonitorCallback
 from .runs.plots import plot_run as plot_run
 from .runs.record import RunRecord as RunRecord

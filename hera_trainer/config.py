@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from .heads.head import AttentionHead
-from .objectives.contrastive import MIN_TEMPERATURE
+from .heads.head import GRANULARITIES, parse_units
+from .objectives.contrastive import MIN_TEMPERATURE, SIMILARITIES, TEMPERATURES
+from .objectives.metrics import check_clip_quantile
+from .objectives.registry import get_objective
 
-HEAD_SELECTIONS = ("worst", "top", "random")
+HEAD_SELECTIONS = ("worst", "top", "random", "middle")
 CONTRAST_SCOPES = ("step", "micro_batch")
+TEACHER_CONTROLS = ("none", "permuted")
 
 
 @dataclass
@@ -31,13 +34,30 @@ class HeRAConfig(SFTConfig):
         num_neighbors (`int`, *optional*, defaults to `10`):
             Number k of teacher neighbours that are positives of each sample, also used for ranking heads. More than
             `num_neighbors + 1` samples must be compared (see `contrast_scope`).
-        temperature (`float`, *optional*, defaults to `0.07`):
-            Initial temperature τ of the contrastive loss (eq. 8).
+        alignment_objective (`str`, *optional*, defaults to `"contrastive"`):
+            What is minimised: `"contrastive"`, the paper's multi-positive InfoNCE ([`HeRALoss`]); `"feature"`, the
+            cosine to the teacher vector through trainable projectors; `"cka"`, linear centred kernel alignment;
+            `"uniformity"`, which spreads representations without a teacher; or one registered with
+            [`register_objective`].
+        target_pull (`float`, *optional*):
+            Pull of the alignment loss at the aligned heads, relative to that of the language-model loss
+            (`alignment_pull` in the logs), that the weight follows, from `alignment_weight` in the first step. By
+            default the weight is fixed, as in the paper.
+        similarity (`str`, *optional*, defaults to `"cosine"`):
+            How head representations are compared: `"dot"`, dot products as eq. 4 is printed; `"cosine"`, dot products
+            of normalised vectors; `"centered_cosine"`, the same after the mean over the pool is taken away.
+        teacher_similarity (`str`, *optional*, defaults to `"cosine"`):
+            How teacher vectors are compared when neighbours are looked up, of the same three.
+        metric_similarity (`str`, *optional*, defaults to `"cosine"`):
+            How vectors are compared when heads are ranked and monitored, of the same three.
+        temperature (`float`, *optional*):
+            Initial temperature τ of the contrastive loss (eq. 8). By default 0.07 with `similarity="cosine"`, 0.3 with
+            `"centered_cosine"`, and 1 with `"dot"`.
         learn_temperature (`bool`, *optional*, defaults to `True`):
-            Whether log τ is trained, by an optimizer of its own at the schedule's rate of `learning_rate`, without
-            weight decay.
-        normalize (`bool`, *optional*, defaults to `True`):
-            Whether head representations and teacher vectors are L2-normalised before dot products.
+            Whether log τ is trained, by an optimizer of its own without weight decay.
+        objective_learning_rate (`float`, *optional*):
+            Learning rate of the objective's own parameters (the temperature, projectors), which follows the model's
+            schedule. `learning_rate` by default.
         contrast_scope (`str`, *optional*, defaults to `"step"`):
             Which samples are compared with each other. `"step"`: all samples of an optimizer step, of every
             micro-batch and every process, so that the loss does not depend on how the batch is cut; with gradient
@@ -45,19 +65,31 @@ class HeRAConfig(SFTConfig):
             `"micro_batch"`: the samples of one micro-batch on all processes.
         queue_size (`int`, *optional*, defaults to `0`):
             Number of past samples that join the candidates of either scope, without gradient.
+        neighbor_group_size (`int`, *optional*, defaults to `0`):
+            Number of samples in a group of neighbours. Each pool of samples that are compared is made up of such
+            groups: a random sample and the ones nearest to it by teacher vector in the whole data set. With `0`,
+            samples are drawn at random, as the paper does. Not more than the pool's size, and not for streams.
 
         > Parameters that control which heads are aligned
 
+        alignment_granularity (`str`, *optional*, defaults to `"head"`):
+            What is aligned: single attention heads (`"head"`), or, as controls of the paper have it, whole decoder
+            layers (`"layer"`): the pooled residual stream that leaves them. All settings of heads are then of layers.
         num_aligned_heads (`int`, *optional*, defaults to `5`):
-            Number m of attention heads to align.
+            Number m of attention heads, or layers, to align.
         head_selection (`str`, *optional*, defaults to `"worst"`):
-            Which heads of the ranking to align: `"worst"` (least aligned with the teacher, the paper's choice),
-            `"top"` or `"random"` (its controls).
+            Which heads or layers of the ranking to align: `"worst"` (least aligned with the teacher, the paper's
+            choice), `"top"` or `"random"` (its controls), or `"middle"`, the layers nearest the middle of the depth
+            (with `alignment_granularity="layer"` only).
         aligned_heads (`list[str]`, *optional*):
-            Explicit heads such as `["L3H4", "L5H11"]` (layer and query head, both from 0). No ranking runs, and
-            `num_aligned_heads` and `head_selection` are ignored.
+            Explicit heads such as `["L3H4", "L5H11"]` (layer and query head, both from 0), or layers such as
+            `["L12"]`. No ranking runs, and `num_aligned_heads` and `head_selection` are ignored.
         ranking_num_samples (`int`, *optional*, defaults to `1000`):
             Number of samples with distinct images on which heads are ranked; of a stream, the first that come.
+        ranking_clip_quantile (`float`, *optional*):
+            Quantile to which the values of each space are clamped before heads are ranked, and while they are watched
+            (see [`mutual_knn`]); the reference code of the metric has 0.95. The loss is not concerned. By default
+            nothing is clamped, and ranking is faster.
         head_ranking_path (`str`, *optional*):
             JSON file of a ready ranking (see [`HeadRanking.save`]). No ranking runs.
 
@@ -68,6 +100,13 @@ class HeRAConfig(SFTConfig):
             `teacher_features` column.
         teacher_batch_size (`int`, *optional*, defaults to `32`):
             Number of images the teacher encodes at a time, before training or, for a stream, before each step.
+
+        teacher_control (`str`, *optional*, defaults to `"none"`):
+            `"permuted"` makes a control run: each distinct image of the training data has another image's teacher
+            vector, the same one all through the run (drawn by `seed`). Ranking, evaluation and monitor keep the right
+            ones. What such a run gains, the teacher has not taught.
+        publish_control (`bool`, *optional*, defaults to `False`):
+            Whether the result of a control run may be pushed to the Hub.
 
         > Parameters that control what is watched
 
@@ -115,17 +154,59 @@ class HeRAConfig(SFTConfig):
             "than `num_neighbors + 1` samples must be compared (see `contrast_scope`)."
         },
     )
-    temperature: float = field(default=0.07, metadata={"help": "Initial temperature of the contrastive loss."})
-    learn_temperature: bool = field(
-        default=True,
+    alignment_objective: str = field(
+        default="contrastive",
         metadata={
-            "help": "Whether the log temperature is trained, by an optimizer of its own at the schedule's rate of "
-            "`learning_rate`, without weight decay."
+            "help": "What is minimised: 'contrastive' (the paper), 'feature' (cosine to the teacher vector through "
+            "trainable projectors), 'cka', 'uniformity' (without a teacher), or a registered one."
         },
     )
-    normalize: bool = field(
+    target_pull: float | None = field(
+        default=None,
+        metadata={
+            "help": "Pull of the alignment loss at the aligned heads, relative to that of the language-model loss, "
+            "that the weight follows. Default: the weight is fixed."
+        },
+    )
+    similarity: str = field(
+        default="cosine",
+        metadata={
+            "help": "How head representations are compared: 'dot', 'cosine' or 'centered_cosine' (the mean over the "
+            "pool is taken away first).",
+            "choices": list(SIMILARITIES),
+        },
+    )
+    teacher_similarity: str = field(
+        default="cosine",
+        metadata={
+            "help": "How teacher vectors are compared when neighbours are looked up, of the same three.",
+            "choices": list(SIMILARITIES),
+        },
+    )
+    metric_similarity: str = field(
+        default="cosine",
+        metadata={
+            "help": "How vectors are compared when heads are ranked and monitored, of the same three.",
+            "choices": list(SIMILARITIES),
+        },
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Initial temperature of the contrastive loss. Default: 0.07 with the similarity 'cosine', 0.3 with "
+            "'centered_cosine', 1 with 'dot'."
+        },
+    )
+    learn_temperature: bool = field(
         default=True,
-        metadata={"help": "Whether head representations and teacher vectors are L2-normalised before dot products."},
+        metadata={"help": "Whether the log temperature is trained, by an optimizer of its own without weight decay."},
+    )
+    objective_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the objective's own parameters (the temperature, projectors), which follows the "
+            "model's schedule. Default: `learning_rate`."
+        },
     )
     contrast_scope: str = field(
         default="step",
@@ -138,19 +219,36 @@ class HeRAConfig(SFTConfig):
     queue_size: int = field(
         default=0, metadata={"help": "Number of past samples that join the candidates, without gradient."}
     )
-    num_aligned_heads: int = field(default=5, metadata={"help": "Number of attention heads to align."})
+    neighbor_group_size: int = field(
+        default=0,
+        metadata={
+            "help": "Number of samples in a group of neighbours, of which each pool of samples that are compared is "
+            "made up: a random sample and the ones nearest to it by teacher vector in the whole data set. 0: samples "
+            "are drawn at random."
+        },
+    )
+    alignment_granularity: str = field(
+        default="head",
+        metadata={
+            "help": "What is aligned: single attention heads ('head'), or whole decoder layers ('layer'): the pooled "
+            "residual stream that leaves them. All settings of heads are then of layers.",
+            "choices": list(GRANULARITIES),
+        },
+    )
+    num_aligned_heads: int = field(default=5, metadata={"help": "Number of attention heads, or layers, to align."})
     head_selection: str = field(
         default="worst",
         metadata={
-            "help": "Which heads of the ranking to align: 'worst' (least aligned with the teacher), 'top' or 'random'.",
+            "help": "Which heads or layers of the ranking to align: 'worst' (least aligned with the teacher), 'top', "
+            "'random', or 'middle' (the layers nearest the middle of the depth).",
             "choices": list(HEAD_SELECTIONS),
         },
     )
     aligned_heads: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Explicit heads such as 'L3H4 L5H11' (layer and query head, both from 0). No ranking runs, and "
-            "`num_aligned_heads` and `head_selection` are ignored."
+            "help": "Explicit heads such as 'L3H4 L5H11' (layer and query head, both from 0), or layers such as 'L12'. "
+            "No ranking runs, and `num_aligned_heads` and `head_selection` are ignored."
         },
     )
     ranking_num_samples: int = field(
@@ -158,6 +256,14 @@ class HeRAConfig(SFTConfig):
         metadata={
             "help": "Number of samples with distinct images on which heads are ranked; of a stream, the first that "
             "come."
+        },
+    )
+    ranking_clip_quantile: float | None = field(
+        default=None,
+        metadata={
+            "help": "Quantile to which the values of each space are clamped before heads are ranked, and while they "
+            "are watched; the reference code of the metric has 0.95. The loss is not concerned. Default: nothing is "
+            "clamped."
         },
     )
     head_ranking_path: str | None = field(
@@ -177,6 +283,17 @@ class HeRAConfig(SFTConfig):
             "step."
         },
     )
+    teacher_control: str = field(
+        default="none",
+        metadata={
+            "help": "'permuted' makes a control run: each image of the training data has another image's teacher "
+            "vector. Ranking, evaluation and monitor keep the right ones.",
+            "choices": list(TEACHER_CONTROLS),
+        },
+    )
+    publish_control: bool = field(
+        default=False, metadata={"help": "Whether the result of a control run may be pushed to the Hub."}
+    )
     monitor_steps: int | None = field(
         default=None,
         metadata={
@@ -192,8 +309,14 @@ class HeRAConfig(SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_at_least("alignment_weight", 0)
-        self._check_at_least("temperature", MIN_TEMPERATURE)
+        self._check_objective()
         self._check_at_least("queue_size", 0)
+        self._check_at_least("neighbor_group_size", 0)
+        if self.neighbor_group_size == 1:
+            raise ValueError(
+                "`neighbor_group_size` must be at least 2, a sample and its nearest, or 0 to draw samples at random; "
+                "got 1."
+            )
         for name in ("num_neighbors", "num_aligned_heads", "ranking_num_samples", "teacher_batch_size"):
             self._check_at_least(name, 1)
         if self.alignment_weight > 0 and self.ranking_num_samples < self.num_neighbors + 2:
@@ -201,17 +324,52 @@ class HeRAConfig(SFTConfig):
                 f"`ranking_num_samples` ({self.ranking_num_samples}) must exceed `num_neighbors + 1` "
                 f"({self.num_neighbors + 1}): a sample's neighbours are found among the others."
             )
+        check_clip_quantile(self.ranking_clip_quantile, "ranking_clip_quantile")
         if self.monitor_steps is not None:
             self._check_at_least("monitor_steps", 1)
             self._check_at_least("monitor_num_samples", self.num_neighbors + 2)
-        for name, choices in (("head_selection", HEAD_SELECTIONS), ("contrast_scope", CONTRAST_SCOPES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        self._check_units()
+        self._check_choice("contrast_scope", CONTRAST_SCOPES)
+        self._check_choice("teacher_control", TEACHER_CONTROLS)
+
+    def _check_units(self) -> None:
+        self._check_choice("alignment_granularity", GRANULARITIES)
+        self._check_choice("head_selection", HEAD_SELECTIONS)
+        if self.head_selection == "middle" and self.alignment_granularity == "head":
+            raise ValueError(
+                "`head_selection='middle'` chooses whole layers. Set `alignment_granularity='layer'`, or choose heads "
+                "by 'worst', 'top' or 'random'."
+            )
         if self.aligned_heads is not None:
             if not self.aligned_heads:
                 raise ValueError("`aligned_heads` is empty. Leave it at `None` to rank heads and choose the worst.")
             # Parsed and written again, so that AttentionHead objects are taken too and the config stays JSON.
-            self.aligned_heads = [str(AttentionHead.parse(str(head))) for head in self.aligned_heads]
+            self.aligned_heads = [str(unit) for unit in parse_units(self.aligned_heads, self.alignment_granularity)]
+
+    def _check_objective(self) -> None:
+        for name in ("similarity", "teacher_similarity", "metric_similarity"):
+            self._check_choice(name, SIMILARITIES)
+        if self.temperature is None:
+            self.temperature = TEMPERATURES[self.similarity]
+        self._check_at_least("temperature", MIN_TEMPERATURE)
+        if self.objective_learning_rate is not None:
+            self._check_at_least("objective_learning_rate", 0)
+        if self.target_pull is not None:
+            self._check_at_least("target_pull", 0)
+            if self.target_pull == 0:
+                raise ValueError(
+                    "`target_pull` must be positive. To train without alignment, set `alignment_weight=0`."
+                )
+        objective = get_objective(self.alignment_objective)
+        if self.queue_size > 0 and not objective.uses_queue:
+            raise ValueError(
+                f"`queue_size` ({self.queue_size}) has no effect with `alignment_objective="
+                f"{self.alignment_objective!r}`, which compares samples of one pool. Set `queue_size=0`."
+            )
+
+    def least_samples(self) -> int:
+        """Number of valid samples, those of the queue included, below which a pool goes without the alignment loss."""
+        return get_objective(self.alignment_objective).from_config(self).least_samples
 
     def pool_size(self, micro_batch_size: int | None = None) -> int:
         """Number of samples that are compared with each other in training, the queue left out.
@@ -221,6 +379,10 @@ class HeRAConfig(SFTConfig):
         """
         size = (micro_batch_size or self.per_device_train_batch_size) * self.world_size
         return size * self.gradient_accumulation_steps if self.contrast_scope == "step" else size
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
     def _check_at_least(self, name: str, least: float) -> None:
         value = getattr(self, name)

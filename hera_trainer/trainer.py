@@ -21,17 +21,18 @@ from transformers.utils import CONFIG_NAME, PushInProgress
 from trl import SFTConfig, SFTTrainer
 
 from .alignment.alignment import Alignment
+from .alignment.callback import ObjectiveCallback
 from .alignment.checks import check_arguments, check_device_map, check_loss_scaling, check_tokens_stay
 from .alignment.eval_pools import EvalPools
-from .alignment.temperature import TemperatureCallback
 from .common.randomness import same_randomness
 from .config import HeRAConfig
 from .data.checks import check_dataset, check_steps
+from .data.neighbor_batches import NeighborGroupSampler, check_neighbor_groups, neighbor_sampler
 from .data.pool import check_pool
 from .data.teacher_vectors import TeacherVectors, signature_columns
 from .heads.capture import HeadCapture
 from .heads.checks import check_compiled, check_decoder, check_projections, check_ranking, check_trainable
-from .heads.head import AttentionHead
+from .heads.head import AlignedUnit, parse_units
 from .heads.pooling import placeholder_token_ids
 from .heads.quantized import check_not_packed, frozen_packing
 from .heads.ranking import HeadRanking
@@ -39,7 +40,8 @@ from .heads.ranking_cache import cached_ranking
 from .heads.registry import get_head_accessor, unwrap_model
 from .hub import push
 from .hub.card import CardKeeper, write_model_card
-from .objectives.contrastive import HeRALoss
+from .objectives.objective import AlignmentObjective
+from .objectives.registry import get_objective
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
 from .runs.record import forget_measurements, public_ranking
@@ -81,9 +83,10 @@ class HeRATrainer(SFTTrainer):
             All other arguments of [`~trl.SFTTrainer`].
 
     Attributes:
-        aligned_heads (`list[AttentionHead]` or `None`): The aligned heads, once they are known.
+        aligned_heads (`list[AttentionHead]`, `list[DecoderLayer]` or `None`):
+            The aligned heads or layers, once they are known.
         head_ranking ([`HeadRanking`] or `None`): The ranking they were chosen from.
-        criterion ([`HeRALoss`] or `None`): The alignment loss, `None` with `alignment_weight=0`.
+        criterion ([`AlignmentObjective`] or `None`): The alignment objective, `None` with `alignment_weight=0`.
         alignment ([`Alignment`] or `None`): What reads heads and compares samples; `None` likewise.
         teacher_vectors ([`~data.teacher_vectors.TeacherVectors`]): What attaches teacher vectors to the data.
         best_step (`int` or `None`): Step of the weights, where training ended with loading the best ones.
@@ -136,19 +139,22 @@ class HeRATrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         args = _as_hera_config(model, args)
-        self.aligned_heads: list[AttentionHead] | None = None
+        self.aligned_heads: list[AlignedUnit] | None = None
         self.head_ranking: HeadRanking | None = None
-        self.criterion: HeRALoss | None = None
+        self.criterion: AlignmentObjective | None = None
         self.alignment: Alignment | None = None
         self.best_step: int | None = None
         self._batches: list[dict[str, Any]] = []
+        self._neighbor_sampler: NeighborGroupSampler | None = None
         self._eval_pools: EvalPools | None = None
         self._rotates_itself = False
         self._checkpoint_to_push: Path | None = None
         if args.alignment_weight > 0:  # what can be known without the model is said before it is loaded
             check_arguments(args)
+            push.check_publishable(vars(args), args.publish_control or not args.push_to_hub)
             check_dataset(train_dataset, "train_dataset")
             check_steps(train_dataset, args)
+            check_neighbor_groups(args, train_dataset)
         super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
         self.teacher_vectors = TeacherVectors(
             args,
@@ -175,24 +181,27 @@ class HeRATrainer(SFTTrainer):
             self.model,
             self.criterion,
             weight=args.alignment_weight,
+            target_pull=args.target_pull,
             scope=args.contrast_scope,
             queue_size=args.queue_size,
             accelerator=self.accelerator,
             processing_class=self.processing_class,
             args=args,
+            seed=args.seed,
         )
         accessor = self.alignment.accessor
+        units = accessor.units(args.alignment_granularity)
         if args.aligned_heads is not None:
-            named = [AttentionHead.parse(head) for head in args.aligned_heads]
+            named = parse_units(args.aligned_heads, args.alignment_granularity)
             HeadCapture(accessor, named, self._model_type)  # says now if one does not exist
-        elif args.num_aligned_heads > len(accessor.heads()):
+        elif args.num_aligned_heads > len(units):
             raise ValueError(
-                f"`num_aligned_heads` ({args.num_aligned_heads}) exceeds the {len(accessor.heads())} attention heads "
-                f"of this {self._model_type!r} model. Lower it."
+                f"`num_aligned_heads` ({args.num_aligned_heads}) exceeds the {len(units)} {units[0].kind}s of this "
+                f"{self._model_type!r} model. Lower it."
             )
         ready = args.head_ranking_path if head_ranking is None else head_ranking
         self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
-        self.add_callback(TemperatureCallback(self.alignment.temperature))
+        self.add_callback(ObjectiveCallback(self.alignment, args.objective_learning_rate))
 
     def _init_watching(self) -> None:
         args = self.args
@@ -204,14 +213,14 @@ class HeRATrainer(SFTTrainer):
         if args.alignment_weight > 0 or args.monitor_steps is not None:
             self.add_callback(self._record)
 
-    def create_criterion(self) -> HeRALoss:
-        """Makes the alignment objective. Override it to train with another of the same interface.
+    def create_criterion(self) -> AlignmentObjective:
+        """Makes the alignment objective that `alignment_objective` names. Override it to train with one that no name
+        can describe.
 
         Returns:
-            [`HeRALoss`]: Any module derived from it; its `forward` may compare samples otherwise.
+            [`AlignmentObjective`].
         """
-        args = self.args
-        return HeRALoss(args.num_neighbors, args.temperature, args.learn_temperature, args.normalize)
+        return get_objective(self.args.alignment_objective).from_config(self.args)
 
     @property
     def teacher_name(self) -> str:
@@ -222,6 +231,10 @@ class HeRATrainer(SFTTrainer):
     def micro_batch_size(self) -> int:
         """Samples that a device takes at a time: with `auto_find_batch_size`, not what was asked for."""
         return self._train_batch_size // max(1, self.args.n_gpu)
+
+    @property
+    def _groups_neighbors(self) -> bool:
+        return self.alignment is not None and self.args.neighbor_group_size > 0
 
     @property
     def is_sharded(self) -> bool:
@@ -276,15 +289,17 @@ class HeRATrainer(SFTTrainer):
     def _choose_heads(self) -> None:
         assert self.alignment is not None
         args, accessor = self.args, self.alignment.accessor
+        granularity = args.alignment_granularity
         if args.aligned_heads is not None:
-            heads = [AttentionHead.parse(head) for head in args.aligned_heads]
+            heads = parse_units(args.aligned_heads, granularity)
         else:
             self.head_ranking = self.head_ranking or self._rank_heads()
             check_ranking(self.head_ranking, accessor, self._model_type)
-            heads = self.head_ranking.select(args.head_selection, args.num_aligned_heads, args.seed)
+            heads = self.head_ranking.select(args.head_selection, args.num_aligned_heads, args.seed, granularity)
         if heads == self.aligned_heads:
             return
-        check_projections(self.model, accessor, sorted({head.layer for head in heads}))
+        if granularity == "head":  # layers are read as they are
+            check_projections(self.model, accessor, sorted({head.layer for head in heads}))
         with self.accelerator.autocast():
             check_trainable(self.model, accessor, heads, self.teacher_vectors.image_batch)
         self.alignment.align(heads)
@@ -304,7 +319,9 @@ class HeRATrainer(SFTTrainer):
                 num_samples=args.ranking_num_samples,
                 batch_size=args.per_device_eval_batch_size,
                 seed=args.seed,
-                normalize=args.normalize,
+                normalize=args.metric_similarity != "dot",
+                clip_quantile=args.ranking_clip_quantile,
+                center=args.metric_similarity == "centered_cosine",
                 precision=self.accelerator.mixed_precision,
                 teacher_name=self.teacher_name,
                 progress=not args.disable_tqdm,
@@ -318,15 +335,23 @@ class HeRATrainer(SFTTrainer):
             self._signature_columns = [*columns, *(name for name in own if name not in columns)]
 
     def get_train_dataloader(self) -> Any:
+        self._neighbor_sampler = None
         self._prepare_replaced_data()
         return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self._groups_neighbors:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.teacher_vectors.right_rows  # also in a control run, which differs in nothing but the loss
+        self._neighbor_sampler = neighbor_sampler(self.args, rows, self.micro_batch_size)
+        return self._neighbor_sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         self._prepare_replaced_data()
         return super().get_eval_dataloader(self.teacher_vectors.prepare_eval(eval_dataset))
 
     def _prepare_replaced_data(self) -> None:
-        if self.teacher_vectors.width is not None:  # otherwise, nothing was prepared yet
+        if self.teacher_vectors.width is not None or self._groups_neighbors:  # otherwise, nothing was prepared yet
             with same_randomness(self.args.device):
                 self._prepare_data()
 
@@ -362,6 +387,14 @@ class HeRATrainer(SFTTrainer):
         if self.alignment is not None and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self._groups_neighbors:
+            if self._neighbor_sampler is None:
+                raise ValueError(
+                    "`neighbor_group_size` is set, but the training data has an order of its own: it is a stream, or "
+                    "`get_train_dataloader` or `_get_train_sampler` is overridden. Set `neighbor_group_size=0`."
+                )
+            # accelerate does not pass it on where one of several processes skips batches, to resume.
+            self._neighbor_sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
@@ -626,6 +659,7 @@ class HeRATrainer(SFTTrainer):
         Raises:
             [`~hub.push.PushError`]: If it failed. The result is complete in `output_dir`; call it again.
         """
+        push.check_publishable(vars(self.args), self.args.publish_control)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()  # it reads the files that are about to be written
         folder, token = str(self.args.output_dir), token if token is not None else self.args.hub_token

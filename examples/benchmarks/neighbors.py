@@ -29,8 +29,8 @@ from harness import Pairs, Result, Row, fresh_process, paired
 from peak_memory import extra_bytes
 from torch import Tensor
 
-from hera_trainer.heads.ranking import score_heads
-from hera_trainer.objectives.metrics import nearest_neighbors
+from hera_trainer.heads.scoring import head_neighbors
+from hera_trainer.objectives.metrics import nearest_neighbors, neighbor_overlap
 
 K = 10
 HEADS, HEAD_WIDTH, WIDTH = 9, 64, 576  # of a layer of SmolLM2-135M
@@ -70,7 +70,8 @@ def scoring_row(n: int, layers: int, heads: int, pairs: int) -> Row:
 
     def ours() -> None:
         targets = nearest_neighbors(teacher, K)
-        found["ours"] = torch.cat([score_heads(pooled, blocks, targets, True) for pooled, blocks, _ in inputs])
+        spaces = (space for pooled, blocks, _ in inputs for space in head_neighbors(pooled, blocks, K, True))
+        found["ours"] = torch.tensor([neighbor_overlap(space, targets) for space in spaces])
 
     def theirs() -> None:
         parts = [score_by_definition(pooled, blocks, teacher, K) for pooled, blocks, _ in inputs]

@@ -20,19 +20,21 @@ from ..common.files import write_atomically
 from ..data.collator import TeacherBatch, pop_teacher
 from ..heads.accessor import HeadAccessor
 from ..heads.capture import ForwardDone, HeadCapture, done_after
-from ..heads.head import AttentionHead
+from ..heads.head import AlignedUnit
 from ..heads.pooling import placeholder_token_ids, pooling_mask
 from ..heads.registry import get_head_accessor, unwrap_model
-from ..objectives.contrastive import HeRALoss
+from ..objectives.objective import AlignmentObjective
 from ..objectives.queue import SampleQueue
 from .contrast import Contrast
 from .meter import AlignmentMeter
-from .temperature import TemperatureOptimizer
+from .optimizer import ObjectiveOptimizer
+from .pull import Pull
 from .window import StepWindow, seeded
 
 logger = get_logger(__name__)
 
 STATE_FILE = "hera_state.json"
+OBJECTIVE_FILE = "hera_objective.safetensors"
 QUEUE_FILE = "hera_queue.safetensors"
 
 
@@ -42,25 +44,31 @@ class Alignment:
 
     A training loop calls, for each optimizer step: `begin_step`; `first_pass` if `needs_first_pass`; for each
     micro-batch `observe` before the model's forward, `add_to` (or `term`) after it, and `end_micro_batch` after the
-    backward; then `temperature.before_step` and `temperature.step` around the step of its optimizer. All of it inside
+    backward; then `before_optimizer_step` and `optimizer_step` around the step of its optimizer. All of it inside
     `attached`.
 
     Args:
         model (`nn.Module`): The model, in any wrapping that [`get_head_accessor`] understands.
-        criterion ([`HeRALoss`]): The alignment objective, on the device of the model.
-        heads (sequence of [`AttentionHead`], *optional*): The heads to align; `align` names them later.
+        criterion ([`AlignmentObjective`]): The objective, such as [`HeRALoss`], on the device of the model.
+        heads (sequence of [`AttentionHead`] or of [`DecoderLayer`], *optional*):
+            The heads to align, or whole layers; `align` names them later.
         weight (`float`, *optional*, defaults to `0.01`): Weight of the alignment loss.
+        target_pull (`float`, *optional*): Pull that the weight shall follow (see [`~alignment.pull.Pull`]).
         scope (`str`, *optional*, defaults to `"step"`):
             Which samples are compared: `"step"`, all of an optimizer step, or `"micro_batch"`.
         queue_size (`int`, *optional*, defaults to `0`): Number of past samples that join the candidates.
         accelerator ([`~accelerate.Accelerator`], *optional*): Gathers samples of all processes.
         processing_class (*optional*): The model's processor, which may know ids of image tokens besides the model's.
-        args ([`~transformers.TrainingArguments`], *optional*): Adam's settings for the temperature.
+        args ([`~transformers.TrainingArguments`], *optional*): Adam's settings for the objective's parameters.
+        teacher_width (`int`, *optional*, defaults to `0`):
+            Width of the teacher vectors, for objectives with parameters as wide.
+        seed (`int`, *optional*, defaults to `42`): Seed for parameters that are drawn.
 
     Attributes:
         capture ([`HeadCapture`] or `None`): Reads the heads, once they are named.
         meter ([`~alignment.meter.AlignmentMeter`]): Sums up what is logged.
-        temperature ([`~alignment.temperature.TemperatureOptimizer`]): Trains the temperature.
+        optimizer ([`~alignment.optimizer.ObjectiveOptimizer`]): Trains the objective's parameters.
+        pull ([`~alignment.pull.Pull`]): How strongly the loss pulls at the heads, and its weight.
         window ([`StepWindow`] or `None`): The optimizer step under way, if it takes two passes.
         teacher_identity (`str`), teacher_width (`int`):
             Which teacher the vectors are of. Past samples of a checkpoint are taken for the same one alone.
@@ -69,26 +77,31 @@ class Alignment:
     def __init__(
         self,
         model: nn.Module,
-        criterion: HeRALoss,
-        heads: Sequence[AttentionHead] | None = None,
+        criterion: AlignmentObjective,
+        heads: Sequence[AlignedUnit] | None = None,
         weight: float = 0.01,
+        target_pull: float | None = None,
         scope: str = "step",
         queue_size: int = 0,
         accelerator: Accelerator | None = None,
         processing_class: Any = None,
         args: TrainingArguments | None = None,
+        teacher_width: int = 0,
+        seed: int = 42,
     ) -> None:
         config = unwrap_model(model).config
         self.accessor: HeadAccessor = get_head_accessor(model)
         self.criterion = criterion
-        self.weight = weight
+        self.pull = Pull(weight, target_pull, accelerator)
         self.scope = scope
+        self.seed = seed
         self.contrast = Contrast(criterion, accelerator, SampleQueue(queue_size) if queue_size else None)
-        self.temperature = TemperatureOptimizer(criterion, accelerator, args)
+        self._args = args
+        self.optimizer = ObjectiveOptimizer(criterion, accelerator, args)
         self.meter = AlignmentMeter()
         self.capture: HeadCapture | None = None
         self.window: StepWindow | None = None
-        self.teacher_identity, self.teacher_width = "", 0
+        self.teacher_identity, self.teacher_width = "", teacher_width
         self._model_type: str = config.model_type
         self.placeholder_ids = placeholder_token_ids(config, processing_class)
         self._count = 1
@@ -97,17 +110,25 @@ class Alignment:
         if heads is not None:
             self.align(heads)
 
-    def align(self, heads: Sequence[AttentionHead]) -> None:
-        """Names the heads to align.
+    def align(self, heads: Sequence[AlignedUnit]) -> None:
+        """Names the heads, or whole layers, to align.
 
         Raises:
-            `ValueError`: If the model has no such head.
+            `ValueError`: If the model has no such head or layer.
         """
-        self.capture = HeadCapture(self.accessor, heads, self._model_type)
+        self.capture = HeadCapture(self.accessor, heads, self._model_type, self.pull.observe)
+        self.criterion.prepare(len(self.heads), self.accessor.width, self.teacher_width, self.seed)
+        self.criterion.to(self.device)
+        self.optimizer = ObjectiveOptimizer(self.criterion, self.contrast.accelerator, self._args)
 
     @property
-    def heads(self) -> list[AttentionHead]:
-        """The aligned heads."""
+    def device(self) -> torch.device:
+        """Where samples are compared."""
+        return self.accessor.decoder.get_input_embeddings().weight.device
+
+    @property
+    def heads(self) -> list[AlignedUnit]:
+        """The aligned heads or layers."""
         return [] if self.capture is None else self.capture.heads
 
     @contextmanager
@@ -126,6 +147,7 @@ class Alignment:
         """Forgets a run, also one that broke off within a step. The temperature and its optimizer stay as they are."""
         self.window, self._count = None, 1
         self.meter = AlignmentMeter()
+        self.pull.reset()
         self.contrast.reset()
         self.check_passes()
 
@@ -159,7 +181,7 @@ class Alignment:
             whole (`nn.Module`, *optional*): A module whose forward must be run to its end (sharded parameters).
         """
         assert self.capture is not None
-        device = self.criterion.log_temperature.device
+        device = self.device
         seeds = torch.randint(2**31, (len(batches),)).tolist()
         first = []
         with torch.no_grad(), self.capture.reading(stop_early=whole is None), done_after(whole):
@@ -214,18 +236,18 @@ class Alignment:
         """The micro-batch's term of the step's loss, to be added to it before the backward: a scalar, weighted. The
         terms of all micro-batches add up to the alignment loss of the step times its weight."""
         heads, teacher, mask = self.take()
-        log_temperature = self.criterion.log_temperature
+        parameters = self.contrast.parameters
         if self.window is not None:
             if self._checks_passes:
                 assert self.capture is not None
                 self.window.check(heads, self.capture.dtype)
-            part = self.window.carrier(heads, log_temperature)
+            part = self.window.carrier(heads, parameters)
             self._checks_passes = self._checks_passes and self.window.is_open
-            return self.weight * part
+            return self.pull.weight * part
         # Micro-batches by themselves: their mean.
         pool = self.contrast(heads, teacher.vectors, teacher.valid(mask))
         self.meter.add_pool(pool)
-        return self.weight * pool.carrier(heads, log_temperature, start=0, share=1.0) / self._count
+        return self.pull.weight * pool.carrier(heads, parameters, start=0, share=1.0) / self._count
 
     def add_to(self, loss: Tensor, divided_later: bool = False) -> Tensor:
         """The micro-batch's loss with its `term`: what is to be backpropagated. Both losses are counted for the log.
@@ -246,30 +268,56 @@ class Alignment:
         if self.capture is not None:
             self.capture.stop()
 
+    def before_optimizer_step(self) -> None:
+        """To be called by all processes when the backward passes of an optimizer step are done."""
+        self.optimizer.before_step()
+        self.pull.before_step()
+
+    def optimizer_step(self, learning_rate: float) -> None:
+        """Trains the objective's parameters. To be called when the model's optimizer has made its step.
+
+        Args:
+            learning_rate (`float`): Rate of this step.
+        """
+        self.optimizer.step(learning_rate)
+
     # What is logged
 
     def metrics(self) -> dict[str, float]:
         """What there is to log since the last call, of all processes, which must call it alike; empty if nothing
         happened."""
         accelerator, meter = self.contrast.accelerator, self.meter
-        sums = meter.as_tensor(self.criterion.log_temperature.device)
+        sums = torch.cat([self.pull.take_logged(self.device), meter.as_tensor(self.device)])
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
-        metrics = meter.drain(sums, self.contrast.num_processes)
-        if metrics.get("alignment_not_finite") and not meter.has_warned:
-            meter.has_warned = True  # not `warning_once`, which is silent in the process's next run
+        metrics = meter.drain(sums[2:], self.contrast.num_processes)
+        if not metrics:
+            return {}
+        self._warn_once(metrics)
+        return {**metrics, **self.pull.metrics(sums[:2]), **self.criterion.metrics()}
+
+    def _warn_once(self, metrics: dict[str, float]) -> None:
+        # Not `warning_once`, which is silent in the process's next run.
+        meter = self.meter
+        if metrics["alignment_not_finite"] and not meter.has_warned:
+            meter.has_warned = True
             logger.warning(
                 "The alignment loss or its gradient was NaN or infinite in some steps; it was left out of them "
                 "(`alignment_not_finite` counts them)."
             )
-        return {**metrics, "temperature": self.criterion.temperature} if metrics else {}
+        advice = None if meter.spread is None or meter.has_advised else self.criterion.advice(meter.spread)
+        if advice is not None:
+            meter.has_advised = True
+            logger.warning(advice)
 
     # Checkpoints
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the temperature, the names of the aligned heads, and the queue into a checkpoint."""
-        state = {"aligned_heads": [str(head) for head in self.heads], **self.temperature.state_dict()}
+        """Writes the objective's parameters, the weight, the names of the aligned heads, and the queue into a
+        checkpoint."""
+        state = {"aligned_heads": [str(head) for head in self.heads], "pull": self.pull.state_dict()}
         write_atomically(Path(folder, STATE_FILE), lambda path: path.write_text(json.dumps(state, indent=1)))
+        self.optimizer.save(Path(folder, OBJECTIVE_FILE))
         if self.contrast.queue is not None:
             self.contrast.queue.save(Path(folder, QUEUE_FILE), self._queue_identity())
 
@@ -279,7 +327,11 @@ class Alignment:
         if not path.is_file():
             return
         state = json.loads(path.read_text())
-        self.temperature.load_state_dict(state)
+        self.pull.load_state_dict(state.get("pull", {}), self.device)
+        if "log_temperature" in state:  # as it was written before there were other parameters
+            self.optimizer.load_temperature(state)
+        elif Path(folder, OBJECTIVE_FILE).is_file():
+            self.optimizer.load(Path(folder, OBJECTIVE_FILE))
         if state["aligned_heads"] != [str(head) for head in self.heads]:
             warnings.warn(
                 f"The checkpoint was trained with aligned heads {', '.join(state['aligned_heads'])}, this run goes on "
@@ -294,7 +346,6 @@ class Alignment:
         return {
             "aligned heads": " ".join(map(str, self.heads)),
             "teacher": self.teacher_identity,
-            "normalize": str(self.criterion.normalize),
         }
 
     def _load_queue(self, queue: SampleQueue, path: Path, heads: list[str]) -> None:
@@ -302,9 +353,10 @@ class Alignment:
         # Earlier versions named the heads in the file beside it only.
         then = {"aligned heads": " ".join(heads), **SampleQueue.identity_of(path)}
         now = {**self._queue_identity(), "teacher width": str(self.teacher_width)}
-        differing = [name for name, value in then.items() if now.get(name) != value]
+        # Nor does it matter how samples were compared: they are kept as they are.
+        differing = [name for name, value in then.items() if name != "normalize" and now.get(name) != value]
         if not differing:
-            queue.load(path, self.criterion.log_temperature.device)
+            queue.load(path, self.device)
             return
         logger.warning(
             f"The queue of past samples in {path} is not taken: they are of another run ({', '.join(differing)} "

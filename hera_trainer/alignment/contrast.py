@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..objectives.contrastive import HeRALoss
+from ..objectives.objective import AlignmentObjective, total
 from ..objectives.queue import SampleQueue
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -24,52 +23,73 @@ class PoolLoss:
         heads_grad (`Tensor` of shape `[m, B, d_model]`):
             Gradient at this process's B representations, times the number of processes: distributed training averages
             parameter gradients over processes, while the loss of the pool is one.
-        temperature_grad (`Tensor`): Gradient at the log temperature, the same on every process.
+        parameter_grads (`list[Tensor]`): Gradients at the objective's parameters, the same on every process.
         samples (`Tensor`):
             Number of samples of the pool that took part, of all processes and the queue; zero where it was skipped.
         left_out (`Tensor`): Number of this process's samples that could not take part.
         skipped (`Tensor`): Whether the pool was too small or its loss not finite, as 0.0 or 1.0.
         not_finite (`Tensor`): Whether the loss or its gradient was NaN or infinite, as 0.0 or 1.0.
+        spread (`Tensor` of shape `[m]`): See [`spread`]; zeros where the pool was skipped.
+        parts (`dict[str, Tensor]`): The terms of the loss by name, where the objective gives several.
     """
 
     value: Tensor
     heads_grad: Tensor
-    temperature_grad: Tensor
+    parameter_grads: list[Tensor]
     samples: Tensor
     left_out: Tensor
     skipped: Tensor
     not_finite: Tensor
+    spread: Tensor
+    parts: dict[str, Tensor]
 
-    def carrier(self, leaves: Tensor, log_temperature: Tensor, start: int, share: float) -> Tensor:
+    def carrier(self, leaves: Tensor, parameters: Sequence[Tensor], start: int, share: float) -> Tensor:
         """A scalar to be added to a micro-batch's loss: its value is the micro-batch's share of the loss, its gradient
         that of the pool at the micro-batch's representations. Whatever scales the loss (accumulation, a gradient
         scaler, DeepSpeed) scales these gradients alike, each exactly once.
 
         Args:
             leaves (`Tensor` of shape `[m, b, d_model]`): Representations of b of this process's samples.
-            log_temperature (`Tensor`): The loss's parameter.
+            parameters (sequence of `Tensor`): The objective's parameters.
             start (`int`): Index of the first of them among the process's samples of the pool.
-            share (`float`): Share of the micro-batch in the pool's value and in the temperature's gradient.
+            share (`float`): Share of the micro-batch in the pool's value and in the parameters' gradients.
         """
         part = self.heads_grad[:, start : start + leaves.shape[1]]
         # Masked where the gradient is zero, since zero times NaN is NaN: a pool is skipped when a value is not finite.
         gradient = (leaves.masked_fill(part == 0, 0.0) * part).sum()
-        log_temperature = log_temperature.masked_fill(self.temperature_grad == 0, 0.0)
-        gradient = gradient + share * self.temperature_grad * log_temperature
+        for parameter, grad in zip(parameters, self.parameter_grads, strict=True):
+            gradient = gradient + share * (parameter.masked_fill(grad == 0, 0.0) * grad).sum()
         return share * self.value + gradient - gradient.detach()
+
+
+def spread(heads: Tensor, valid: Tensor) -> Tensor:
+    """How much heads tell samples apart: one minus the mean cosine between the representations of two samples. Near
+    zero, they are parallel, and a temperature cannot tell them apart.
+
+    Args:
+        heads (`Tensor` of shape `[m, B, d_model]`): Head representations.
+        valid (`BoolTensor` of shape `[B]`): Samples that count.
+
+    Returns:
+        `Tensor` of shape `[m]`.
+    """
+    count = valid.sum()
+    unit = F.normalize(heads.float(), dim=-1).masked_fill(~valid[:, None], 0.0)
+    # The squared norm of the sum of unit vectors is the sum of all cosines, those with themselves included.
+    return 1 - (unit.sum(1).square().sum(-1) - count) / (count * (count - 1)).clamp(min=1)
 
 
 class Contrast:
     """Compares samples of all processes with each other, and with a queue of past ones if there is one.
 
     Args:
-        criterion ([`HeRALoss`]): The loss.
+        criterion ([`AlignmentObjective`]): The objective.
         accelerator ([`~accelerate.Accelerator`], *optional*): Gathers samples of all processes.
         queue ([`~objectives.queue.SampleQueue`], *optional*): Past samples that join the candidates.
     """
 
     def __init__(
-        self, criterion: HeRALoss, accelerator: Accelerator | None = None, queue: SampleQueue | None = None
+        self, criterion: AlignmentObjective, accelerator: Accelerator | None = None, queue: SampleQueue | None = None
     ) -> None:
         self.criterion = criterion
         self.accelerator = accelerator
@@ -77,10 +97,15 @@ class Contrast:
 
     def reset(self) -> None:
         """Forgets what an earlier run has left, also one that ran out of memory within a step: past samples and the
-        temperature's gradient."""
-        self.criterion.log_temperature.grad = None
+        gradients of the objective's parameters."""
+        self.criterion.zero_grad()
         if self.queue is not None:
             self.queue.clear()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The objective's parameters that are trained."""
+        return [parameter for parameter in self.criterion.parameters() if parameter.requires_grad]
 
     @property
     def num_processes(self) -> int:
@@ -103,30 +128,33 @@ class Contrast:
         turns = torch.zeros_like(valid, dtype=torch.long) if turns is None else turns
         columns = [heads.detach().float(), teacher, valid, turns]
         (pool_heads, pool_teacher, pool_valid, pool_turns), start = self._gather(*columns)
-        log_temperature = self.criterion.log_temperature
+        parameters = self.parameters
         with torch.enable_grad():
             leaves = pool_heads.requires_grad_()
-            loss = self.criterion(leaves, pool_teacher, pool_valid, self.queue)
-            inputs = [leaves, log_temperature] if log_temperature.requires_grad else [leaves]
-            gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
-        heads_grad = gradients[0]
-        temperature_grad = gradients[1] if len(inputs) > 1 else torch.zeros_like(log_temperature)
-        finite = loss.isfinite() & heads_grad.isfinite().all() & temperature_grad.isfinite()
+            result = self.criterion(leaves, pool_teacher, pool_valid, self.queue)
+            parts = result if isinstance(result, dict) else {}
+            loss = total(result)
+            gradients = torch.autograd.grad(loss, [leaves, *parameters], allow_unused=True, materialize_grads=True)
+        heads_grad, *parameter_grads = gradients
+        finite = loss.isfinite() & torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         samples = pool_valid.sum() + len(self.queue or ())
-        taken = finite & pool_valid.any() & (samples >= self.criterion.num_neighbors + 2)
+        taken = finite & pool_valid.any() & (samples >= self.criterion.least_samples)
+        pool_heads = pool_heads.detach()
         if self.queue is not None:
-            usable = pool_valid & pool_heads.detach().isfinite().all(-1).all(0)
+            usable = pool_valid & pool_heads.isfinite().all(-1).all(0)
             order = pool_turns.argsort(stable=True)
             order = order[usable[order]]
             self.queue.push(pool_heads[:, order], pool_teacher[order])
         return PoolLoss(
             value=torch.where(taken, loss.detach(), 0.0),
             heads_grad=torch.where(taken, heads_grad[:, start : start + own] * self.num_processes, 0.0),
-            temperature_grad=torch.where(taken, temperature_grad, 0.0),
+            parameter_grads=[torch.where(taken, gradient, 0.0) for gradient in parameter_grads],
             samples=samples * taken,
             left_out=(~valid).sum().float(),
             skipped=1.0 - taken.float(),
             not_finite=1.0 - finite.float(),
+            spread=torch.where(taken, spread(pool_heads, pool_valid), 0.0),
+            parts={name: torch.where(taken, part.detach(), 0.0) for name, part in parts.items()},
         )
 
     def _gather(self, heads: Tensor, teacher: Tensor, valid: Tensor, turns: Tensor) -> tuple[list[Tensor], int]:

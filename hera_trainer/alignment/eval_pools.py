@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.collator import TeacherBatch
-from ..objectives.contrastive import HeRALoss
+from ..objectives.objective import AlignmentObjective, total
 
 
 class EvalPools:
@@ -15,13 +15,13 @@ class EvalPools:
     with the pool, so only pools of one size can be compared.
 
     Args:
-        criterion ([`HeRALoss`]): The loss.
+        criterion ([`AlignmentObjective`]): The objective.
         pool_size (`int`): Samples in a pool.
         accelerator ([`~accelerate.Accelerator`], *optional*):
             Gathers the batches of all processes, so that the pools are those of one process.
     """
 
-    def __init__(self, criterion: HeRALoss, pool_size: int, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, criterion: AlignmentObjective, pool_size: int, accelerator: Accelerator | None = None) -> None:
         self.criterion = criterion
         self.pool_size = pool_size
         self.accelerator = accelerator
@@ -49,7 +49,7 @@ class EvalPools:
         self._teacher.append(vectors[valid])
         while self.left_out >= self.pool_size:
             all_heads, all_teacher = torch.cat(self._heads, dim=1), torch.cat(self._teacher)
-            self.total += self.criterion(all_heads[:, : self.pool_size], all_teacher[: self.pool_size]).item()
+            self.total += total(self.criterion(all_heads[:, : self.pool_size], all_teacher[: self.pool_size])).item()
             self.pools += 1
             self._heads, self._teacher = [all_heads[:, self.pool_size :]], [all_teacher[self.pool_size :]]
 

@@ -15,23 +15,29 @@ _FIRST_STEPS = 50  # of a run: whether most of them went without alignment is lo
 
 
 class AlignmentMeter:
-    """Sums what is logged between two logging steps, on the device, so that no step waits for it."""
+    """Sums what is logged between two logging steps, on the device, so that no step waits for it.
+
+    Attributes:
+        spread (`Tensor` of shape `[m]` or `None`): How much each head told samples apart when it was last logged.
+    """
 
     _NAMES = ("steps", "lm_loss", "pools", "alignment_loss", "samples", "skipped", "left_out", "not_finite")
 
     def __init__(self) -> None:
-        self.has_warned = False  # the trainer's: values that are not finite are said once a run
+        self.has_warned = self.has_advised = False  # what is said once a run
         self._steps = 0.0
+        self.spread: Tensor | None = None
         self._too_small: list[Tensor] | None = []  # whether pools of the first steps were, until that is looked at
         self.reset()
 
     def reset(self) -> None:
         """Forgets what was summed for the log."""
         self._sums: dict[str, Tensor] = {name: torch.zeros(()) for name in self._NAMES}
+        self._spread: Tensor | None = None  # of all pools, the same in each process
 
     def _add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
-            self._sums[name] = self._sums[name] + torch.as_tensor(value).detach().float()
+            self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(value).detach().float()
 
     def add_micro_batch(self, lm_loss: Tensor, share: float) -> None:
         """
@@ -54,7 +60,9 @@ class AlignmentMeter:
             skipped=pool.skipped,
             left_out=pool.left_out,
             not_finite=pool.not_finite,
+            **{f"alignment_loss/{name}": part for name, part in pool.parts.items()},
         )
+        self._spread = pool.spread if self._spread is None else self._spread + pool.spread
         if self._too_small is not None:
             self._too_small.append(pool.skipped - pool.not_finite)
             if round(self._steps, 6) >= _FIRST_STEPS:
@@ -73,7 +81,7 @@ class AlignmentMeter:
 
     def as_tensor(self, device: torch.device) -> Tensor:
         """The sums, to be added up over processes."""
-        return torch.stack([self._sums[name].to(device) for name in self._NAMES])
+        return torch.stack([value.to(device) for value in self._sums.values()])
 
     def drain(self, sums: Tensor, num_processes: int = 1) -> dict[str, float]:
         """Metrics from sums of all processes, and a fresh start. Empty if nothing was added.
@@ -82,7 +90,8 @@ class AlignmentMeter:
             sums (`Tensor`): `as_tensor` of all processes, added up.
             num_processes (`int`, *optional*, defaults to `1`): Number of processes; they count the same pools.
         """
-        total = dict(zip(self._NAMES, sums.tolist(), strict=True))
+        total = dict(zip(self._sums, sums.tolist(), strict=True))
+        spread = self._spread
         self.reset()
         if not total["pools"]:
             return {}
@@ -93,6 +102,9 @@ class AlignmentMeter:
             "alignment_left_out": total["left_out"],
             "alignment_not_finite": total["not_finite"] / num_processes,
         }
-        if total["pools"] > total["skipped"]:
-            metrics["alignment_loss"] = total["alignment_loss"] / (total["pools"] - total["skipped"])
+        taken = total["pools"] - total["skipped"]
+        if taken and spread is not None:
+            metrics.update({name: total[name] / taken for name in total if name.split("/")[0] == "alignment_loss"})
+            self.spread = spread / (taken / num_processes)
+            metrics["alignment_spread"] = self.spread.mean().item()
         return metrics

@@ -100,8 +100,8 @@ class StepWindow:
                 "`contrast_scope='micro_batch'`, or `gradient_accumulation_steps=1`."
             )
 
-    def carrier(self, leaves: Tensor, log_temperature: Tensor) -> Tensor:
+    def carrier(self, leaves: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """The current micro-batch's share of the loss (see [`~contrast.PoolLoss.carrier`]), and on to the next."""
         start = self.starts[self.position]
         self.position += 1
-        return self.pool.carrier(leaves, log_temperature, start, share=1.0 / len(self))
+        return self.pool.carrier(leaves, parameters, start, share=1.0 / len(self))

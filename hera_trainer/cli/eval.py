@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..evaluation.questions import Questions
 
 RESULTS_FILE = "results.json"
+# What questions may be asked with besides their own images.
+OTHER_IMAGES = ("permuted", "blank")
 
 _LIBRARIES = ("transformers", "torch", "peft", "datasets", "evaluate")
 
@@ -27,6 +29,7 @@ examples:
   hera eval Qwen/Qwen2.5-VL-3B-Instruct --dataset pope.jsonl --answer-column label --metric pope --dtype bfloat16
   hera eval run --dataset coco.jsonl --answer-column image_id --metric chair \\
       --metric-arg 'annotations=["instances_val2014.json", "captions_val2014.json"]' --max-new-tokens 512
+  hera eval run --dataset questions.jsonl --metric exact_match --images right permuted      does the model look?
   hera eval --predictions eval/predictions.jsonl --metric exact_match vqa_accuracy      scores again, without a model
   hera eval run --export lmms-eval --output benchmarks > benchmarks.sh                  commands for public benchmarks
 
@@ -56,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="arguments of the metric, such as annotations=PATH; of several metrics METRIC.KEY=VALUE. Values are JSON, "
         "or text",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        choices=("right", *OTHER_IMAGES),
+        default=["right"],
+        help="ask also with the images of other questions, or with grey ones; shows what the right ones gain [right]",
     )
     parser.add_argument("--output", default=None, help="folder of predictions and results [eval]")
     parser.add_argument(
@@ -115,6 +125,8 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("MODEL and --dataset are needed, or --predictions")
     if args.predictions is not None and (args.model is not None or args.dataset is not None):
         parser.error("--predictions scores what it names: leave MODEL and --dataset out")
+    if args.predictions is not None and args.images != ["right"]:
+        parser.error("--images needs MODEL and --dataset: it asks again")
     for name in ("batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -154,6 +166,7 @@ def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, An
     from ..common.processes import Team
     from ..evaluation.answer_scores import check_references
     from ..evaluation.generation import PREDICTIONS_FILE, SETTINGS_FILE, predict
+    from ..evaluation.other_images import BlankQuestions, PermutedQuestions
 
     start = time.perf_counter()
     split = args.split or _only_split(args.dataset)
@@ -164,21 +177,34 @@ def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, An
             check_references(args.metric, questions.references(), metric_arguments)
     model, processor = _model(args)
     folder = Path(args.output or "eval")
-    entries = predict(
-        model,
-        processor,
-        questions,
-        folder,
-        settings={"dtype": args.dtype, "load_in_4bit": args.load_in_4bit},
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        autocast_dtype=None if args.autocast is None else getattr(torch, args.autocast),
-        restart=args.restart,
-    )
+
+    def entries_of(asked: Questions, part: Path, **settings: Any) -> list[dict[str, Any]]:
+        return predict(
+            model,
+            processor,
+            asked,
+            part,
+            settings={"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, **settings},
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            autocast_dtype=None if args.autocast is None else getattr(torch, args.autocast),
+            restart=args.restart,
+        )
+
+    entries = entries_of(questions, folder)
+    others = {}
+    for name in (name for name in OTHER_IMAGES if name in args.images):
+        asked = PermutedQuestions(questions) if name == "permuted" else BlankQuestions(questions)
+        others[name] = entries_of(asked, folder / name, images=name)
     if not team.is_main:
         return
+    metrics = _scores(args.metric, entries, metric_arguments)
     results = {
-        "metrics": _scores(args.metric, entries, metric_arguments),
+        "metrics": metrics,
+        "other_images": {
+            name: _with_gain(metrics, entries, answers, _scores(args.metric, answers, metric_arguments))
+            for name, answers in others.items()
+        },
         "rows": len(entries),
         "model": args.model,
         "revision": args.revision,
@@ -274,14 +300,43 @@ def _scores(
     return score(metrics, predictions, [entry.get("reference") for entry in entries], arguments)
 
 
+def _with_gain(
+    right: dict[str, dict[str, Any]],
+    entries: Sequence[dict[str, Any]],
+    answers: Sequence[dict[str, Any]],
+    scores: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Scores with other images, what the right ones gain, and how many questions had no others to be asked with."""
+    gains = {
+        metric: {name: right[metric][name] - value for name, value in values.items() if isinstance(value, (int, float))}
+        for metric, values in scores.items()
+    }
+    same = sum(entry["digest"] == other["digest"] for entry, other in zip(entries, answers, strict=True))
+    return {"metrics": scores, "image_gain": gains, "asked_as_they_are": same}
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def _report(results: dict[str, Any], metric_arguments: dict[str, dict[str, Any]], folder: Path | None) -> None:
     """Prints the scores, and writes them with what they depend on."""
-    lines = [(metric, name, value) for metric, scores in results["metrics"].items() for name, value in scores.items()]
-    widths = [max(len(str(line[column])) for line in lines) + 2 for column in range(2)]
+    others = results.get("other_images") or {}
+    lines = [["metric", "score", "right", *(word for name in others for word in (name, "gain"))]] if others else []
+    for metric, scores in results["metrics"].items():
+        for name, value in scores.items():
+            line = [metric, name, _shown(value)]
+            for other in others.values():
+                gain = other["image_gain"][metric].get(name)
+                line += [_shown(other["metrics"][metric].get(name)), "" if gain is None else f"{gain:+.4f}"]
+            lines.append(line)
+    widths = [max(len(line[column]) for line in lines) + 2 for column in range(len(lines[0]))]
     print(f"\n{results['rows']} answers")
-    for metric, name, value in lines:
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-        print(f"{metric:<{widths[0]}}{name:<{widths[1]}}{shown}")
+    for line in lines:
+        print("".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+    for name, other in others.items():
+        if other["asked_as_they_are"]:
+            print(f"{other['asked_as_they_are']} questions have no {name} images and were asked as they are.")
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)

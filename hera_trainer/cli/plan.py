@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..heads.head import GRANULARITIES
 from .parser import Parser
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _SETTINGS = {
     "accumulation": "gradient_accumulation_steps",
     "double_quant": "use_bnb_nested_quant",
     "scope": "contrast_scope",
+    "granularity": "alignment_granularity",
     "heads": "aligned_heads",
     "head_ranking": "head_ranking_path",
     "m": "num_aligned_heads",
@@ -91,9 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--full", action="store_true", help="no adapter: train all weights")
     align = parser.add_argument_group("alignment")
     add = align.add_argument
-    add("--heads", nargs="+", metavar="LxHy", help="aligned heads, such as L3H4 L5H11")
+    add("--granularity", choices=list(GRANULARITIES), help="what is aligned: heads (default) or whole layers")
+    add("--heads", nargs="+", metavar="LxHy", help="aligned heads, such as L3H4 L5H11, or layers, such as L12")
     add("--head-ranking", metavar="FILE", help="ranking (JSON) of which the m worst heads are taken")
-    add("--m", type=int, help="number of aligned heads (5)")
+    add("--m", type=int, help="number of aligned heads or layers (5)")
     add("--k", type=int, help="number of neighbours (10)")
     add("--teacher-dim", type=int, help="width of the teacher's vectors (1024, DINOv2-large)")
     add("--scope", choices=["step", "micro_batch"], help="which samples are compared (step)")
@@ -222,7 +225,7 @@ def _alignment_lines(plan: RunPlan) -> list[str]:
     if not settings.alignment_weight:
         return ["", "head alignment: none, `alignment_weight` is 0; batch and accumulation are free"]
     rows = [(name.replace("_", " "), _gib(size)) for name, size in plan.alignment.items() if size]
-    heads = f"{len(settings.aligned_heads)} heads" if settings.aligned_heads else f"{settings.num_aligned_heads} heads"
+    heads = f"{settings.num_heads} {settings.alignment_granularity}s"
     lines = ["", f"head alignment, {heads}, pool of {plan.pool}", *_table(rows)]
     if any(plan.first_pass.values()):
         lines.append("  the first pass adds to the operations of a step:")

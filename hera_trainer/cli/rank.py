@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..heads.head import GRANULARITIES
 from .parser import Parser, positive
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 CAPTION_QUESTION = "Describe the image."
 
 _TEXT_COLUMNS = ("completion", "messages", "text")
+_SELECTIONS = ("worst", "top", "random", "middle")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,8 +39,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", default="facebook/dinov2-large", help="vision teacher [%(default)s]")
     parser.add_argument("--num-samples", type=positive, default=1000, help="samples with distinct images [%(default)s]")
     parser.add_argument("--k", type=positive, default=10, help="neighbours [%(default)s]")
-    parser.add_argument("--selection", choices=("worst", "top", "random"), default="worst", help="heads [%(default)s]")
-    parser.add_argument("--m", type=positive, default=5, help="number of heads to choose [%(default)s]")
+    parser.add_argument(
+        "--clip-quantile",
+        type=float,
+        default=None,
+        help="clamp the values of each space to this quantile first, 0.95 as the metric's reference code [no clipping]",
+    )
+    parser.add_argument(
+        "--ceiling",
+        metavar="ENCODER",
+        default=None,
+        help="second vision encoder, the score of which with the teacher, on the same images, stands beside the heads'",
+    )
+    parser.add_argument(
+        "--granularity", choices=GRANULARITIES, default="head", help="choose heads, or whole layers [%(default)s]"
+    )
+    parser.add_argument("--selection", choices=_SELECTIONS, default="worst", help="which of them [%(default)s]")
+    parser.add_argument("--m", type=positive, default=5, help="number of heads or layers to choose [%(default)s]")
     parser.add_argument(
         "--context",
         choices=("text", "image"),
@@ -160,13 +177,23 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(args.output)
     if output.suffix != ".json":
         raise ValueError(f"--output {args.output!r} must end in .json.")
+    if args.ceiling == args.teacher:
+        raise ValueError(f"--ceiling {args.ceiling!r} is the teacher itself. Name another encoder.")
+    if args.selection == "middle" and args.granularity == "head":
+        raise ValueError("--selection middle chooses whole layers: --granularity layer.")
     from ..heads.heat_map import plot_head_scores
     from ..heads.ranking import rank_heads
+    from ..objectives.metrics import check_clip_quantile
+    from ..teacher.encoder import teacher_identity
     from ..teacher.vectors import add_teacher_features
     from .loading import IMAGE_COLUMNS, check_model, load_model, load_rows, local_path
 
     check_model(args.model, args.revision, args.base_model)  # before the teacher works for long
+    check_clip_quantile(args.clip_quantile, "--clip-quantile")
     teacher = local_path(args.teacher)
+    ceiling = None if args.ceiling is None else local_path(args.ceiling)
+    if ceiling is not None:
+        teacher_identity(ceiling)
     images = IMAGE_COLUMNS if args.image_column is None else (args.image_column,)
     rows = load_rows(args.dataset, config=args.dataset_config, split=args.split, image_columns=images)
     rows = prepare(rows, args.image_column, args.caption_column, args.context)
@@ -190,12 +217,15 @@ def main(arguments: Sequence[str]) -> None:
         seed=args.seed,
         data_collator=_collator(processor, rows) if args.context == "image" else None,
         teacher_name=args.teacher,
+        clip_quantile=args.clip_quantile,
+        ceiling=ceiling,
     )
-    ranking = replace(ranking, model=args.model)
+    ranking = replace(ranking, model=args.model, ceiling_model=args.ceiling or "")
     ranking.save(output)
-    heads = ranking.select(args.selection, args.m, args.seed)
+    heads = ranking.select(args.selection, args.m, args.seed, args.granularity)
     mean = ranking.scores[ranking.scores.isfinite()].mean()
-    print(f"{len(ranking.heads())} heads, {ranking.num_samples} samples, mean mutual {ranking.k}-NN {mean:.4f}")
+    print(f"{len(ranking.heads())} heads, mutual k-NN with {ranking.scale}: mean {mean:.4f}")
+    print(f"to hold it against: {', '.join(ranking.references())}")
     print(f"{args.selection}: {' '.join(f'{head}={ranking.score(head):.4f}' for head in heads)}")
     print(f"Scores: {output}")
     if not args.no_plot:
@@ -204,4 +234,5 @@ def main(arguments: Sequence[str]) -> None:
         print(f"Heat map: {heat_map}")
     chosen = f" --head_selection {args.selection} --num_aligned_heads {args.m}"
     chosen = "" if (args.selection, args.m) == ("worst", 5) else chosen
+    chosen = f" --alignment_granularity layer{chosen}" if args.granularity == "layer" else chosen
     print(f"Train with: hera sft --head_ranking_path {output}{chosen} ...")

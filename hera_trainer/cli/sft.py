@@ -266,6 +266,7 @@ def run(
     """
     from trl import get_peft_config, get_quantization_config
 
+    from ..heads.head import granularity_of
     from ..trainer import HeRATrainer
 
     training_args.model_init_kwargs = {
@@ -289,8 +290,9 @@ def run(
     with _ended(trainer):
         trainer.train(resume_from_checkpoint=_checkpoint(training_args.resume_from_checkpoint, output_dir))
         trainer.save_model(output_dir)
-        heads = "" if not trainer.aligned_heads else f" Aligned heads: {' '.join(map(str, trainer.aligned_heads))}."
-        trainer.accelerator.print(f"Saved to {output_dir}.{heads}")
+        units = trainer.aligned_heads or []
+        aligned = f" Aligned {granularity_of(units)}s: {' '.join(map(str, units))}." if units else ""
+        trainer.accelerator.print(f"Saved to {output_dir}.{aligned}")
         if training_args.push_to_hub:
             name = script_args.dataset_name
             public = None if name is None or os.path.exists(os.path.expanduser(name)) else name

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
+from dataclasses import dataclass
 from math import comb
 
 from accelerate.logging import get_logger
@@ -13,13 +13,47 @@ from ..config import HeRAConfig
 logger = get_logger(__name__)
 
 
-# Shares of pools that go without alignment: above the first that is warned of, above the second refused.
-_FEW, _MOST = 0.1, 0.5
+# Share of pools that go without alignment above which data is refused.
+_MOST = 0.5
+
+
+@dataclass
+class RowCounts:
+    """What is known of the training data's rows before the first step.
+
+    Args:
+        rows (`int`): All rows, or the first ones of a stream.
+        with_image (`int`): Those with an image.
+        collated (`int`): Rows with an image, drawn at random, that were collated as they are trained on.
+        with_label (`int`): Those of them with a label outside of their images.
+        tokens (`int`): Tokens of these rows that are pooled.
+        is_stream (`bool`): Whether the rows are of a stream.
+    """
+
+    rows: int
+    with_image: int
+    collated: int
+    with_label: int
+    tokens: int
+    is_stream: bool
+
+    @property
+    def usable(self) -> int:
+        """Rows that can take part in the alignment loss, as far as the collated ones tell."""
+        return round(self.with_image * self.with_label / max(1, self.collated))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.with_image:,} of {'the first ' if self.is_stream else ''}{self.rows:,} rows have an image. Of "
+            f"these, {self.collated} were looked at: {self.with_label} have a label, with "
+            f"{self.tokens / max(1, self.with_label):.1f} tokens each to pool."
+        )
 
 
 def check_pool(args: HeRAConfig, micro_batch_size: int | None = None) -> None:
     """Refuses settings under which too few samples are compared: with no more than `num_neighbors + 1`, every other
-    sample is a neighbour and the alignment loss carries nothing.
+    sample is a neighbour and the alignment loss carries nothing; with fewer than `neighbor_group_size`, no group of
+    neighbours is whole.
 
     Args:
         args ([`HeRAConfig`]): The settings.
@@ -29,8 +63,14 @@ def check_pool(args: HeRAConfig, micro_batch_size: int | None = None) -> None:
         `ValueError`: Naming the smallest setting that passes.
     """
     batch = micro_batch_size or args.per_device_train_batch_size
-    pool = args.pool_size(micro_batch_size) + args.queue_size
-    least = args.num_neighbors + 2
+    pool = args.pool_size(micro_batch_size)
+    if pool < args.neighbor_group_size:
+        raise ValueError(
+            f"`neighbor_group_size` ({args.neighbor_group_size}) exceeds the {pool} samples that are compared with "
+            f"each other. Set `neighbor_group_size={pool}` or less, or compare more (see `contrast_scope`)."
+        )
+    pool += args.queue_size
+    least = args.least_samples()
     if pool >= least:
         return
     missing = least - args.queue_size
@@ -42,6 +82,11 @@ def check_pool(args: HeRAConfig, micro_batch_size: int | None = None) -> None:
         made_of = "`per_device_train_batch_size` x processes + `queue_size`"
         numbers = f"{batch} x {args.world_size} + {args.queue_size}"
         cure = f"per_device_train_batch_size={-(-missing // args.world_size)}"
+    if args.alignment_objective != "contrastive":
+        raise ValueError(
+            f"Too few samples are compared for `alignment_objective={args.alignment_objective!r}`: {pool} ({made_of} = "
+            f"{numbers}), but {least} are needed. Set `{cure}` or more."
+        )
     raise ValueError(
         f"Too few samples are compared for `num_neighbors` ({args.num_neighbors}): {pool} ({made_of} = {numbers}), but "
         f"{least} are needed, or every other sample is a neighbour. Set `{cure}` or more, or lower `num_neighbors`."
@@ -68,30 +113,31 @@ def skipped_share(pool: int, least: int, usable: int, rows: int, is_stream: bool
     return sum(ways) / comb(rows, few)
 
 
-def check_expected_pool(args: HeRAConfig, usable: int, rows: int, is_stream: bool) -> None:
-    """Says how many samples of a pool can be expected to take part, and refuses data of which so few can that most
-    pools would be skipped: that would be plain fine-tuning.
+def check_expected_pool(args: HeRAConfig, counts: RowCounts) -> None:
+    """Says how many rows have images and labels and how many samples of a pool can be expected to take part, and
+    refuses data of which so few can that most pools would be skipped: that would be plain fine-tuning.
+
+    It is logged as a warning though all be well: loggers hide less than that, and who trains on data whose images or
+    labels are lost should see it before the first step.
 
     Args:
         args ([`HeRAConfig`]): The settings.
-        usable (`int`): Rows that have an image and a label.
-        rows (`int`): All rows, or the first ones of a stream.
-        is_stream (`bool`): Whether they are of a stream.
+        counts ([`RowCounts`]): What is known of the rows.
 
     Raises:
         `ValueError`: Naming the smallest setting that passes.
     """
-    whole_step = args.contrast_scope == "step"
-    pool, least = args.pool_size(), max(1, args.num_neighbors + 2 - args.queue_size)
+    whole_step, usable, rows, is_stream = args.contrast_scope == "step", counts.usable, counts.rows, counts.is_stream
+    pool, least = args.pool_size(), max(1, args.least_samples() - args.queue_size)
     skipped = skipped_share(pool, least, usable, rows, is_stream)
     queue = f", beside {args.queue_size} past ones," if args.queue_size else ""
     expected = (
-        f"{usable:,} of {'the first ' if is_stream else ''}{rows:,} rows have an image and a label. Of the {pool} "
-        f"samples compared, {pool * usable / rows:.1f}{queue} are expected to take part in the alignment loss, and "
-        f"{skipped:.1%} of the {'optimizer steps' if whole_step else 'micro-batches'} to go without it."
+        f"{counts} Of the {pool} samples compared, {pool * usable / rows:.1f}{queue} are expected to take part in the "
+        f"alignment loss, and {skipped:.1%} of the {'optimizer steps' if whole_step else 'micro-batches'} to go "
+        "without it."
     )
     if skipped <= _MOST:
-        logger.log(logging.WARNING if skipped > _FEW else logging.INFO, expected)
+        logger.warning(expected)
         return
     more = "shuffle the stream, so that rows with images come early" if is_stream else "add rows with images"
     if args.max_length is not None:

@@ -18,10 +18,11 @@ from ..config import HeRAConfig
 from ..heads.pooling import pooling_mask
 from ..heads.text import TextColumns
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_vectors
+from ..teacher.control import permuted_vectors
 from ..teacher.encoder import VisionTeacher, teacher_identity
 from .checks import check_dataset, check_width, with_teacher_features
 from .collator import ROW_PLACE, TEACHER_IMAGES, TeacherCollator, check_collator, check_ranked_text
-from .pool import check_expected_pool
+from .pool import RowCounts, check_expected_pool
 from .rows import CARRIED_COLUMNS, check_tools
 from .stream_start import open_stream, ranking_samples, stream_width
 from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, stored_images, unreadable
@@ -59,6 +60,7 @@ class TeacherVectors:
 
     Attributes:
         train_dataset, eval_dataset, data_collator: What `prepare` made of those of the run.
+        right_rows: The training data with the right vectors, also in a control run.
         width (`int` or `None`): Numbers of a teacher vector, once the training data is prepared.
         identity (`str`): Tells teachers apart, where past samples are kept (`queue_size`).
     """
@@ -82,6 +84,7 @@ class TeacherVectors:
         self.width: int | None = None
         self.identity = ""
         self._stream_teacher: StreamTeacher | None = None
+        self.right_rows: Any = None
         self._brings_vectors = False
         self._passed_columns: Collection[str] | None = None
 
@@ -121,10 +124,14 @@ class TeacherVectors:
         if (train_dataset, eval_dataset, data_collator) == prepared:
             return prepared
         is_new = train_dataset is not self.train_dataset
+        is_collated_anew = is_new or data_collator is not self.data_collator
         collator, self.data_collator = data_collator, data_collator
         self._passed_columns = columns
         rows: Any = train_dataset
+        is_control = self.args.teacher_control == "permuted"
         if is_new:
+            if is_control:
+                _check_control(rows)
             # The column names of a stream may not be known before it is opened.
             self._brings_vectors = TEACHER_COLUMN in (getattr(rows, "column_names", None) or ())
             check_dataset(rows, "train_dataset")
@@ -137,6 +144,9 @@ class TeacherVectors:
         # Own columns first: a fault in one of them is said before the teacher has worked for hours on another.
         if is_new:
             rows = self.attach(rows, "train_dataset", self.width)
+            self.right_rows = rows
+            if is_control:
+                rows = permuted_vectors(rows, self.args.seed)
         if isinstance(rows, NumberedStream):
             self._brings_vectors = rows.has_vectors
             self.width = rows.width
@@ -149,7 +159,8 @@ class TeacherVectors:
         self._prepare_images()
         if self.args.queue_size:  # now: looking a teacher up while training could fail
             self.identity = self._identify_teacher()
-        check_expected_pool(self.args, *self._usable_rows(), isinstance(rows, IterableDataset))
+        if is_collated_anew:
+            check_expected_pool(self.args, self.count_rows())
         return rows, eval_dataset, collator
 
     def prepare_eval(self, dataset: Any) -> Any:
@@ -238,26 +249,29 @@ class TeacherVectors:
             return hashlib.sha256(np.asarray(self._first_image_row()[TEACHER_COLUMN], np.float32).tobytes()).hexdigest()
         return teacher_identity(self.teacher) if isinstance(self.teacher, str) else self.teacher.identity
 
-    def _usable_rows(self) -> tuple[int, int]:
-        """How many rows, out of how many, can take part in the alignment loss: those that have an image and, as far as
-        some of these tell, a label. Of a stream, its first rows are looked at."""
+    def count_rows(self) -> RowCounts:
+        """How many rows of the training data have an image and, as far as some of these tell, labels. Of a stream, its
+        first rows are looked at."""
         rows = self.train_dataset
-        if isinstance(rows, NumberedStream):
+        is_stream = isinstance(rows, NumberedStream)
+        if is_stream:
             vectors, rows = rows.has_vectors, list(itertools.islice(rows, _ROWS_OF_A_STREAM))
-            usable: Any = [i for i, row in enumerate(rows) if _has_image(row, vectors)]
+            with_image: Any = [i for i, row in enumerate(rows) if _has_image(row, vectors)]
         else:
-            usable = rows_with_vectors(rows)
+            with_image = rows_with_vectors(rows)
         # At random: at equal distances, data of alternating kinds would show one of them.
-        chosen = [int(i) for i in np.random.default_rng(0).permutation(usable)[:_ROWS_COLLATED]]
+        chosen = [int(i) for i in np.random.default_rng(0).permutation(with_image)[:_ROWS_COLLATED]]
         batches = (self.data_collator([self._as_trained(rows[i])]) for i in chosen)
         masks = [pooling_mask(batch["labels"], batch["input_ids"], self.placeholder_ids) for batch in batches]
-        return round(len(usable) * sum(bool(mask.any()) for mask in masks) / max(1, len(chosen))), len(rows)
+        tokens = [int(mask.sum()) for mask in masks]
+        with_label = sum(count > 0 for count in tokens)
+        return RowCounts(len(rows), len(with_image), len(chosen), with_label, sum(tokens), is_stream)
 
     # What heads are chosen on
 
     def ranking_samples(self) -> Dataset:
         """Rows with teacher vectors on which heads are ranked: the training data, or the first samples of a stream."""
-        rows = self.train_dataset
+        rows = self.right_rows
         columns = self.columns
         if isinstance(rows, NumberedStream):
             teacher = None if rows.has_vectors else self._load_stream_teacher()
@@ -290,6 +304,19 @@ class TeacherVectors:
             self.fill([inputs])
         vectors = inputs.pop(TEACHER_COLUMN, None)
         return None if vectors is None else vectors.to(self.args.device)
+
+
+def _check_control(rows: Any) -> None:
+    if isinstance(rows, IterableDataset):
+        raise ValueError(
+            "`teacher_control='permuted'` gives each image another image's teacher vector, for which all images must be"
+            " known, but `train_dataset` is a stream. Load the data set (`streaming=False`), or take rows of it: "
+            "`Dataset.from_list(list(stream.take(10000)), features=stream.features)`."
+        )
+    logger.warning(
+        "Control run: `teacher_control='permuted'` trains with other images' teacher vectors. Ranking, evaluation and "
+        "monitor keep the right ones."
+    )
 
 
 def _first_rows(rows: Any) -> list[dict[str, Any]]:

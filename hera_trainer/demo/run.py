@@ -18,7 +18,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import (
     AlignmentMonitorCallback,
-    AttentionHead,
     HeadRanking,
     HeRAConfig,
     HeRATrainer,
@@ -28,6 +27,7 @@ from .. import (
     read_run,
 )
 from ..common.files import replacing_folder, write_atomically
+from ..heads.head import AlignedUnit
 from ..runs.report import write_report
 from . import CREDITS
 from .data import easy_vqa, emoji_captions
@@ -259,13 +259,17 @@ def _answers(model: Any, processor: Any, questions: Dataset) -> list[str]:
 
 
 def _scores(
-    ranking: HeadRanking, before: HeadRanking, after: HeadRanking, heads: list[AttentionHead]
+    ranking: HeadRanking, before: HeadRanking, after: HeadRanking, heads: Sequence[AlignedUnit]
 ) -> dict[str, Any]:
-    """Scores before and after training of the aligned heads, as many best heads of the ranking, and all heads."""
+    """Scores before and after training of the aligned heads, as many best heads of the ranking, all heads, and what
+    unrelated spaces score."""
+    groups: dict[str, Sequence[AlignedUnit]]
     groups = {"aligned": heads, "top": ranking.select("top", len(heads)), "all": before.heads()}
     scores: dict[str, Any] = {str(head): [before.score(head), after.score(head)] for head in heads}
     for name, group in groups.items():
         scores[name] = [sum(map(ranking.score, group)) / len(group) for ranking in (before, after)]
+    for name in ("chance", "null_p95"):
+        scores[name] = [getattr(ranking, name) for ranking in (before, after)]
     return scores
 
 
@@ -292,6 +296,15 @@ def _show_answers(questions: Dataset, before: list[str], after: list[str]) -> No
         print(f"{questions['question'][i]:<46}{right:<12}{before[i][:20]!r:<24}{after[i][:20]!r}")
 
 
+_SCORE_NAMES = {
+    "aligned": "mean of aligned heads",
+    "top": "mean of as many top heads",
+    "all": "mean of all heads",
+    "chance": "unrelated spaces, k / (N - 1)",
+    "null_p95": "unrelated spaces, 95th percentile",
+}
+
+
 def closing_table(results: dict[str, Any]) -> str:
     """The demo's closing table as text."""
     lines = [f"\n{'':<44}{'before':>10}{'after':>10}"]
@@ -302,8 +315,7 @@ def closing_table(results: dict[str, Any]) -> str:
     for context, scores in results["mknn"].items():
         lines.append(f"MKNN on held-out captions, {context}")
         for name, values in scores.items():
-            label = {"aligned": "mean of aligned heads", "top": "mean of as many top heads", "all": "mean of all heads"}
-            row("  " + label.get(name, name), values)
+            row("  " + _SCORE_NAMES.get(name, name), values)
     lines.append("Training (first and last logged)")
     for name, values in results["losses"].items():
         row("  " + name.replace("_", " "), values)

@@ -79,13 +79,13 @@ class Questions:
         does), `prompt` (its text), `reference`, and `digest`, which changes with the conversation, its images and the
         reference."""
         row = self.row(index)
-        messages, images = self._conversation(row)
+        messages, images = self._conversation(row)[0], self.images(index)
         entry = {"row": index, "prompt": _text(messages), "reference": self._reference(row)}
         if self.id_column is not None:
             entry["id"] = row[self.id_column]
         digest = hashlib.sha256(json.dumps([messages, entry], sort_keys=True, default=str).encode())
         for image in images:
-            digest.update(_content(image))
+            digest.update(image_content(image))
         return {**entry, "digest": digest.hexdigest()[:16]}
 
     def references(self) -> list[Any]:
@@ -101,11 +101,15 @@ class Questions:
         Raises:
             `ValueError`: If the row has another number of images than placeholders, or an image can't be read.
         """
-        messages, images = self._conversation(self.row(index))
+        messages = self._conversation(self.row(index))[0]
         try:
-            return prepare_multimodal_messages(messages, [_decoded(image) for image in images])
+            return prepare_multimodal_messages(messages, [_decoded(image) for image in self.images(index)])
         except (ValueError, OSError) as error:
             raise ValueError(f"Row {index}: {error}") from error
+
+    def images(self, index: int) -> list[Any]:
+        """The images of a question as they are stored, in the order of their placeholders."""
+        return self._conversation(self.row(index))[1]
 
     def has_images(self, index: int) -> bool:
         """Whether a question comes with an image."""
@@ -200,10 +204,10 @@ def _is_conversation(value: Any) -> bool:
 
 def _without_repeats(images: list[Any], inside: list[Any], placeholders: int) -> list[Any]:
     """The images of columns but for those beyond the placeholders that stand inside of the messages as well."""
-    excess, known = len(images) + len(inside) - placeholders, {_content(image) for image in inside}
+    excess, known = len(images) + len(inside) - placeholders, {image_content(image) for image in inside}
     kept = []
     for image in images:
-        if excess > 0 and _content(image) in known:
+        if excess > 0 and image_content(image) in known:
             excess -= 1
         else:
             kept.append(image)
@@ -231,7 +235,7 @@ def _text(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _content(image: Any) -> bytes:
+def image_content(image: Any) -> bytes:
     """The stored bytes of an image."""
     data = image.get("bytes") if isinstance(image, Mapping) else image
     if isinstance(data, bytes):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from .head import AttentionHead
-from .projection import input_width
+from .head import AlignedUnit, AttentionHead, DecoderLayer
+from .projection import input_width, output_width
 
 
 class HeadAccessor:
@@ -86,6 +86,20 @@ class HeadAccessor:
         return [
             AttentionHead(layer, head) for layer in self.layers_with_heads for head in range(self._num_heads[layer])
         ]
+
+    def units(self, granularity: str) -> list[AlignedUnit]:
+        """Everything that can be aligned: every attention head, or with the granularity `"layer"` every decoder layer,
+        with or without heads."""
+        return [DecoderLayer(layer) for layer in range(self.num_layers)] if granularity == "layer" else [*self.heads()]
+
+    def module(self, unit: AlignedUnit) -> nn.Module:
+        """The module whose forward shows a unit: the output projection of a head's layer, or a layer itself."""
+        return self.layers[unit.layer] if isinstance(unit, DecoderLayer) else self.projection(unit.layer)
+
+    @property
+    def width(self) -> int:
+        """Width `d_model` of the residual stream, into which the output projections write."""
+        return output_width(self._projections[self.layers_with_heads[0]])
 
     def num_heads(self, layer: int) -> int:
         """Number of query heads of `layer`."""

@@ -1,4 +1,4 @@
-"""Reading pooled head representations out of a running forward pass, and feeding their gradient back."""
+"""Reading pooled representations of heads or layers out of a running forward pass, and feeding their gradient back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .accessor import HeadAccessor
-from .head import AttentionHead
+from .head import AlignedUnit, AttentionHead, granularity_of
 from .modes import compiling_with_hooks, without_autocast
 from .projection import project_heads
 
@@ -50,16 +50,28 @@ def pool_heads(x: Tensor, mask: Tensor, num_heads: int, heads: Sequence[int] | N
     return total / count[:, None, None]
 
 
+def hidden_states_of(out: Any) -> Tensor:
+    """The residual stream `[B, T, d_model]` in what a decoder layer returns, which may be a tuple."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+# Called in a backward pass with the gradient at the output of a projection (or of an aligned layer) `[B, T, d_model]`,
+# that of the loss at the vectors `[B, h, d_model]` read there, and the positions that were pooled, `[B, T]`.
+GradientObserver = Callable[[Tensor, Tensor, Tensor], None]
+
+
 @dataclass
 class _Slot:
     """What one layer's tap keeps between forward and backward."""
 
-    leaf: Tensor | None = None  # [B, h, d_model], the loss is built on it
+    leaf: Tensor  # [B, h, d_model], the loss is built on it
+    mask: Tensor  # [B, T], positions that were pooled
+    on_gradients: GradientObserver | None = None
     recomputed: int = 0  # how often the layer was run again under activation checkpointing
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on the projection's output; its backward hands the leaf's gradient to the head vectors.
+    """Identity on a module's output; its backward hands the leaf's gradient to the vectors that were read there.
 
     The loss on the leaves is younger in the graph than any layer, so its backward has filled `leaf.grad` before a
     layer's backward reaches the tap. Recomputation under activation checkpointing builds the tap anew on the
@@ -73,13 +85,15 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        leaf = ctx.slot.leaf
-        if leaf is None or leaf.grad is None:
+        slot = ctx.slot
+        if slot.leaf.grad is None:
             raise RuntimeError(
-                "The alignment loss gave no gradient to an attention head before the layer's backward. It must be part "
+                "The alignment loss gave no gradient to what is aligned before the layer's backward. It must be part "
                 "of the loss that is given to `backward`. If you override `compute_loss`, add to the loss it returns."
             )
-        return grads[0], leaf.grad, None
+        if slot.on_gradients is not None:
+            slot.on_gradients(grads[0], slot.leaf.grad, slot.mask)
+        return grads[0], slot.leaf.grad, None
 
 
 @dataclass
@@ -88,7 +102,7 @@ class _Record:
 
     mask: Tensor
     train: bool
-    last_layer: int | None = None  # the forward is left after this layer's projection
+    last_layer: int | None = None  # the forward is left after what is read of this layer
     slots: dict[int, _Slot] = field(default_factory=dict)
     forward_done: bool = False
 
@@ -114,7 +128,7 @@ def done_after(module: nn.Module | None) -> Iterator[None]:
 
 
 class HeadCapture:
-    """Reads the pooled representations of attention heads from a model's forward pass.
+    """Reads the pooled representations of attention heads, or of whole decoder layers, from a model's forward pass.
 
     Between `start` and `stop`, the first pass through each chosen layer is read; every other forward of the model is
     left alone. In training, the representations are leaves of the autograd graph: a loss built on `vectors()` and
@@ -123,8 +137,13 @@ class HeadCapture:
 
     Args:
         accessor ([`~heads.registry.HeadAccessor`]): The model's attention heads.
-        heads (sequence of [`AttentionHead`]): Heads to read, in the order of `vectors()`.
+        heads (sequence of [`AttentionHead`] or of [`DecoderLayer`]):
+            Heads to read, or layers, in the order of `vectors()`.
         model_type (`str`): Named in error messages.
+        on_gradients (`Callable`, *optional*):
+            Called in the backward pass of each chosen layer with the gradient at the output of the projection (or of
+            the aligned layer) `[B, T, d_model]`, that of the loss at the vectors read there `[B, h, d_model]`, and the
+            mask `[B, T]`.
 
     Example:
 
@@ -139,26 +158,33 @@ class HeadCapture:
     ```
     """
 
-    def __init__(self, accessor: HeadAccessor, heads: Sequence[AttentionHead], model_type: str) -> None:
-        known = set(accessor.heads())
+    def __init__(
+        self,
+        accessor: HeadAccessor,
+        heads: Sequence[AlignedUnit],
+        model_type: str,
+        on_gradients: GradientObserver | None = None,
+    ) -> None:
+        self.granularity = granularity_of(heads)
+        if any(head.granularity != self.granularity for head in heads):
+            raise ValueError("Attention heads and whole layers cannot be read together. Name either in `heads`.")
+        known = set(accessor.units(self.granularity))
         for head in heads:
             if head not in known:
-                there = f"has heads in layers {', '.join(map(str, accessor.layers_with_heads))}"
-                if head.layer in accessor.layers_with_heads:
-                    there = f"has {accessor.num_heads(head.layer)} heads in layer {head.layer}, counted from 0"
                 raise ValueError(
-                    f"Attention head {head} does not exist in this {model_type!r} model, which {there}. Correct "
-                    "`aligned_heads`."
+                    f"{head.kind.capitalize()} {head} does not exist in this {model_type!r} model, which "
+                    f"{_what_there_is(accessor, head)}. Correct `aligned_heads`."
                 )
         if len(set(heads)) != len(heads):
-            raise ValueError("`aligned_heads` names an attention head twice.")
+            raise ValueError(f"`aligned_heads` names the same {heads[0].kind} twice.")
         self.accessor = accessor
         self.heads = list(heads)
         self.model_type = model_type
-        self._by_layer: dict[int, list[int]] = {}
+        self.on_gradients = on_gradients
+        self._by_layer: dict[int, list[AlignedUnit]] = {}
         for head in self.heads:
-            self._by_layer.setdefault(head.layer, []).append(head.head)
-        self.dtype = torch.float32  # what the heads compute in, once a forward pass was read
+            self._by_layer.setdefault(head.layer, []).append(head)
+        self.dtype = torch.float32  # what the layers compute in, once a forward pass was read
         self._record: _Record | None = None
         self._attached = 0
         self._reading = False
@@ -166,7 +192,7 @@ class HeadCapture:
 
     @property
     def layers(self) -> list[int]:
-        """Layers with a chosen head, ascending."""
+        """Layers that are chosen or have a chosen head, ascending."""
         return sorted(self._by_layer)
 
     @property
@@ -181,8 +207,8 @@ class HeadCapture:
             if not self._attached:
                 stack.enter_context(compiling_with_hooks())
                 for layer in self.layers:
-                    hook = partial(self._on_projection, layer)
-                    stack.callback(self.accessor.projection(layer).register_forward_hook(hook).remove)
+                    module = self.accessor.module(self._by_layer[layer][0])
+                    stack.callback(module.register_forward_hook(partial(self._on_forward, layer)).remove)
             self._attached += 1
             try:
                 yield self
@@ -206,7 +232,7 @@ class HeadCapture:
         """Forward passes inside are read for their head representations alone.
 
         Args:
-            stop_early (`bool`): Leave each by [`ForwardDone`] after the deepest chosen head.
+            stop_early (`bool`): Leave each by [`ForwardDone`] after the deepest chosen head or layer.
         """
         before = self._reading, self._stop_early
         self._reading, self._stop_early = True, stop_early
@@ -225,7 +251,7 @@ class HeadCapture:
             forward (`Callable`): Runs the model on `inputs`.
             inputs (`dict`): Its inputs.
             mask (`BoolTensor` of shape `[B, T]`): Positions to pool over.
-            stop_early (`bool`): Leave the forward pass after the deepest chosen head.
+            stop_early (`bool`): Leave the forward pass after the deepest chosen head or layer.
 
         Returns:
             `Tensor` of shape `[m, B, d_model]`, as `vectors` gives it.
@@ -241,33 +267,40 @@ class HeadCapture:
         self._record = None
 
     def vectors(self) -> Tensor:
-        """Head representations z of the observed forward pass, and the end of that pass.
+        """Representations z of the observed forward pass, and the end of that pass.
 
         Returns:
             `Tensor` of shape `[m, B, d_model]`, float32, in the order of `heads`.
 
         Raises:
-            `RuntimeError`: If the forward pass did not go through the output projection of a chosen layer.
+            `RuntimeError`: If the forward pass did not go through a chosen layer or its output projection.
         """
         record = self._record
         missing = [layer for layer in self.layers if record is None or layer not in record.slots]
         if record is None or missing:
+            what = "" if self.granularity == "layer" else "the attention output projection of "
             raise RuntimeError(
-                f"The forward pass of this {self.model_type!r} model did not go through the attention output "
-                f"projection of layer {missing[0]}, so its heads cannot be aligned. A patched forward (Unsloth, fused "
-                "kernels) does this: use the model as transformers ships it, or set `alignment_weight=0` to train "
-                "without alignment."
+                f"The forward pass of this {self.model_type!r} model did not go through {what}layer {missing[0]}, so "
+                "nothing of it can be aligned. A patched forward (Unsloth, fused kernels) does this: use the model as "
+                "transformers ships it, or set `alignment_weight=0` to train without alignment."
             )
         record.forward_done = True
         vectors = []
         for head in self.heads:
             leaf = record.slots[head.layer].leaf
-            assert leaf is not None  # filled when the slot is made
-            vectors.append(leaf[:, self._by_layer[head.layer].index(head.head)])
+            vectors.append(leaf[:, self._by_layer[head.layer].index(head)])
         return torch.stack(vectors)
 
+    def _read(self, layer: int, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+        """Vectors `[B, h, d_model]` of the aligned heads of a layer, whose projection is given `x`, or of the layer
+        that puts out `x`."""
+        heads = [unit.head for unit in self._by_layer[layer] if isinstance(unit, AttentionHead)]
+        if not heads:
+            return pool_heads(x, mask, 1)
+        return project_heads(module, pool_heads(x, mask, self.accessor.num_heads(layer), heads), heads)
+
     @torch.compiler.disable
-    def _on_projection(self, layer: int, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+    def _on_forward(self, layer: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """Post-forward hook: the first firing reads, recomputation during backward repeats the same arithmetic.
 
         Compiled code leaves for it and comes back: what it writes down and its tap must not be traced away.
@@ -284,13 +317,26 @@ class HeadCapture:
             # The backward visits the passes through a looped layer from the last to the first, which is the one read.
             if slot.recomputed % self.accessor.passes(layer):
                 return None
-        num_heads, heads = self.accessor.num_heads(layer), self._by_layer[layer]
-        with without_autocast(out):
-            vectors = project_heads(module, pool_heads(args[0], record.mask, num_heads, heads), heads)
+        stream = hidden_states_of(out)
+        x = stream if self.granularity == "layer" else args[0]
+        with without_autocast(stream):
+            vectors = self._read(layer, module, x, record.mask)
         if slot is None:
             # The leaf needs a gradient also where grad mode is off: reentrant checkpointing runs the first forward so.
-            slot = record.slots[layer] = _Slot(vectors.detach().requires_grad_(record.train))
-            self.dtype = args[0].dtype
+            leaf = vectors.detach().requires_grad_(record.train)
+            slot = record.slots[layer] = _Slot(leaf, record.mask, self.on_gradients)
+            self.dtype = x.dtype
             if layer == record.last_layer:
                 raise ForwardDone
-        return _Tap.apply(out, vectors, slot) if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            return None
+        tapped = _Tap.apply(stream, vectors, slot)
+        return (tapped, *out[1:]) if isinstance(out, tuple) else tapped
+
+
+def _what_there_is(accessor: HeadAccessor, unit: AlignedUnit) -> str:
+    if unit.granularity == "layer":
+        return f"has {accessor.num_layers} layers, counted from 0"
+    if unit.layer in accessor.layers_with_heads:
+        return f"has {accessor.num_heads(unit.layer)} heads in layer {unit.layer}, counted from 0"
+    return f"has heads in layers {', '.join(map(str, accessor.layers_with_heads))}"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..common.sharded import gathered, gathered_in_forward
 from .accessor import HeadAccessor
-from .capture import ForwardDone
-from .head import AttentionHead
+from .capture import ForwardDone, hidden_states_of
+from .head import AlignedUnit, DecoderLayer
 from .modes import evaluating
 from .projection import contributions_add_up, passes_gradient, project_heads
 from .ranking import HeadRanking
@@ -102,10 +102,10 @@ def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence
 def check_trainable(
     model: nn.Module,
     accessor: HeadAccessor,
-    heads: Sequence[AttentionHead],
+    heads: Sequence[AlignedUnit],
     batch: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
-    """Checks that every chosen head depends on a trainable parameter, by the graph that autograd builds.
+    """Checks that every chosen head or layer depends on a trainable parameter, by the graph that autograd builds.
 
     A few tokens go through the text decoder. Heads that nothing trainable reaches there (a frozen language model) can
     still depend on what lies before it, a projector or a vision tower: then a batch with an image goes through the
@@ -116,32 +116,33 @@ def check_trainable(
     Args:
         model (`nn.Module`): The model.
         accessor ([`~heads.accessor.HeadAccessor`]): Its attention heads.
-        heads (sequence of [`AttentionHead`]): The aligned heads.
+        heads (sequence of [`AttentionHead`] or of [`DecoderLayer`]): The aligned heads or layers.
         batch (`Callable`, *optional*):
             Returns inputs of the model with at least one image, called if they are needed. Without it, trainable
             parameters outside of the decoder, other than the LM head's, are taken to influence all heads.
 
     Raises:
-        `ValueError`: Naming the head whose alignment gradient would be nothing.
+        `ValueError`: Naming the head or layer whose alignment gradient would be nothing.
     """
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    layers = sorted({head.layer for head in heads})
+    layers = {head.layer: head for head in sorted(heads)}  # the heads of one layer depend on the same
     tokens = _some_tokens(accessor)
-    reached = _reached_layers(model, accessor, layers, trained.keys(), lambda: accessor.decoder(**tokens))
-    if len(reached) < len(layers) and _outside_decoder(model, accessor) & trained.keys():
+    units = list(layers.values())
+    reached = _reached_layers(model, accessor, units, trained.keys(), lambda: accessor.decoder(**tokens))
+    if len(reached) < len(units) and _outside_decoder(model, accessor) & trained.keys():
         if batch is None:
             return
         device = tokens["input_ids"].device
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch().items()}
-        reached |= _reached_layers(model, accessor, layers, trained.keys(), lambda: model(**inputs, use_cache=False))
+        reached |= _reached_layers(model, accessor, units, trained.keys(), lambda: model(**inputs, use_cache=False))
     for head in heads:
         if head.layer not in reached:
             names = ", such as " + " and ".join(f"`{name}`" for name in list(trained.values())[:2]) if trained else ""
             raise ValueError(
-                f"No trainable parameter influences attention head {head}: its alignment gradient would be nothing. "
+                f"No trainable parameter influences {head.kind} {head}: its alignment gradient would be nothing. "
                 f"{len(trained)} parameters are trained{names}. Train something at or below layer {head.layer} (for "
                 "LoRA, `target_modules` and `layers_to_transform` decide, and the adapter must be active and not "
-                "merged; a projector counts where images enter at or below that layer), or choose other heads with "
+                "merged; a projector counts where images enter at or below that layer), or choose others with "
                 "`aligned_heads`."
             )
 
@@ -155,26 +156,37 @@ def _some_tokens(accessor: HeadAccessor) -> dict[str, Any]:
 
 
 def _reached_layers(
-    model: nn.Module, accessor: HeadAccessor, layers: Sequence[int], trained: Set[int], forward: Callable[[], Any]
+    model: nn.Module,
+    accessor: HeadAccessor,
+    units: Sequence[AlignedUnit],
+    trained: Set[int],
+    forward: Callable[[], Any],
 ) -> set[int]:
-    """Those of `layers` whose head representations depend on a trained parameter in a forward pass."""
+    """The layers of those of `units`, one a layer and ascending, that depend on a trained parameter in a forward
+    pass."""
     seen: set[int] = set()  # of a looped layer, the first pass is the one whose heads are read
     reached: set[int] = set()
 
-    def watch(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    def watch(unit: AlignedUnit) -> Any:
+        layer = unit.layer
+
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             if layer in seen:
                 return
             seen.add(layer)
-            heads = args[0].flatten(0, -2).mean(0).unflatten(0, (accessor.num_heads(layer), -1))[None]
-            if _depends_on(project_heads(module, heads[:, :1], [0]), trained):
+            if isinstance(unit, DecoderLayer):
+                read = hidden_states_of(out)
+            else:
+                heads = args[0].flatten(0, -2).mean(0).unflatten(0, (accessor.num_heads(layer), -1))[None]
+                read = project_heads(module, heads[:, :1], [0])
+            if _depends_on(read, trained):
                 reached.add(layer)
-            if layer == layers[-1]:
+            if unit == units[-1]:
                 raise ForwardDone
 
-        return accessor.projection(layer).register_forward_hook(hook)
+        return accessor.module(unit).register_forward_hook(hook)
 
-    handles = [watch(layer) for layer in layers]
+    handles = [watch(unit) for unit in units]
     nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda saved: saved)
     try:
         # In eval mode nothing is checkpointed: reentrant checkpoints would hide the parameters inside from the graph.

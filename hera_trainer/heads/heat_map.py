@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from .head import AttentionHead
+from .head import AlignedUnit, AttentionHead, granularity_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,17 +32,19 @@ def new_figure(width: float, height: float) -> Figure:
 def plot_head_scores(
     rankings: HeadRanking | Mapping[str, HeadRanking],
     path: str | os.PathLike | None = None,
-    heads: Sequence[AttentionHead] = (),
+    heads: Sequence[AlignedUnit] = (),
     title: str = "Alignment of attention heads with the vision teacher",
     difference: bool = False,
 ) -> Figure:
-    """Draws heat maps of head scores, one a ranking, on a common colour scale.
+    """Draws heat maps of head scores, one a ranking, on a common colour scale. Beside it stands what unrelated spaces
+    score, of several rankings the highest 95th percentile.
 
     Args:
         rankings ([`HeadRanking`] or `dict[str, HeadRanking]`):
             One ranking, or several with their panel titles, such as before and after training.
         path (`str`, *optional*): Where to write; the ending (`.png`, `.svg`, `.pdf`) decides the format.
-        heads (sequence of [`AttentionHead`], *optional*): Heads to outline, such as the aligned ones.
+        heads (sequence of [`AttentionHead`] or of [`DecoderLayer`], *optional*):
+            Heads to outline, such as the aligned ones. Of a layer, its whole row is.
         title (`str`, *optional*): Title of the figure.
         difference (`bool`, *optional*, defaults to `False`):
             Whether one more panel shows the last ranking minus the first, on a scale of its own.
@@ -52,7 +54,8 @@ def plot_head_scores(
 
     Raises:
         `ImportError`: If matplotlib is not installed.
-        `ValueError`: If there is no ranking, or they are of different models.
+        `ValueError`: If there is no ranking, they are of different models, or they were measured with another k, N or
+            `clip_quantile`, so that their scores cannot be compared.
     """
     panels = dict(rankings) if isinstance(rankings, Mapping) else {"": rankings}
     if not panels:
@@ -60,6 +63,12 @@ def plot_head_scores(
     shapes = {tuple(ranking.scores.shape) for ranking in panels.values()}
     if len(shapes) > 1:
         raise ValueError(f"Head rankings of different models cannot be compared: their scores have shapes {shapes}.")
+    scales = {ranking.scale: None for ranking in panels.values()}
+    if len(scales) > 1:
+        raise ValueError(
+            f"Scores that were measured with {' and with '.join(scales)} cannot be compared. Rank the heads again with "
+            "the same settings, or draw each ranking by itself."
+        )
     ((layers, widest),) = shapes
     drawn = list(panels.values())
     first, last = drawn[0], drawn[-1]
@@ -71,19 +80,25 @@ def plot_head_scores(
     for axis, (name, ranking) in zip(axes, panels.items(), strict=False):
         image = _draw_map(axis, ranking.scores, heads, name, cmap="viridis", vmin=low, vmax=high)
     axes[0].set_ylabel("layer")
-    label = f"mutual {first.k}-NN, N = {first.num_samples}"
+    widest_null = max(drawn, key=lambda ranking: ranking.null_p95 or 0.0)
+    label = "\n".join([f"mutual k-NN, {first.scale}", *widest_null.references(digits=3)])
     figure.colorbar(image, ax=list(axes[: len(panels)]), label=label, fraction=0.08, aspect=30)
     if difference:
         change = last.scores - first.scores
         most = max(float(np.nanmax(np.abs(change.numpy()))), 1e-3)  # a map without any change is of the middle colour
         image = _draw_map(axes[-1], change, heads, "difference", cmap="PuOr_r", vmin=-most, vmax=most)
         figure.colorbar(image, ax=axes[-1], label="change", fraction=0.08, aspect=30)
-    note = "\naligned heads outlined" if heads else ""
+    note = f"\naligned {granularity_of(heads)}s outlined" if heads else ""
     figure.suptitle(title + note, fontsize=11)
     return saved(figure, path)
 
 
-def _draw_map(axis: Axes, scores: Tensor, heads: Iterable[AttentionHead], name: str, **colors: Any) -> Any:
+def columns_of(unit: AlignedUnit, widest: int) -> tuple[int, int]:
+    """First column and number of columns of a unit in a map of `widest` heads a layer: one, or the whole row."""
+    return (unit.head, 1) if isinstance(unit, AttentionHead) else (0, widest)
+
+
+def _draw_map(axis: Axes, scores: Tensor, heads: Sequence[AlignedUnit], name: str, **colors: Any) -> Any:
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import Normal, withStroke
     from matplotlib.ticker import MaxNLocator
@@ -93,10 +108,9 @@ def _draw_map(axis: Axes, scores: Tensor, heads: Iterable[AttentionHead], name: 
     # White in a black frame stands out from every colour of both maps.
     edges = [withStroke(linewidth=3.2, foreground="black"), Normal()]
     for head in heads:
-        place = (head.head - 0.5, head.layer - 0.5)
-        axis.add_patch(
-            Rectangle(place, 1, 1, fill=False, edgecolor="white", lw=1.4, path_effects=edges, clip_on=False, zorder=3)
-        )
+        left, width = columns_of(head, scores.shape[1])
+        style: dict[str, Any] = {"edgecolor": "white", "lw": 1.4, "path_effects": edges, "clip_on": False, "zorder": 3}
+        axis.add_patch(Rectangle((left - 0.5, head.layer - 0.5), width, 1, fill=False, **style))
     axis.set_xlabel("head")
     axis.set_title(name, fontsize=10)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..common.processes import Team
 from ..teacher.column import TEACHER_COLUMN
 from .accessor import HeadAccessor
-from .capture import check_positions
+from .capture import check_positions, hidden_states_of
 from .pooling import pooling_mask
 
 
@@ -61,7 +61,7 @@ class Observer:
     def _hidden_hook(self, layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             if len(self._hidden[layer]) < self._observed:
-                self._hidden[layer].append(self._pool(out[0] if isinstance(out, tuple) else out))
+                self._hidden[layer].append(self._pool(hidden_states_of(out)))
 
         return hook
 

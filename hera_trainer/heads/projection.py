@@ -40,12 +40,28 @@ def input_width(projection: nn.Module) -> int:
     Raises:
         `ValueError`: If the module doesn't say.
     """
+    return _told(projection, "nx", "in_features", "reads")
+
+
+def output_width(projection: nn.Module) -> int:
+    """Number of features that an output projection writes, whatever wraps or quantizes it: `d_model`.
+
+    Args:
+        projection (`nn.Module`): Output projection of a layer.
+
+    Raises:
+        `ValueError`: If the module doesn't say.
+    """
+    return _told(projection, "nf", "out_features", "writes")
+
+
+def _told(projection: nn.Module, name_of_conv1d: str, name: str, verb: str) -> int:
     base = _base_layer(projection)
-    width = base.nx if isinstance(base, Conv1D) else getattr(base, "in_features", None)
+    width = getattr(base, name_of_conv1d if isinstance(base, Conv1D) else name, None)
     if not isinstance(width, int):
         raise ValueError(
-            f"The output projection of class {type(base).__name__} does not say how many features it reads. Give it an "
-            "attribute `in_features`, or name another module in the accessor of this model type (see "
+            f"The output projection of class {type(base).__name__} does not say how many features it {verb}. Give it "
+            f"an attribute `{name}`, or name another module in the accessor of this model type (see "
             "`hera_trainer.register_head_accessor`)."
         )
     return width

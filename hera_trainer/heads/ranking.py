@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,17 +19,17 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from .. import __version__
 from ..common.files import write_atomically
 from ..common.processes import Team
-from ..common.sharded import gathered, gathered_in_forward
-from ..objectives.metrics import nearest_neighbors, neighbor_overlap
-from .accessor import HeadAccessor
-from .head import AttentionHead
+from ..common.sharded import gathered_in_forward
+from ..objectives.metrics import check_clip_quantile, nearest_neighbors, neighbor_overlap
+from ..teacher.encoder import VisionTeacher
+from .head import AlignedUnit, AttentionHead, DecoderLayer
 from .heat_map import plot_head_scores
 from .modes import evaluating, without_autocast
 from .observer import Observer, run_text, run_with_images
 from .pooling import placeholder_token_ids
-from .projection import projection_blocks
 from .registry import get_head_accessor, unwrap_model
-from .samples import Samples, draw_samples
+from .samples import Samples, draw_samples, second_vectors
+from .scoring import score_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,13 +41,18 @@ def _versions() -> dict[str, str]:
 
 @dataclass
 class HeadRanking:
-    """Alignment scores of all attention heads with a teacher.
+    """Alignment scores of all attention heads and decoder layers with a teacher, and what to hold them against.
+
+    A score depends on k and N (see [`mutual_knn`]), so with it stands what unrelated spaces score. `null_mean` and
+    `null_p95` are those of *one* head: 500 random pairings of head and teacher samples, dealt out over all heads and
+    taken together, so that one in twenty heads that have nothing to do with the teacher scores above `null_p95`. Of
+    hundreds of heads some do by chance; the mean over several heads strays less than one head.
 
     Args:
         scores (`Tensor` of shape `[L, largest H]`):
             Mutual k-NN score of each head, float32; NaN where a layer has no such softmax-attention head.
         layer_scores (`Tensor` of shape `[L]`):
-            The same for the pooled hidden states that leave each layer, for comparison.
+            The same for the pooled hidden states that leave each layer, by which layers are chosen.
         k (`int`): Number of neighbours.
         num_samples (`int`): Number N of samples scored.
         seed (`int`): Seed of the choice of samples.
@@ -56,6 +61,12 @@ class HeadRanking:
         teacher (`str`): Name of the teacher.
         dataset_fingerprint (`str`): Fingerprint of the data set.
         versions (`dict[str, str]`): Versions of the libraries that computed it.
+        null_mean (`float`, *optional*): Mean score of a head with permuted pairs; an estimate of `chance`.
+        null_p95 (`float`, *optional*): The 95th percentile of these scores. Files of before have neither.
+        ceiling (`float`, *optional*): Score of a second vision encoder with the teacher, on the same images.
+        ceiling_model (`str`): Name of that encoder.
+        clip_quantile (`float`, *optional*): Quantile at which values were clipped, `None` if they were not.
+        center (`bool`): Whether each space's mean was taken away.
     """
 
     scores: Tensor
@@ -68,31 +79,76 @@ class HeadRanking:
     teacher: str = ""
     dataset_fingerprint: str = ""
     versions: dict[str, str] = field(default_factory=_versions)
+    null_mean: float | None = None
+    null_p95: float | None = None
+    ceiling: float | None = None
+    ceiling_model: str = ""
+    clip_quantile: float | None = None
+    center: bool = False
+
+    @property
+    def chance(self) -> float:
+        """Score of unrelated spaces on average, `k / (N - 1)`."""
+        return self.k / (self.num_samples - 1)
+
+    @property
+    def scale(self) -> str:
+        """What scores are measured with: `"k = 10, N = 1,000"`. Those of rankings that differ in it cannot be
+        compared."""
+        clipped = "" if self.clip_quantile is None else f", clipped at quantile {self.clip_quantile:g}"
+        centered = ", centred" if self.center else ""
+        return f"k = {self.k}, N = {self.num_samples:,}{clipped}{centered}"
+
+    def references(self, digits: int = 4) -> list[str]:
+        """What to hold the scores against, in words: what unrelated spaces score, and the ceiling if there is one.
+
+        Args:
+            digits (`int`, *optional*, defaults to `4`): Digits after the point.
+        """
+        percentile = "" if self.null_p95 is None else f" (95th percentile {self.null_p95:.{digits}f})"
+        found = [f"unrelated spaces {self.chance:.{digits}f}{percentile}"]
+        if self.ceiling is not None:
+            found.append(f"ceiling {self.ceiling:.{digits}f} ({self.ceiling_model})")
+        return found
 
     def heads(self) -> list[AttentionHead]:
         """Every scored head, by layer and head."""
         return [AttentionHead(layer, head) for layer, head in torch.isfinite(self.scores).nonzero().tolist()]
 
-    def score(self, head: AttentionHead) -> float:
-        """Score of one head."""
+    def units(self, granularity: str) -> list[AlignedUnit]:
+        """Every scored head or, with the granularity `"layer"`, every scored decoder layer."""
+        if granularity == "head":
+            return [*self.heads()]
+        return [DecoderLayer(layer) for layer in torch.isfinite(self.layer_scores).nonzero().flatten().tolist()]
+
+    def score(self, head: AlignedUnit) -> float:
+        """Score of one head or decoder layer."""
+        if isinstance(head, DecoderLayer):
+            return self.layer_scores[head.layer].item()
         return self.scores[head.layer, head.head].item()
 
-    def select(self, selection: str = "worst", m: int = 5, seed: int = 0) -> list[AttentionHead]:
-        """Chooses m heads.
+    def select(
+        self, selection: str = "worst", m: int = 5, seed: int = 0, granularity: str = "head"
+    ) -> list[AlignedUnit]:
+        """Chooses m heads or layers.
 
         Args:
             selection (`str`, *optional*, defaults to `"worst"`):
                 `"worst"`: lowest scores, least aligned first. `"top"`: highest scores, most aligned first. `"random"`:
-                a seeded draw. Equal scores are taken in the order of layer and head.
-            m (`int`, *optional*, defaults to `5`): Number of heads.
+                a seeded draw. `"middle"`: the layers nearest the middle of the depth, the nearest first, which heads
+                have not. Equal ones are taken in the order of layer and head.
+            m (`int`, *optional*, defaults to `5`): Number of heads or layers.
             seed (`int`, *optional*, defaults to `0`): Seed of the random draw.
+            granularity (`str`, *optional*, defaults to `"head"`): What is chosen: `"head"` or `"layer"`.
 
         Raises:
-            `ValueError`: If `selection` is unknown or the model has fewer than m heads.
+            `ValueError`: If `selection` is unknown or the model has fewer than m heads or layers.
         """
-        heads = self.heads()
+        heads = self.units(granularity)
         if not 1 <= m <= len(heads):
-            raise ValueError(f"`num_aligned_heads` ({m}) must be between 1 and the {len(heads)} heads of the ranking.")
+            raise ValueError(
+                f"`num_aligned_heads` ({m}) must be between 1 and the {len(heads)} {granularity}s of the ranking."
+            )
         if selection == "worst":
             return sorted(heads, key=self.score)[:m]
         if selection == "top":
@@ -100,7 +156,12 @@ class HeadRanking:
         if selection == "random":
             chosen = np.random.default_rng(seed).choice(len(heads), size=m, replace=False)
             return [heads[i] for i in chosen]
-        raise ValueError(f"`head_selection` must be 'worst', 'top' or 'random', got {selection!r}.")
+        if selection == "middle" and granularity == "layer":
+            middle = (len(self.layer_scores) - 1) / 2
+            return sorted(heads, key=lambda layer: abs(layer.layer - middle))[:m]
+        raise ValueError(
+            f"`head_selection` must be 'worst', 'top' or 'random' (or, of layers, 'middle'), got {selection!r}."
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the ranking as JSON (NaN as null), atomically."""
@@ -114,7 +175,7 @@ class HeadRanking:
     def plot(
         self,
         path: str | os.PathLike | None = None,
-        heads: Sequence[AttentionHead] = (),
+        heads: Sequence[AlignedUnit] = (),
         before: HeadRanking | None = None,
         title: str | None = None,
     ) -> Figure:
@@ -122,7 +183,8 @@ class HeadRanking:
 
         Args:
             path (`str`, *optional*): Where to write; the ending (`.png`, `.svg`, `.pdf`) decides the format.
-            heads (sequence of [`AttentionHead`], *optional*): Heads to outline, such as the aligned ones.
+            heads (sequence of [`AttentionHead`] or of [`DecoderLayer`], *optional*):
+                Heads or layers to outline, such as the aligned ones.
             before ([`HeadRanking`], *optional*):
                 An earlier ranking of the same model. Panels show it, this one, and the difference.
             title (`str`, *optional*): Title of the figure.
@@ -132,7 +194,7 @@ class HeadRanking:
 
         Raises:
             `ImportError`: If matplotlib is not installed.
-            `ValueError`: If `before` is of another model.
+            `ValueError`: If `before` is of another model, or was measured with another k, N or `clip_quantile`.
         """
         panels = self if before is None else {"before": before, "after": self}
         named = {} if title is None else {"title": title}
@@ -184,6 +246,9 @@ def rank_heads(
     progress: bool = True,
     distributed: bool = False,
     text_column: str | None = None,
+    clip_quantile: float | None = None,
+    ceiling: VisionTeacher | str | None = None,
+    center: bool = False,
 ) -> HeadRanking:
     """Scores all attention heads of a language model by mutual k-NN with a vision teacher (eq. 3 of the
     [HeRA paper](https://huggingface.co/papers/2606.23885)).
@@ -223,19 +288,31 @@ def rank_heads(
         text_column (`str`, *optional*):
             Column of the texts. By default the one that SFTTrainer trains on: `messages`, or `completion` beside a
             `prompt`, or `text`.
+        clip_quantile (`float`, *optional*):
+            Clamp the values of each space to this quantile first (see [`mutual_knn`]), 0.95 in the reference code of
+            the metric. Each head is then scored in d_model dimensions instead of its own d_head, which takes
+            d_model / d_head times the work of its products, a sort of each vector, and memory for one head's
+            `[N, d_model]`.
+        center (`bool`, *optional*, defaults to `False`):
+            Take each space's mean over the samples away before vectors are normalised (see [`mutual_knn`]).
+        ceiling ([`VisionTeacher`] or `str`, *optional*):
+            A second vision encoder, or its name. What it scores with the teacher on the images of the same samples is
+            kept in the ranking, as what two good views of the same images agree on. `dataset` needs the images.
 
     Returns:
         [`HeadRanking`]. The same for the same seed, model and data.
 
     Raises:
-        `ValueError`: If fewer than `k + 2` samples can be used, the model type is unknown, or its text decoder can't
-            run on text alone.
+        `ValueError`: If fewer than `k + 2` samples can be used, the model type is unknown, its text decoder can't run
+            on text alone, or a sample has no image for `ceiling` to look at.
     """
+    check_clip_quantile(clip_quantile)
     if data_collator is None:
         _check_text_alone(model)  # before a sample is looked at
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     samples = draw_samples(dataset, tokenizer, k, num_samples, seed, text_column)
-    return rank_samples(
+    second = None if ceiling is None else second_vectors(dataset, samples, ceiling, batch_size, distributed)
+    ranking = rank_samples(
         model,
         processing_class,
         dataset,
@@ -247,7 +324,13 @@ def rank_heads(
         teacher_name=teacher_name,
         progress=progress,
         distributed=distributed,
+        clip_quantile=clip_quantile,
+        center=center,
+        second=second,
     )
+    if ceiling is not None:
+        ranking.ceiling_model = ceiling.name if isinstance(ceiling, VisionTeacher) else ceiling
+    return ranking
 
 
 def _check_text_alone(model: nn.Module) -> None:
@@ -272,8 +355,12 @@ def rank_samples(
     teacher_name: str,
     progress: bool,
     distributed: bool,
+    clip_quantile: float | None = None,
+    center: bool = False,
+    second: Tensor | None = None,
 ) -> HeadRanking:
-    """Scores all attention heads on samples that were drawn. Arguments and result are those of [`rank_heads`]."""
+    """Scores all attention heads on samples that were drawn. Arguments and result are those of [`rank_heads`]; `second`
+    are the vectors `[N, d]` of the samples by the second encoder."""
     accessor, base = get_head_accessor(model), unwrap_model(model)
     if data_collator is None:
         _check_text_alone(model)
@@ -297,7 +384,14 @@ def rank_samples(
                 )
             teacher = samples.teacher[pooled].to(observer.device)
             with without_autocast(teacher):
-                scores, layer_scores = _score(accessor, layers, teacher, k, normalize)
+                targets = nearest_neighbors(teacher, k, normalize, clip_quantile, center)
+                scores, layer_scores, null = score_layers(
+                    accessor, layers, targets, normalize, clip_quantile, samples.seed, center
+                )
+                ceiling = None
+                if second is not None:
+                    others = nearest_neighbors(second[pooled].to(targets.device), k, normalize, clip_quantile, center)
+                    ceiling = neighbor_overlap(others, targets)
             # Another device may round a tie to the other side, and all processes must choose the same heads.
             scores, layer_scores = team.same(scores), team.same(layer_scores)
     finally:
@@ -313,65 +407,9 @@ def rank_samples(
         model=base.config.name_or_path,
         teacher=teacher_name,
         dataset_fingerprint=dataset._fingerprint,
+        null_mean=null.mean,
+        null_p95=null.p95,
+        ceiling=ceiling,
+        clip_quantile=clip_quantile,
+        center=center,
     )
-
-
-def _score(
-    accessor: HeadAccessor,
-    layers: Iterable[tuple[int, Tensor, Tensor | None]],
-    teacher: Tensor,
-    k: int,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
-    """Scores `[L, largest H]` and layer scores `[L]` of what was observed (see [`~heads.observer.Observer.gather`])."""
-    targets = nearest_neighbors(teacher, k, normalize)
-    widest = max(accessor.num_heads(layer) for layer in accessor.layers_with_heads)
-    scores = torch.full((accessor.num_layers, widest), torch.nan)
-    layer_scores = torch.full((accessor.num_layers,), torch.nan)
-    for layer, hidden, pooled in layers:
-        if hidden.isfinite().all():
-            layer_scores[layer] = neighbor_overlap(nearest_neighbors(hidden, k, normalize), targets)
-        if pooled is None:
-            continue
-        if not pooled.isfinite().all():
-            raise ValueError(f"The attention heads of layer {layer} give NaN or inf. Rank them in bf16 or float32.")
-        with gathered(accessor.projection(layer).parameters()):
-            blocks = projection_blocks(accessor.projection(layer), accessor.num_heads(layer))
-        scores[layer, : len(blocks)] = score_heads(pooled, blocks, targets, normalize)
-    return scores, layer_scores
-
-
-def score_heads(pooled: Tensor, blocks: Tensor, targets: Tensor, normalize: bool) -> Tensor:
-    """Mutual k-NN scores of the heads of one layer, in their own d_head dimensions.
-
-    Args:
-        pooled (`Tensor` of shape `[N, H, d_head]`): Pooled input slices of the output projection.
-        blocks (`Tensor` of shape `[H, d_head, d_model]`): Each head's weight in it.
-        targets (`LongTensor` of shape `[N, k]`): The teacher's neighbours, as [`nearest_neighbors`] gives them.
-        normalize (`bool`): L2-normalise the heads' vectors first.
-
-    Returns:
-        `Tensor` of shape `[H]`, float32.
-    """
-    k = targets.shape[1]
-    vectors = [pooled[:, head] @ factor for head, factor in enumerate(_gram_factors(blocks))]
-    return torch.tensor([neighbor_overlap(nearest_neighbors(x, k, normalize), targets) for x in vectors])
-
-
-def _gram_factors(blocks: Tensor) -> Tensor:
-    """Square matrices F with `p F` as long as, and at the same angles as, `p W`: neighbours are the same in d_head
-    dimensions as in d_model.
-
-    Args:
-        blocks (`Tensor` of shape `[H, d_head, d_model]`): Each head's weight W.
-
-    Returns:
-        `Tensor` of shape `[H, d_head, d_head]`, with `F F^T = W W^T`.
-    """
-    blocks = blocks.double()
-    gram = blocks @ blocks.transpose(1, 2)
-    factors, failed = torch.linalg.cholesky_ex(gram)
-    if not failed.any():
-        return factors.float()
-    values, vectors = torch.linalg.eigh(gram)  # slower, but a head may use fewer directions than it has
-    return (vectors * values.clamp(min=0).sqrt()[:, None]).float()

@@ -34,6 +34,8 @@ def cached_ranking(
     batch_size: int,
     seed: int,
     normalize: bool,
+    clip_quantile: float | None,
+    center: bool,
     precision: str,
     teacher_name: str,
     progress: bool = True,
@@ -49,7 +51,8 @@ def cached_ranking(
         processing_class: Its processor.
         dataset ([`~datasets.Dataset`]): Rows with teacher vectors.
         accessor ([`HeadAccessor`]): The model's heads.
-        k (`int`), num_samples (`int`), batch_size (`int`), seed (`int`), normalize (`bool`):
+        k (`int`), num_samples (`int`), batch_size (`int`), seed (`int`), normalize (`bool`), clip_quantile (`float`),
+            center (`bool`):
             As for [`rank_heads`].
         precision (`str`): Mixed precision that the forward runs in, part of the cache key.
         teacher_name (`str`): Kept in the ranking.
@@ -70,6 +73,9 @@ def cached_ranking(
             "num_samples": num_samples,
             "normalize": normalize,
             "seed": seed,
+            # Only where they are set, so that what was computed before there were such settings is found.
+            **({} if clip_quantile is None else {"clip_quantile": clip_quantile}),
+            **({"center": True} if center else {}),
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         path = cache_root() / "head_rankings" / f"{key}.json"
@@ -84,6 +90,8 @@ def cached_ranking(
             k=k,
             batch_size=batch_size,
             normalize=normalize,
+            clip_quantile=clip_quantile,
+            center=center,
             teacher_name=teacher_name,
             progress=progress,
             distributed=True,

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features
+from ..teacher.encoder import VisionTeacher
+from ..teacher.vectors import add_teacher_features
 from .text import TextColumns, answer_text, text_tokens
 
 
@@ -97,3 +99,33 @@ def draw_samples(
             stacklevel=3,
         )
     return Samples(indices, tokens, torch.from_numpy(np.stack(vectors)), seed)
+
+
+def second_vectors(
+    dataset: Dataset, samples: Samples, encoder: VisionTeacher | str, batch_size: int, distributed: bool
+) -> Tensor:
+    """What a second vision encoder makes of the images of samples that were drawn.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The data set they were drawn from, with its images.
+        samples ([`Samples`]): The samples.
+        encoder ([`VisionTeacher`] or `str`): The encoder, or its name.
+        batch_size (`int`): Images in one forward pass.
+        distributed (`bool`): Divide the images among all processes of the run.
+
+    Returns:
+        `Tensor` of shape `[N, d]`, float32.
+
+    Raises:
+        `ValueError`: If a sample has a teacher vector but no image.
+    """
+    rows = dataset.remove_columns(TEACHER_COLUMN).select(samples.indices)
+    rows = add_teacher_features(rows, encoder, batch_size=batch_size, desc="Ceiling", distributed=distributed)
+    vectors = rows.with_format(None)[TEACHER_COLUMN][:]
+    missing = [index for index, vector in zip(samples.indices, vectors, strict=True) if vector is None]
+    if missing:
+        raise ValueError(
+            f"Row {missing[0]} has `{TEACHER_COLUMN}` but no image that the second encoder could look at. Leave "
+            "`ceiling` out, or rank on rows with their images."
+        )
+    return torch.tensor(vectors, dtype=torch.float32)

@@ -19,11 +19,11 @@ from peft import PeftModel
 
 from .. import __version__
 from ..common.redaction import is_local, public_settings, public_text, shown_name
-from ..heads.head import AttentionHead
+from ..heads.head import AlignedUnit, granularity_of
 from ..heads.heat_map import plot_head_scores
 from ..heads.ranking import HeadRanking
 from ..heads.registry import unwrap_model
-from ..runs.record import CONTEXTS, RunRecord, measurements
+from ..runs.record import CONTEXTS, RunRecord, public_ranking, read_image_gains, read_rankings
 from ..runs.written_files import CARD_FILE, PLOTS_FOLDER
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def write_model_card(
             f"[{n}](https://huggingface.co/datasets/{n})" if _is_repo_id(n) else f"`{n}`" for n in names
         ),
         paper=trainer._paper,
+        control="" if trainer.args.teacher_control == "none" else trainer.args.teacher_control,
         badges=public_text("\n".join(line for line in trl_card.text.splitlines() if line.startswith("[<img"))),
         repo=trainer.hub_model_id or trainer.args.hub_model_id or folder.absolute().name,
         quantized=_quantization(trainer.model),
@@ -206,28 +207,36 @@ def _quantization(model: Any) -> str | None:
 
 # Heads
 
+_UNITS = {"head": "attention head", "layer": "layer"}
+_SELECTIONS = {
+    "worst": "the least aligned",
+    "top": "the most aligned",
+    "random": "drawn at random",
+    "middle": "the nearest to the middle of the depth",
+}
+
 
 def _heads(trainer: HeRATrainer, folder: Path) -> dict[str, Any]:
     """What the template says of the heads."""
     heads, ranking = trainer.aligned_heads, trainer.head_ranking
+    args, kind = trainer.args, trainer.args.alignment_granularity
     if heads is None:
-        return {"heads": []}
-    monitored: dict[str, dict[int, HeadRanking]] = {}
-    for step, context, path in measurements(folder):
-        if trainer.best_step is not None and step > trainer.best_step:
-            continue  # of weights that were given up for better ones
-        monitored.setdefault(context, {})[step] = HeadRanking.load(path)
+        return {"heads": [], "kind": kind, "aligned": f"a few {_UNITS[kind]}s of the language model were"}
+    ranking = None if ranking is None else public_ranking(ranking)
+    measured = read_rankings(folder).items()
+    monitored = {context: steps for context, ranked in measured if (steps := _of_the_result(trainer, ranked))}
     run = RunRecord(folder, {}, [], ranking, monitored)
     changes = {context: pair for context in CONTEXTS if (pair := run.before_after(context)) is not None}
-    args = trainer.args
+    plural, were = ("", "was") if len(heads) == 1 else ("s", "were")
     if args.aligned_heads is not None:
-        chosen = "The heads below were named in the configuration."
+        chosen = f"The {kind}s below were named in the configuration."
     else:
-        which = {"worst": "least aligned", "top": "most aligned", "random": "randomly drawn"}[args.head_selection]
-        chosen = (
-            f"Before training, the {len(heads)} {which} of all {len(ranking.heads()) if ranking else ''} were chosen."
-        )
+        every = len(ranking.units(kind)) if ranking else ""
+        which = _SELECTIONS[args.head_selection]
+        chosen = f"Before training, {len(heads)} of all {every} {kind}s, {which}, {were} chosen."
     return {
+        "kind": kind,
+        "aligned": f"{len(heads)} {_UNITS[kind]}{plural} of the language model {were}",
         "heads": heads,
         "chosen": chosen,
         "scores": _scores(heads, ranking, changes),
@@ -236,8 +245,14 @@ def _heads(trainer: HeRATrainer, folder: Path) -> dict[str, Any]:
     }
 
 
+def _of_the_result(trainer: HeRATrainer, measured: dict[int, Any]) -> dict[int, Any]:
+    """Measurements by step, without those of weights that were given up for better ones."""
+    best = trainer.best_step
+    return {step: value for step, value in measured.items() if best is None or step <= best}
+
+
 def _scores(
-    heads: Sequence[AttentionHead], ranking: HeadRanking | None, changes: dict[str, tuple[HeadRanking, HeadRanking]]
+    heads: Sequence[AlignedUnit], ranking: HeadRanking | None, changes: dict[str, tuple[HeadRanking, HeadRanking]]
 ) -> str:
     """Table of the aligned heads' scores, when they were chosen and before and after training in each context."""
     columns: list[tuple[str, HeadRanking]] = [] if ranking is None else [("when chosen", ranking)]
@@ -245,15 +260,20 @@ def _scores(
         columns += [(f"{CONTEXTS[context]}, before", before), (f"{CONTEXTS[context]}, after", after)]
     if not columns:
         return ", ".join(f"`{head}`" for head in heads)
-    m, first = len(heads), columns[0][1]  # the best are those of the first column in all of them
+    m, first, kind = len(heads), columns[0][1], granularity_of(heads)
+    best = first.select("top", m, granularity=kind)  # those of the first column in all of them
     rows = [[f"`{head}`", *(_mean_score(ranked, [head]) for _, ranked in columns)] for head in heads]
     rows.append([f"mean of these {m}", *(_mean_score(ranked, heads) for _, ranked in columns)])
-    rows.append([f"mean of the {m} best at first", *(_mean_score(r, first.select("top", m)) for _, r in columns)])
-    rows.append(["mean of all", *(_mean_score(ranked, ranked.heads()) for _, ranked in columns)])
-    return _table(["head", *(name for name, _ in columns)], rows)
+    rows.append([f"mean of the {m} best at first", *(_mean_score(ranked, best) for _, ranked in columns)])
+    rows.append(["mean of all", *(_mean_score(ranked, ranked.units(kind)) for _, ranked in columns)])
+    for name, field in (("unrelated spaces, 95th percentile", "null_p95"), ("ceiling", "ceiling")):
+        values = [getattr(ranked, field) for _, ranked in columns]
+        if any(value is not None for value in values):
+            rows.append([name, *("-" if value is None else f"{value:.3f}" for value in values)])
+    return _table([kind, *(name for name, _ in columns)], rows)
 
 
-def _mean_score(ranking: HeadRanking, heads: Sequence[AttentionHead]) -> str:
+def _mean_score(ranking: HeadRanking, heads: Sequence[AlignedUnit]) -> str:
     return f"{sum(map(ranking.score, heads)) / len(heads):.3f}"
 
 
@@ -269,7 +289,14 @@ def _score_notes(
             f"{_measured_on(before)}; held out; before is step {min(steps)}, after is step {max(steps)}"
         )
     text = _bullets(notes)
-    if not changes:
+    measured = [*([] if ranking is None else [ranking]), *(before for before, _ in changes.values())]
+    if len({each.scale for each in measured}) > 1:
+        text += (
+            "\n\nScores of different k or numbers of pairs cannot be compared: hold each against its own line above."
+        )
+    if not changes and any(len(steps) > 1 for steps in monitored.values()):
+        text += "\n\nBefore and after training were measured with different settings, and are not compared."
+    elif not changes:
         text += (
             "\n\nWhat training changed was not measured. `AlignmentMonitorCallback` of hera-trainer measures it while "
             "training, `hera rank` of a finished model."
@@ -278,14 +305,14 @@ def _score_notes(
 
 
 def _measured_on(ranking: HeadRanking) -> str:
-    chance = ranking.k / max(1, ranking.num_samples - 1)
-    context = CONTEXTS[ranking.context]
-    return f"{ranking.num_samples:,} pairs, {context}, k = {ranking.k}; unrelated spaces score about {chance:.3f}"
+    clipped = "" if ranking.clip_quantile is None else f", values clipped at quantile {ranking.clip_quantile:g}"
+    settings = f"{ranking.num_samples:,} pairs, {CONTEXTS[ranking.context]}, k = {ranking.k}{clipped}"
+    return "; ".join([settings, *ranking.references(digits=3)])
 
 
 def _heat_maps(
     folder: Path,
-    heads: Sequence[AttentionHead],
+    heads: Sequence[AlignedUnit],
     ranking: HeadRanking | None,
     changes: dict[str, tuple[HeadRanking, HeadRanking]],
 ) -> list[dict[str, str]]:
@@ -309,7 +336,9 @@ def _heat_maps(
             logger.warning_once(f"The model card goes without its heat map. {error}")
             return []
         _DRAWN[str(path)] = content
-        heat_maps.append({"path": f"{PLOTS_FOLDER}/{name}", "alt": f"{title}; the aligned heads are outlined"})
+        heat_maps.append(
+            {"path": f"{PLOTS_FOLDER}/{name}", "alt": f"{title}; the aligned {granularity_of(heads)}s are outlined"}
+        )
     return heat_maps
 
 
@@ -320,33 +349,29 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
     """Settings of the method with the paper's beside them: name, this run's (bold where it differs), the paper's."""
     args, ranking = trainer.args, trainer.head_ranking
     assert trainer.criterion is not None
-    learned = f"learned ({trainer.criterion.temperature:.4g} now)" if args.learn_temperature else "fixed"
     selection = "named" if args.aligned_heads is not None else args.head_selection
     m = len(args.aligned_heads) if args.aligned_heads is not None else args.num_aligned_heads
+    kind = args.alignment_granularity
+    paper_m = "5 (worst)" if kind == "head" else "5 heads (worst)"
     batch_size = trainer.micro_batch_size
     pool = args.pool_size(batch_size)
     parts = f"{batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
     if args.contrast_scope == "micro_batch":
         parts = f"{batch_size} x {args.world_size}"
     queue = f", and {args.queue_size} past ones" if args.queue_size else ""
+    groups = f", in groups of {args.neighbor_group_size} neighbours" if args.neighbor_group_size else ""
     teacher = shown_name(trainer.teacher_name) or "vectors that came with the data"
     is_large_dinov2 = "dinov2" in teacher.lower() and "large" in teacher.lower() and "reg" not in teacher.lower()
     rows = [
         ("weight of the alignment loss, λ", f"{args.alignment_weight:g}", "0.01", args.alignment_weight == 0.01),
         ("neighbours, k", str(args.num_neighbors), "10", args.num_neighbors == 10),
-        ("aligned heads, m", f"{m} ({selection})", "5 (worst)", (m, selection) == (5, "worst")),
-        (
-            "temperature, τ",
-            f"{args.temperature:g}, {learned}",
-            "0.07, learned",
-            args.temperature == 0.07 and args.learn_temperature,
-        ),
-        ("L2-normalised", "yes" if args.normalize else "no", "not stated", True),
+        (f"aligned {kind}s, m", f"{m} ({selection})", paper_m, (m, selection, kind) == (5, "worst", "head")),
+        *_objective_settings(trainer),
         (
             "samples compared",
-            f"{pool} ({parts}{queue})",
+            f"{pool} ({parts}{queue}{groups})",
             "batches of 256, then 128",
-            pool in _PAPER_POOLS and not queue,
+            pool in _PAPER_POOLS and not queue and not groups,
         ),
         ("teacher", teacher, "DINOv2 ViT-L", is_large_dinov2),
     ]
@@ -355,6 +380,21 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
         ranked = f"{ranking.num_samples:,} pairs, {CONTEXTS[ranking.context]}"
         rows.append(("heads ranked on", ranked, "1,000 pairs, text only", same))
     return [[name, value if same else f"**{value}**", paper] for name, value, paper, same in rows]
+
+
+def _objective_settings(trainer: HeRATrainer) -> list[tuple[str, str, str, bool]]:
+    args = trainer.args
+    rows = [("objective", args.alignment_objective, "contrastive", args.alignment_objective == "contrastive")]
+    if args.target_pull is not None:
+        rows.append(("pull that the weight follows", f"{args.target_pull:g}", "none: the weight is fixed", False))
+    now = trainer.criterion.metrics().get("temperature") if trainer.criterion is not None else None
+    if now is not None:
+        learned = f"learned ({now:.4g} now)" if args.learn_temperature else "fixed"
+        same = args.temperature == 0.07 and args.learn_temperature
+        rows.append(("temperature, τ", f"{args.temperature:g}, {learned}", "0.07, learned", same))
+        rows.append(("similarity of heads", args.similarity, "not stated", True))
+        rows.append(("similarity of teacher vectors", args.teacher_similarity, "not stated", True))
+    return rows
 
 
 def _training(trainer: HeRATrainer) -> dict[str, str]:
@@ -376,6 +416,17 @@ def _training(trainer: HeRATrainer) -> dict[str, str]:
     losses = [entry["lm_loss"] for entry in state.log_history if "lm_loss" in entry]
     if losses:
         lines["Language-model loss"] = f"{losses[0]:.4g} when first logged, {losses[-1]:.4g} when last"
+    for name, key in (("Pull at the aligned heads", "alignment_pull"), ("Spread of the heads", "alignment_spread")):
+        values = [entry[key] for entry in state.log_history if key in entry]
+        if values:
+            lines[name] = f"{values[0]:.3g} when first logged, {values[-1]:.3g} when last"
+    gains = _of_the_result(trainer, read_image_gains(str(args.output_dir)))
+    if gains:
+        shown = [f"{gain.gain:.3f} at step {step}" for step, gain in gains.items()]
+        lines["Image gain"] = (
+            f"{', '.join([shown[0], *shown[1:][-1:]])}: what the loss of {gains[max(gains)].rows:,} held-out rows "
+            "rises by, in nats a token, when each gets the images of another one"
+        )
     quantized = _quantization(trainer.model)
     if quantized is not None:
         lines["Base model in"] = quantized

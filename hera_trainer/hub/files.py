@@ -25,7 +25,7 @@ from transformers.tokenization_utils_base import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..alignment.alignment import QUEUE_FILE, STATE_FILE
+from ..alignment.alignment import OBJECTIVE_FILE, QUEUE_FILE, STATE_FILE
 from ..common.redaction import holds_secret, is_local, public_text, shown_name
 from ..runs.checkpoints import MARKER_FILE
 from ..runs.written_files import (
@@ -51,7 +51,7 @@ _PROCESSOR = (
 )
 # As a single process, DDP, FSDP and DeepSpeed write it.
 _RESUMING = (
-    *(RANKING_FILE, trainer.TRAINER_STATE_NAME, STATE_FILE, QUEUE_FILE, MARKER_FILE, "rng_state*.pth"),
+    *(RANKING_FILE, trainer.TRAINER_STATE_NAME, STATE_FILE, OBJECTIVE_FILE, QUEUE_FILE, MARKER_FILE, "rng_state*.pth"),
     *(trainer.OPTIMIZER_NAME, trainer.OPTIMIZER_NAME_BIN, trainer.SCHEDULER_NAME, trainer.SCALER_NAME),
     f"{trainer.FSDP_MODEL_NAME}*.bin",
     *(f"{trainer.FSDP_MODEL_NAME}_*/{name}" for name in ("*.distcp", ".metadata")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .metrics import top_neighbors
+from .objective import AlignmentObjective, valid_samples, zero_loss
 from .queue import SampleQueue
 
 # As CLIP bounds its logit scale by 100.
 MIN_TEMPERATURE = 0.01
+
+# Share of the temperature below which the cosines of a head are taken for equal.
+_FLAT = 0.2
+
+# How samples are compared, and the temperature that each begins at: CLIP's where vectors keep a common part and differ
+# little; a higher one where that part is taken away and cosines fill their range; 1 for plain dot products.
+TEMPERATURES = {"dot": 1.0, "cosine": 0.07, "centered_cosine": 0.3}
+SIMILARITIES = tuple(TEMPERATURES)
 
 # Norm below which a representation counts as zero: a pruned head's would get a gradient of 1e12 with torch's own.
 _EPSILON = 1e-6
@@ -41,6 +50,18 @@ class _Pool:
     same_image: Tensor | None = None
 
 
+def compared(x: Tensor, similarity: str) -> Tensor:
+    """Vectors whose dot products are the similarities of samples.
+
+    Args:
+        x (`Tensor` of shape `[..., N, d]`): Vectors of N samples.
+        similarity (`str`): `"dot"`, `"cosine"` or `"centered_cosine"`.
+    """
+    if similarity == "centered_cosine":
+        x = x - x.mean(-2, keepdim=True)
+    return x if similarity == "dot" else F.normalize(x, dim=-1)
+
+
 def _hide(values: Tensor, anchors: Tensor, same_image: Tensor | None) -> Tensor:
     """Minus infinity, in place, in values `[..., A, B + Q]` of what is no candidate: the anchor itself, and past
     samples of its image."""
@@ -57,8 +78,8 @@ def _terms(z: Tensor, temperature: Tensor, pool: _Pool, z_grad: Tensor | None) -
         z (`Tensor` of shape `[h, B + Q, d_model]`): What dot products are taken of.
         temperature (`Tensor`): Scalar.
         pool ([`_Pool`]): What is compared with what.
-        z_grad (`Tensor` of shape `[h, B, d_model]`, *optional*):
-            The gradient with respect to the first B rows of `z`, times `temperature`, is added to it. Without it no
+        z_grad (`Tensor` of shape `[h, B, d_model]` or `[h, B + Q, d_model]`, *optional*):
+            The gradient with respect to as many rows of `z`, times `temperature`, is added to it. Without it no
             gradient is computed.
 
     Returns:
@@ -95,28 +116,40 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, heads: Tensor, log_temperature: Tensor, pool: _Pool, normalize: bool, with_gradient: bool
+        ctx: Any, heads: Tensor, log_temperature: Tensor, pool: _Pool, similarity: str, with_gradient: bool
     ) -> Tensor:
         temperature = log_temperature.exp()
         loss, temperature_grad = torch.zeros_like(temperature), torch.zeros_like(temperature)
         heads_grad = torch.zeros_like(heads) if with_gradient else None
-        candidates = heads.shape[1] + (0 if pool.past is None else pool.past.shape[1])
+        own = heads.shape[1]
+        candidates = own + (0 if pool.past is None else pool.past.shape[1])
         at_once = max(1, _MAX_LOGITS // (len(pool.anchors) * candidates))
         for start in range(0, len(heads), at_once):
             part = slice(start, start + at_once)
             z = heads[part] if pool.past is None else torch.cat([heads[part], pool.past[part]], dim=1)
-            z_grad = None if heads_grad is None else heads_grad[part]
+            centered = similarity == "centered_cosine"
+            if centered:
+                z = z - z.mean(1, keepdim=True)
             norm = None
-            if normalize:
+            if similarity != "dot":
                 norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
                 z = z / norm.clamp_min(_EPSILON)
+            # Past samples have no gradient of their own, but a share in the mean.
+            reached = z if centered else z[:, :own]
+            z_grad = None
+            if heads_grad is not None:
+                z_grad = torch.zeros_like(z) if centered else heads_grad[part]
             terms = _terms(z, temperature, pool, z_grad)
             loss += terms[0]
             temperature_grad += terms[1]
-            if z_grad is not None and norm is not None:  # back through the division by the norm
-                z, norm = z[:, : heads.shape[1]], norm[:, : heads.shape[1]]
-                z_grad -= z * ((z_grad * z).sum(-1, keepdim=True) * (norm > _EPSILON))
+            if heads_grad is None or z_grad is None:
+                continue
+            if norm is not None:  # back through the division by the norm
+                norm = norm[:, : reached.shape[1]]
+                z_grad -= reached * ((z_grad * reached).sum(-1, keepdim=True) * (norm > _EPSILON))
                 z_grad /= norm.clamp_min(_EPSILON)
+            if centered:
+                heads_grad[part] = z_grad[:, :own] - z_grad.mean(1, keepdim=True)
         count = len(heads) * len(pool.anchors)
         if heads_grad is not None:
             ctx.save_for_backward(heads_grad.div_(temperature * count), temperature_grad / count)
@@ -129,7 +162,7 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient * heads_grad, gradient * temperature_grad, None, None, None
 
 
-class HeRALoss(nn.Module):
+class HeRALoss(AlignmentObjective):
     """Head-wise alignment loss, eq. 4 and 8 of the [HeRA paper](https://huggingface.co/papers/2606.23885).
 
     The teacher's `num_neighbors` nearest other samples of each sample are its positives, each with target probability
@@ -140,13 +173,18 @@ class HeRALoss(nn.Module):
     Args:
         num_neighbors (`int`, *optional*, defaults to `10`):
             Number k of teacher neighbours that are positives of each sample.
-        temperature (`float`, *optional*, defaults to `0.07`):
-            Initial temperature.
+        temperature (`float`, *optional*):
+            Initial temperature, by default that of the similarity: 0.07 for `"cosine"`, 0.3 for `"centered_cosine"`, 1
+            for `"dot"`.
         learn_temperature (`bool`, *optional*, defaults to `True`):
             Whether the logarithm of the temperature is trained.
-        normalize (`bool`, *optional*, defaults to `True`):
-            Whether head representations and teacher vectors are L2-normalised before dot products. The paper leaves it
-            open; without it, a few samples of large norm become everyone's neighbours.
+        similarity (`str`, *optional*, defaults to `"cosine"`):
+            How head representations are compared: `"dot"`, dot products as eq. 4 is printed, where a few samples of
+            large norm become everyone's neighbours; `"cosine"`, dot products of normalised vectors;
+            `"centered_cosine"`, the same after the mean over the pool's valid samples, those of the queue included, is
+            taken away, with gradient: heads whose vectors are nearly parallel differ in nothing else.
+        teacher_similarity (`str`, *optional*, defaults to `"cosine"`):
+            How teacher vectors are compared when neighbours are looked up, of the same three.
 
     References:
         - Mind the Heads: Topological Representation Alignment for Multimodal LLMs, arXiv 2606.23885.
@@ -169,24 +207,39 @@ class HeRALoss(nn.Module):
     ```
     """
 
+    uses_queue: ClassVar[bool] = True
+
     def __init__(
         self,
         num_neighbors: int = 10,
-        temperature: float = 0.07,
+        temperature: float | None = None,
         learn_temperature: bool = True,
-        normalize: bool = True,
+        similarity: str = "cosine",
+        teacher_similarity: str = "cosine",
     ) -> None:
         super().__init__()
         if num_neighbors < 1:
             raise ValueError(f"`num_neighbors` must be at least 1, got {num_neighbors}.")
+        for name, value in (("similarity", similarity), ("teacher_similarity", teacher_similarity)):
+            if value not in SIMILARITIES:
+                raise ValueError(f"`{name}` must be one of {SIMILARITIES}, got {value!r}.")
+        temperature = TEMPERATURES[similarity] if temperature is None else temperature
         if not temperature >= MIN_TEMPERATURE:
             raise ValueError(f"`temperature` must be at least {MIN_TEMPERATURE}, got {temperature}.")
         self.num_neighbors = num_neighbors
-        self.normalize = normalize
+        self.least_samples = num_neighbors + 2
+        self.similarity = similarity
+        self.teacher_similarity = teacher_similarity
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
 
+    @classmethod
+    def from_config(cls, args: Any) -> Self:
+        return cls(
+            args.num_neighbors, args.temperature, args.learn_temperature, args.similarity, args.teacher_similarity
+        )
+
     def extra_repr(self) -> str:
-        return f"num_neighbors={self.num_neighbors}, normalize={self.normalize}"
+        return f"num_neighbors={self.num_neighbors}, similarity={self.similarity!r}"
 
     def forward(
         self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: SampleQueue | None = None
@@ -207,24 +260,21 @@ class HeRALoss(nn.Module):
             `Tensor`: Scalar loss, float32.
         """
         with torch.autocast(device_type=heads.device.type, enabled=False):
-            heads, teacher = heads.float(), teacher.detach().float()
-            if valid is not None:
-                heads, teacher = heads[:, valid], teacher[valid]
-            if teacher.shape[0] + len(queue or ()) < self.num_neighbors + 2:
+            heads, teacher = valid_samples(heads, teacher, valid)
+            if len(teacher) + len(queue or ()) < self.least_samples:
                 return self._zero(heads)
             pool = self._pool_with_queue(teacher, queue) if queue else self._pool(teacher)
             if not len(pool.anchors):
                 return self._zero(heads)
             log_temperature = self.log_temperature
             with_gradient = torch.is_grad_enabled() and (heads.requires_grad or log_temperature.requires_grad)
-            return _CrossEntropy.apply(heads, log_temperature, pool, self.normalize, with_gradient)
+            return _CrossEntropy.apply(heads, log_temperature, pool, self.similarity, with_gradient)
 
     def _zero(self, heads: Tensor) -> Tensor:
-        # An empty slice has a gradient (of zeros) even where the values are inf or NaN.
-        return heads.flatten()[:0].sum() + 0.0 * self.log_temperature
+        return zero_loss(heads) + 0.0 * self.log_temperature
 
     def _pool(self, teacher: Tensor) -> _Pool:
-        positives = top_neighbors(teacher, self.num_neighbors, self.normalize)
+        positives = top_neighbors(compared(teacher, self.teacher_similarity), self.num_neighbors, normalize=False)
         return _Pool(torch.arange(len(teacher), device=teacher.device), positives)
 
     def _pool_with_queue(self, teacher: Tensor, queue: SampleQueue) -> _Pool:
@@ -234,9 +284,7 @@ class HeRALoss(nn.Module):
         others = len(teacher) - 1 + len(queue) - same_image.sum(1)
         anchors = (others > self.num_neighbors).nonzero().flatten()  # enough others, and not all of them positive
         same_image = same_image[anchors]
-        teachers = torch.cat([teacher, queue.teacher])
-        if self.normalize:
-            teachers = F.normalize(teachers, dim=-1)
+        teachers = compared(torch.cat([teacher, queue.teacher]), self.teacher_similarity)
         at_once = max(1, _MAX_LOGITS // len(teachers))
         positives = [
             _hide(teachers[rows] @ teachers.T, rows, same).topk(self.num_neighbors, dim=-1).indices
@@ -245,10 +293,25 @@ class HeRALoss(nn.Module):
         return _Pool(anchors, torch.cat(positives), queue.heads, same_image)
 
     @torch.no_grad()
-    def clamp_temperature_(self) -> None:
-        """Keeps the temperature at or above 0.01, in place. Called after each optimizer step: a clamp in the forward
-        would have no gradient below its bound."""
+    def after_step(self) -> None:
+        """Keeps the temperature at or above 0.01, in place: a clamp in the forward would have no gradient below its
+        bound."""
         self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+
+    def metrics(self) -> dict[str, float]:
+        return {"temperature": self.temperature}
+
+    def advice(self, spread: Tensor) -> str | None:
+        """Warns of heads whose representations are so nearly parallel that all logits are the same."""
+        flat = int((spread < _FLAT * self.temperature).sum())
+        if self.similarity != "cosine" or 2 * flat < len(spread):
+            return None
+        return (
+            f"The representations of {flat} of {len(spread)} aligned heads are nearly parallel: the cosines of two "
+            f"samples differ from 1 by {spread.min():.2g} to {spread.max():.2g} in the mean (`alignment_spread`). A "
+            f"temperature of {self.temperature:.2g} cannot tell samples apart by that, and the alignment loss hardly "
+            "moves these heads. Set `similarity='centered_cosine'`, which takes their common part away."
+        )
 
     @property
     def temperature(self) -> float:

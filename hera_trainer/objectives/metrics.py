@@ -1,8 +1,9 @@
-"""Nearest neighbours and mutual k-nearest-neighbour alignment, as pure functions over tensors."""
+"""Nearest neighbours, mutual k-nearest-neighbour alignment and what unrelated spaces score, as pure functions."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ _MAX_SIMILARITIES = 2**24
 
 # Similarities of one matrix product where N is small: 4 MiB, still in the cache when the neighbours are looked up.
 _CACHED_SIMILARITIES = 2**20
+
+# Numbers that are clipped or permuted at a time: 2 MiB of eight bytes each, again for the cache.
+_CACHED_NUMBERS = 2**18
 
 
 def _checked(x: Tensor, k: int, name: str) -> Tensor:
@@ -78,7 +82,39 @@ def _top_neighbors_by_tiles(x: Tensor, k: int, side: int) -> Tensor:
     return neighbors
 
 
-def nearest_neighbors(x: Tensor, k: int, normalize: bool = True) -> Tensor:
+def check_clip_quantile(quantile: float | None, name: str = "clip_quantile") -> None:
+    """Refuses what is no quantile to clip at, by the name of its setting.
+
+    Raises:
+        `ValueError`: If `quantile` is neither `None` nor above 0 and below 1.
+    """
+    if quantile is not None and not 0 < quantile < 1:
+        raise ValueError(
+            f"`{name}` must be above 0 and below 1, got {quantile}. The reference code clips at 0.95; leave it at "
+            "`None` to clip nothing."
+        )
+
+
+def clip_outliers(x: Tensor, quantile: float) -> Tensor:
+    """Clamps every value to plus or minus one threshold: the mean over the rows of the quantile of a row's absolute
+    values. So does the reference code of the metric, [platonic-rep](https://github.com/minyoungg/platonic-rep), at the
+    quantile 0.95 and before it normalises. Its option `--precise` takes one quantile over all values instead.
+
+    Args:
+        x (`Tensor` of shape `[N, d]`): float32 or float64.
+        quantile (`float`): Above 0 and below 1.
+
+    Returns:
+        `Tensor` of shape `[N, d]`. Besides it, memory for some rows at a time is taken.
+    """
+    parts = x.split(max(1, _CACHED_NUMBERS // x.shape[1]))
+    threshold = torch.cat([part.abs().quantile(quantile, dim=1) for part in parts]).mean()
+    return x.clamp(-threshold, threshold)
+
+
+def nearest_neighbors(
+    x: Tensor, k: int, normalize: bool = True, clip_quantile: float | None = None, center: bool = False
+) -> Tensor:
     """Indices of each row's `k` nearest other rows by dot product.
 
     The similarity matrix is computed in tiles, so memory grows with N and not with N squared. Which of several equally
@@ -88,14 +124,22 @@ def nearest_neighbors(x: Tensor, k: int, normalize: bool = True) -> Tensor:
         x (`Tensor` of shape `[N, d]`): Vectors; float64 is kept, any other dtype is computed in float32.
         k (`int`): Number of neighbours, at most `N - 1`.
         normalize (`bool`, *optional*, defaults to `True`): L2-normalise the rows first (cosine similarity).
+        clip_quantile (`float`, *optional*):
+            Before that, clamp every value to this quantile of the absolute values (see [`mutual_knn`]).
+        center (`bool`, *optional*, defaults to `False`):
+            Take the mean over the rows away before they are normalised: what all samples share does not count.
 
     Returns:
         `LongTensor` of shape `[N, k]`, most similar first, on the device of `x`. A row is never its own neighbour.
 
     Raises:
-        `ValueError`: If `x` is not 2-dimensional or not finite, or `k` is not in `[1, N - 1]`.
+        `ValueError`: If `x` is not 2-dimensional or not finite, `k` is not in `[1, N - 1]`, or `clip_quantile` is not
+            above 0 and below 1.
     """
-    return top_neighbors(_checked(x, k, "x"), k, normalize)
+    check_clip_quantile(clip_quantile)
+    x = _checked(x, k, "x")
+    x = x if clip_quantile is None else clip_outliers(x, clip_quantile)
+    return top_neighbors(x - x.mean(0) if center else x, k, normalize)
 
 
 def neighbor_overlap(a: Tensor, b: Tensor) -> float:
@@ -115,26 +159,122 @@ def neighbor_overlap(a: Tensor, b: Tensor) -> float:
     return common.item() / a.numel()
 
 
-def mutual_knn(x: Tensor, y: Tensor, k: int = 10, normalize: bool = True) -> float:
+def mutual_knn(
+    x: Tensor,
+    y: Tensor,
+    k: int = 10,
+    normalize: bool = True,
+    clip_quantile: float | None = None,
+    center: bool = False,
+) -> float:
     """Mutual k-nearest-neighbour alignment of two representations of the same samples (MKNN, eq. 3 of the
     [HeRA paper](https://huggingface.co/papers/2606.23885); the metric of the Platonic Representation Hypothesis).
 
     For each sample, the `k` nearest other samples are found once in each space; the score is the mean size of the
-    intersection divided by `k`. Unrelated spaces score about `k / (N - 1)`.
+    intersection divided by `k`. It depends on N and k: unrelated spaces score `k / (N - 1)` on average, and the spread
+    around it is that of [`mutual_knn_null`]. Compare scores of the same N and k only.
 
     Args:
         x (`Tensor` of shape `[N, d_x]`): First representation.
         y (`Tensor` of shape `[N, d_y]`): Second representation of the same N samples.
         k (`int`, *optional*, defaults to `10`): Number of neighbours, at most `N - 1`.
         normalize (`bool`, *optional*, defaults to `True`): L2-normalise both first, as the reference metric does.
+        clip_quantile (`float`, *optional*):
+            Before that, clamp every value of a representation to the mean over the samples of this quantile of a
+            sample's absolute values. The [reference code](https://github.com/minyoungg/platonic-rep) does, with 0.95,
+            against single dimensions of huge values. Off by default.
+        center (`bool`, *optional*, defaults to `False`):
+            Take each space's mean over the samples away before vectors are normalised.
 
     Returns:
         `float` in [0, 1].
 
     Raises:
-        `ValueError`: If the shapes disagree, a value is not finite, or `k` is not in `[1, N - 1]`.
+        `ValueError`: If the shapes disagree, a value is not finite, `k` is not in `[1, N - 1]`, or `clip_quantile` is
+            not above 0 and below 1.
     """
     if x.shape[0] != y.shape[0]:
         raise ValueError(f"`x` and `y` must describe the same samples, got {x.shape[0]} and {y.shape[0]} rows.")
     y = _checked(y, k, "y").to(x.device)
-    return neighbor_overlap(nearest_neighbors(x, k, normalize), nearest_neighbors(y, k, normalize))
+    x, y = (nearest_neighbors(each, k, normalize, clip_quantile, center) for each in (x, y))
+    return neighbor_overlap(x, y)
+
+
+class MutualKNNNull(NamedTuple):
+    """What unrelated spaces score.
+
+    Args:
+        mean (`float`): Mean score of permuted pairs, an estimate of `k / (N - 1)`.
+        p95 (`float`): Their 95th percentile: one in twenty unrelated pairs of spaces scores higher.
+    """
+
+    mean: float
+    p95: float
+
+    @classmethod
+    def of(cls, scores: Tensor) -> MutualKNNNull:
+        """Of the scores `[n]` of permuted pairs, as [`permuted_overlaps`] gives them."""
+        return cls(scores.mean().item(), scores.quantile(0.95).item())
+
+
+def permuted_overlaps(a: Tensor, b: Tensor, permutations: int, generator: torch.Generator) -> Tensor:
+    """[`neighbor_overlap`] of `a` with `b`, whose samples have changed places at random. Neighbours are not looked for
+    again: who was near whom in the second space still is, under other numbers.
+
+    Args:
+        a (`LongTensor` of shape `[N, k]`): Neighbours in one space, as [`nearest_neighbors`] gives them.
+        b (`LongTensor` of shape `[N, k]`): Neighbours in another space.
+        permutations (`int`): Number of random permutations.
+        generator (`torch.Generator`): Where they are drawn from, on the CPU.
+
+    Returns:
+        `Tensor` of shape `[permutations]`, float64, on the CPU.
+    """
+    (n, k), device = a.shape, a.device
+    b = b.to(device)
+    rows = torch.arange(n, device=device)[:, None]
+    pairs = (rows * n + a).flatten().sort().values  # sample and neighbour as one number
+    scores = []
+    for count in torch.arange(permutations).split(max(1, _CACHED_NUMBERS // (n * k))):
+        moved = torch.stack([torch.randperm(n, generator=generator) for _ in count]).to(device)  # [p, n]
+        others = (moved[:, :, None] * n + moved[:, b]).flatten(1)  # [p, n * k]
+        found = pairs[torch.searchsorted(pairs, others).clamp(max=len(pairs) - 1)] == others
+        scores.append(found.sum(1).double().cpu() / (n * k))
+    return torch.cat(scores)
+
+
+def mutual_knn_null(a: Tensor, b: Tensor, permutations: int = 1000, seed: int = 0) -> MutualKNNNull:
+    """What the mutual k-NN score of two spaces would be if they had nothing to do with each other: the samples of one
+    side are permuted, so that each is paired with another's, and scored again, many times.
+
+    A score says little without it, since it depends on N and k
+    ([Gröger et al., 2026](https://arxiv.org/abs/2602.14486) calibrate by permutations,
+    [2604.18572](https://arxiv.org/abs/2604.18572) show how scores fall with N). The mean is `k / (N - 1)` whatever the
+    spaces are; how far single permutations stray from it depends on their hubs, the samples that are everyone's
+    neighbours. It is the null of one score. The best of many scores (of layers, heads, or models) exceeds it by chance.
+
+    Args:
+        a (`LongTensor` of shape `[N, k]`): Neighbours in one space, as [`nearest_neighbors`] gives them.
+        b (`LongTensor` of shape `[N, k]`): Neighbours of the same samples in another space.
+        permutations (`int`, *optional*, defaults to `1000`): Number of permutations.
+        seed (`int`, *optional*, defaults to `0`): Seed of the permutations. No random state outside is touched.
+
+    Returns:
+        [`MutualKNNNull`]: `mean` and `p95`.
+
+    Raises:
+        `ValueError`: If the shapes disagree, or `permutations` is below 1.
+
+    Example:
+
+    ```python
+    >>> a, b = nearest_neighbors(x, k=10), nearest_neighbors(y, k=10)
+    >>> mutual_knn_null(a, b)
+    MutualKNNNull(mean=0.010..., p95=0.012...)
+    ```
+    """
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(f"`a` and `b` must both have shape [N, k], got {list(a.shape)} and {list(b.shape)}.")
+    if permutations < 1:
+        raise ValueError(f"`permutations` must be at least 1, got {permutations}.")
+    return MutualKNNNull.of(permuted_overlaps(a, b, permutations, torch.Generator().manual_seed(seed)))

@@ -106,10 +106,11 @@ class Operations:
     attentions: list[float]
     lm_head: float
 
-    def first_pass(self, deepest: int) -> float:
-        """A forward pass that ends with the attention of layer `deepest`, in a loop with its first time."""
+    def first_pass(self, deepest: int, whole: bool = False) -> float:
+        """A forward pass that ends with the attention of layer `deepest` or with all of it, in a loop with its first
+        time."""
         before = sum(self.layers[:deepest]) if self.passes[deepest] > 1 else self._language(deepest)
-        return self.vision + self.projector + before + self.attentions[deepest]
+        return self.vision + self.projector + before + (self.layers if whole else self.attentions)[deepest]
 
     def _language(self, layers: int | None = None) -> float:
         """The first `layers` layers, all by default, in all their passes."""

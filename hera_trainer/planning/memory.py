@@ -204,7 +204,7 @@ class StepMemory:
         fixed (`dict[str, int]`): Bytes that do not depend on the micro-batch.
         vision_trained (`bool`): Whether the vision tower has trained weights.
         stream_size (`int`): Bytes of an element of the residual stream, which has the dtype of the weights.
-        read (`int`): Largest width of the heads' slices that are read from one layer.
+        read (`int`): Largest width of what is read from one layer: the heads' slices, or the residual stream.
     """
 
     parts: ModelParts

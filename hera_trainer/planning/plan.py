@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..heads.accessor import HeadAccessor
-from ..heads.head import AttentionHead
+from ..heads.head import AlignedUnit, parse_units
 from ..heads.ranking import HeadRanking
 from .compute import ImageShape, Operations, image_shape, operations
 from .memory import StepMemory, optimizer_bytes, pageable_bytes
@@ -91,27 +91,28 @@ def usable_bytes(gpu_gib: float) -> float:
     return (gpu_gib * (1 - FRAGMENTATION) - CUDA_GIB) * GIB
 
 
-def aligned_heads(settings: RunSettings, accessor: HeadAccessor) -> list[AttentionHead] | None:
-    """The heads to align, if the settings say which.
+def aligned_heads(settings: RunSettings, accessor: HeadAccessor) -> list[AlignedUnit] | None:
+    """The heads or layers to align, if the settings say which.
 
     Raises:
-        `ValueError`: If the model has no such head, or the ranking is another model's.
+        `ValueError`: If the model has no such head or layer, or the ranking is another model's.
     """
-    heads: Sequence[AttentionHead]
+    granularity = settings.alignment_granularity
+    units = accessor.units(granularity)
     if settings.aligned_heads:
-        heads = [AttentionHead.parse(head) for head in settings.aligned_heads]
+        heads = parse_units(settings.aligned_heads, granularity)
     elif settings.head_ranking_path:
         ranking = HeadRanking.load(os.fspath(settings.head_ranking_path))
-        heads = ranking.select(settings.head_selection, settings.num_aligned_heads)
+        heads = ranking.select(settings.head_selection, settings.num_aligned_heads, granularity=granularity)
     else:
         return None
-    missing = sorted(set(heads) - set(accessor.heads()))
+    missing = sorted(set(heads) - set(units))
     if missing:
         raise ValueError(
-            f"Attention head {missing[0]} does not exist in this model, which has heads in layers "
-            f"{accessor.layers_with_heads[0]} to {accessor.layers_with_heads[-1]}."
+            f"{missing[0].kind.capitalize()} {missing[0]} does not exist in this model, which has {granularity}s in "
+            f"layers {units[0].layer} to {units[-1].layer}."
         )
-    return list(heads)
+    return heads
 
 
 def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
@@ -166,7 +167,7 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
         fixed,
         vision_trained=trained["vision"],
         stream_size=getattr(torch, settings.dtype).itemsize,
-        read=_read_width(parts.accessor, heads, settings.num_heads),
+        read=_read_width(parts, settings, heads),
     )
     batch = settings.per_device_train_batch_size
     return RunPlan(
@@ -198,10 +199,16 @@ def _trained_parts(parts: ModelParts) -> dict[str, bool]:
     return {"vision": trains(tower), "projector": between, "language": trains(parts.accessor.layers)}
 
 
-def _read_width(accessor: HeadAccessor, heads: Sequence[AttentionHead] | None, count: int) -> int:
-    """Largest width of the slices that are read from one layer; if the heads are not known, all from one."""
+def _read_width(parts: ModelParts, settings: RunSettings, heads: Sequence[AlignedUnit] | None) -> int:
+    """Largest width of what is read from one layer: slices of heads, if these are not known all from one, or the
+    residual stream."""
+    accessor = parts.accessor
+    if settings.alignment_granularity == "layer":
+        return parts.d_model
     if heads is None:
-        return max(min(count, accessor.num_heads(i)) * accessor.head_dim(i) for i in accessor.layers_with_heads)
+        return max(
+            min(settings.num_heads, accessor.num_heads(i)) * accessor.head_dim(i) for i in accessor.layers_with_heads
+        )
     layers = [head.layer for head in heads]
     return max(layers.count(layer) * accessor.head_dim(layer) for layer in set(layers))
 
@@ -210,18 +217,21 @@ def _first_pass(
     settings: RunSettings,
     work: Operations,
     accessor: HeadAccessor,
-    heads: Sequence[AttentionHead] | None,
+    heads: Sequence[AlignedUnit] | None,
     trained: dict[str, bool],
 ) -> dict[str, float]:
     """Share that the first pass adds, for the aligned heads or, where they are not known, for two guesses."""
-    there = accessor.layers_with_heads
+    whole = settings.alignment_granularity == "layer"
+    there = list(range(accessor.num_layers)) if whole else accessor.layers_with_heads
     if heads is not None:
-        deepest = {f"deepest head in layer {max(heads).layer}": max(heads).layer}
+        last = max(heads).layer
+        deepest = {f"deepest layer {last}" if whole else f"deepest head in layer {last}": last}
     else:
         third = max((i for i in there if i < accessor.num_layers / 3), default=there[0])
         deepest = {
-            f"heads in the first third (layer {third})": third,
-            f"a head in the last layer ({there[-1]})": there[-1],
+            f"{'layers' if whole else 'heads'} in the first third (layer {third})": third,
+            f"{'' if whole else 'a head in '}the last layer ({there[-1]})": there[-1],
         }
     step = work.step(trained, settings.use_peft, settings.gradient_checkpointing)
-    return {name: work.first_pass(layer) / step if settings.has_first_pass else 0.0 for name, layer in deepest.items()}
+    share = 1 / step if settings.has_first_pass else 0.0
+    return {name: share * work.first_pass(layer, whole) for name, layer in deepest.items()}

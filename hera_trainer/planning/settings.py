@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..heads.head import GRANULARITIES
+
 # Optimizers whose state is known, by their names in `TrainingArguments.optim`.
 OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"),
@@ -30,8 +32,9 @@ class RunSettings:
         contrast_scope (`str`, *optional*, defaults to `"step"`): Which samples are compared.
         queue_size (`int`, *optional*, defaults to `0`): Past samples that join.
         num_neighbors (`int`, *optional*, defaults to `10`): Neighbours k.
-        num_aligned_heads (`int`, *optional*, defaults to `5`): Heads m.
-        aligned_heads (`list[str]`, *optional*): Explicit heads.
+        alignment_granularity (`str`, *optional*, defaults to `"head"`): Whether heads or whole layers are aligned.
+        num_aligned_heads (`int`, *optional*, defaults to `5`): Heads (or layers) m.
+        aligned_heads (`list[str]`, *optional*): Explicit heads or layers.
         head_ranking_path (`str`, *optional*): A ranking of which the worst heads are taken.
         head_selection (`str`, *optional*, defaults to `"worst"`): Which heads of the ranking.
         processes (`int`, *optional*, defaults to `1`): Processes, each with a GPU of its own.
@@ -55,6 +58,7 @@ class RunSettings:
     contrast_scope: str = "step"
     queue_size: int = 0
     num_neighbors: int = 10
+    alignment_granularity: str = "head"
     num_aligned_heads: int = 5
     aligned_heads: list[str] | None = None
     head_ranking_path: str | None = None
@@ -78,6 +82,8 @@ class RunSettings:
             raise ValueError("4-bit weights cannot be trained themselves. Use LoRA, or leave out `load_in_4bit`.")
         if self.contrast_scope not in ("step", "micro_batch"):
             raise ValueError(f"`contrast_scope` must be 'step' or 'micro_batch', got {self.contrast_scope!r}.")
+        if self.alignment_granularity not in GRANULARITIES:
+            raise ValueError(f"`alignment_granularity` must be 'head' or 'layer', got {self.alignment_granularity!r}.")
         if self.optim not in OPTIMIZERS:
             raise ValueError(
                 f"The state of optimizer {self.optim!r} is not known here. Plan with one of: {', '.join(OPTIMIZERS)}."
@@ -91,7 +97,7 @@ class RunSettings:
 
     @property
     def num_heads(self) -> int:
-        """Number of aligned heads."""
+        """Number of aligned heads or layers."""
         return len(self.aligned_heads) if self.aligned_heads else self.num_aligned_heads
 
     @property

@@ -17,11 +17,13 @@ from ..common.randomness import same_randomness
 from ..data.checks import check_dataset, with_teacher_features
 from ..data.collator import TeacherCollator
 from ..data.rows import collatable
-from ..heads.head import AttentionHead
+from ..evaluation.image_gain import ImageGain, image_shape, measure_image_gain, other_rows
+from ..heads.head import AlignedUnit, granularity_of, parse_unit
 from ..heads.heat_map import pixels, plot_head_scores
 from ..heads.modes import evaluating
 from ..heads.ranking import HeadRanking, rank_heads
 from ..heads.registry import get_head_accessor
+from ..heads.samples import draw_samples
 from ..teacher.column import TEACHER_COLUMN
 from ..teacher.encoder import VisionTeacher
 from .plots import monitor_group
@@ -33,11 +35,18 @@ class AlignmentMonitorCallback(TrainerCallback):
     samples: the mutual k-NN score (MKNN, eq. 3 of the [HeRA paper](https://huggingface.co/papers/2606.23885)) of every
     head, before the first step, every so many steps, and after the last.
 
-    The means over three groups of heads are logged through the trainer, so that they reach all that `report_to` names:
-    `alignment_mknn/aligned`, `alignment_mknn/top` (as many heads, the best of the ranking that the aligned ones were
-    chosen from) and `alignment_mknn/all`; with the image in context, the group is `alignment_mknn_image`. TensorBoard,
-    Trackio and Weights & Biases also get a heat map of all heads and of their change, if matplotlib is installed. Every
-    measurement is kept in the folder `alignment_monitor` of the run, as a [`HeadRanking`].
+    The means over three groups of heads, or of layers if these are aligned, are logged through the trainer, so that
+    they reach all that `report_to` names: `alignment_mknn/aligned`, `alignment_mknn/top` (as many heads, the best of
+    the ranking that the aligned ones were chosen from) and `alignment_mknn/all`; with the image in context, the group
+    is `alignment_mknn_image`. What a head that has nothing to do with the teacher reaches in one of twenty cases is
+    logged once, as `alignment_mknn/null_p95`. TensorBoard, Trackio and Weights & Biases also get a heat map of all
+    heads and of their change, if matplotlib is installed.
+
+    Beside them, `image_gain` says whether the model looks at its images: by how much its language-model loss on the
+    samples rises, in nats a labelled token, when each of them gets the images of another one.
+
+    Every measurement is kept in the folder `alignment_monitor` of the run, as a [`HeadRanking`] and an
+    [`~evaluation.image_gain.ImageGain`].
 
     Training is the same with and without it, bit for bit: random states, modes and gradients are left as they were.
     `HeRAConfig(monitor_steps=...)` adds one that measures on `eval_dataset`.
@@ -54,16 +63,17 @@ class AlignmentMonitorCallback(TrainerCallback):
             Number of optimizer steps between two measurements.
         contexts (sequence of `str`, *optional*):
             `"text"`: answers and captions go through the language model alone, as heads are ranked. `"image"`: the
-            whole model runs, with the image in context, and the positions with labels are pooled, as in training. By
-            default both, or the second alone if the text decoder can't run on text alone.
+            whole model runs, with the image in context, and the positions with labels are pooled, as in training;
+            `image_gain` is measured beside it. By default both, or the second alone if the text decoder can't run on
+            text alone.
         num_samples (`int`, *optional*, defaults to `500`):
             Number of samples with distinct images, the same in every measurement; all there are if there are fewer.
         k (`int`, *optional*):
-            Number of neighbours, `num_neighbors` of the trainer by default. Unrelated spaces score about
-            `k / (num_samples - 1)`.
-        heads (sequence of [`AttentionHead`] or `str`, *optional*):
-            The heads of the group `aligned`, those that the trainer aligns by default. To be named in a control run
-            with `alignment_weight=0`, unless its `aligned_heads` names them.
+            Number of neighbours, `num_neighbors` of the trainer by default. Unrelated spaces score
+            `k / (num_samples - 1)` on average. Runs with another k or `num_samples` cannot be compared.
+        heads (sequence of [`AttentionHead`], [`DecoderLayer`] or `str`, *optional*):
+            The heads or layers of the group `aligned`, those that the trainer aligns by default. To be named in a
+            control run with `alignment_weight=0`, unless its `aligned_heads` names them.
 
     Raises:
         `ValueError`: If a value is out of range. Data that cannot be used are refused before training starts.
@@ -85,7 +95,7 @@ class AlignmentMonitorCallback(TrainerCallback):
         contexts: Sequence[str] | None = None,
         num_samples: int = 500,
         k: int | None = None,
-        heads: Sequence[AttentionHead | str] | None = None,
+        heads: Sequence[AlignedUnit | str] | None = None,
     ) -> None:
         unknown = set(contexts or ()) - set(CONTEXTS)
         if unknown or (contexts is not None and not contexts) or isinstance(contexts, str):
@@ -103,6 +113,7 @@ class AlignmentMonitorCallback(TrainerCallback):
         self.heads = heads
         self._trainer: Any = None
         self._rows: Dataset | None = None
+        self._others: dict[int, int | None] = {}
         self._first: dict[str, HeadRanking] = {}
         self._last_step = -1
 
@@ -149,9 +160,13 @@ class AlignmentMonitorCallback(TrainerCallback):
                 f"The text decoder of this model needs {accessor.needs}, so its heads cannot be measured on text "
                 'alone. Set `contexts=["image"]`.'
             )
-        missing = set(self._named_heads(trainer)) - set(accessor.heads())
+        named = self._named_heads(trainer)
+        missing = [unit for unit in named if unit not in accessor.units(granularity_of(named))]
         if missing:
-            raise ValueError(f"This model has no attention head {min(missing)}. Correct `heads` or `aligned_heads`.")
+            raise ValueError(
+                f"This model has no {missing[0].kind} {missing[0]}. Correct `heads` or `aligned_heads`, which name "
+                "heads or layers."
+            )
 
     def prepare(self, trainer: Any) -> None:
         """Attaches the teacher's vectors to the held-out rows. Called by the trainer in all processes, before training.
@@ -174,6 +189,28 @@ class AlignmentMonitorCallback(TrainerCallback):
             rows = with_teacher_features(rows, "the monitor's data set", self.teacher, batch_size)
         trainer.teacher_vectors.columns.required(rows.column_names)
         self._rows = rows
+        self._others = self._other_rows() if "image" in self.contexts else {}
+
+    def _other_rows(self) -> dict[int, int | None]:
+        """For each of the samples that are measured, whose images it gets."""
+        trainer = self._trainer
+        processor = self.processing_class or trainer.processing_class
+        indices = draw_samples(
+            self._rows,
+            getattr(processor, "tokenizer", processor),
+            self._neighbors(trainer),
+            self.num_samples,
+            trainer.args.seed,
+            self._text_column,
+        ).indices
+        shapes = [image_shape(self._read_row(i)) for i in indices]
+        others = other_rows(shapes, indices, trainer.args.seed)  # the images of all samples are distinct
+        if not any(other is not None for other in others):
+            warnings.warn(
+                "`image_gain` is not measured: among the held-out rows, no two have equally many images.", stacklevel=2
+            )
+            return {}
+        return {i: None if other is None else indices[other] for i, other in zip(indices, others, strict=True)}
 
     def _neighbors(self, trainer: Any) -> int:
         return trainer.args.num_neighbors if self.k is None else self.k
@@ -187,12 +224,12 @@ class AlignmentMonitorCallback(TrainerCallback):
             raise ValueError("`AlignmentMonitorCallback` works with `HeRATrainer`; other trainers do not prepare it.")
         self._first, self._last_step = {}, -1
         earlier: dict[str, Path] = {}
-        for _, context, path in measurements(str(args.output_dir)):
-            earlier.setdefault(context, path)
+        for _, kind, path in measurements(str(args.output_dir)):
+            earlier.setdefault(kind, path)
         # All processes must measure alike, also those that do not see the main one's files.
         going_on = Team(distributed=True).any(state.is_world_process_zero and set(self.contexts or ()) <= set(earlier))
         if state.global_step > 0 and going_on:  # resumed: what was measured before the first step stays
-            self._first = {context: HeadRanking.load(path) for context, path in earlier.items()}
+            self._first = {context: HeadRanking.load(path) for context, path in earlier.items() if context in CONTEXTS}
             self._last_step = state.global_step
         else:
             self._measure(args, state, control)
@@ -220,11 +257,18 @@ class AlignmentMonitorCallback(TrainerCallback):
                 for name, heads in self._groups(context).items():
                     score = sum(map(ranking.score, heads)) / len(heads)
                     values[f"{monitor_group(context)}/{name}"] = score
+                if self._last_step < 0 and ranking.null_p95 is not None:  # it hardly changes: once
+                    values[f"{monitor_group(context)}/null_p95"] = ranking.null_p95
+            gain = self._image_gain()
+            if gain is not None:
+                values["image_gain"] = gain.gain
             # In eval mode still: in training mode, `log` would take out what the trainer has summed up for its own.
             trainer.log(values)
         control.should_log = should_log  # logging answers the request, which is meant for the losses
         self._last_step = state.global_step
         if state.is_world_process_zero:
+            if gain is not None:
+                gain.save(measurement_path(str(args.output_dir), state.global_step, "gain"))
             for context, ranking in rankings.items():
                 public_ranking(ranking).save(measurement_path(str(args.output_dir), state.global_step, context))
                 self._show(state, context, ranking)
@@ -241,20 +285,52 @@ class AlignmentMonitorCallback(TrainerCallback):
                 num_samples=self.num_samples,
                 batch_size=trainer.args.per_device_eval_batch_size,
                 seed=trainer.args.seed,
-                normalize=trainer.args.normalize,
+                normalize=trainer.args.metric_similarity != "dot",
+                center=trainer.args.metric_similarity == "centered_cosine",
                 data_collator=None if context == "text" else self._collate,
                 teacher_name=self._teacher_name(),
                 progress=False,
                 distributed=True,
-                text_column=trainer.teacher_vectors.columns.ranked(self._rows.column_names),
+                text_column=self._text_column,
+                clip_quantile=trainer.args.ranking_clip_quantile,
             )
+
+    def _image_gain(self) -> ImageGain | None:
+        if not self._others:
+            return None
+        trainer = self._trainer
+        with trainer.accelerator.autocast():
+            return measure_image_gain(
+                trainer.model,
+                self._read_row,
+                self._inner_collator,
+                self._others,
+                trainer.args.per_device_eval_batch_size,
+                distributed=True,
+            )
+
+    @property
+    def _text_column(self) -> str | None:
+        assert self._rows is not None
+        return self._trainer.teacher_vectors.columns.ranked(self._rows.column_names)
+
+    @property
+    def _inner_collator(self) -> Callable:
+        collator = self._trainer.data_collator
+        return collator.inner if isinstance(collator, TeacherCollator) else collator
+
+    def _read_row(self, index: int) -> dict[str, Any]:
+        assert self._rows is not None
+        return self._collatable(self._rows[index])
+
+    def _collatable(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row as the collator gets it in training."""
+        own = {name: value for name, value in row.items() if name != TEACHER_COLUMN}
+        return collatable(own, self._inner_collator, self._trainer.teacher_vectors.columns)
 
     def _collate(self, rows: list[dict[str, Any]]) -> Any:
         """A batch as in training, but for the teacher's vectors."""
-        collator: Callable = self._trainer.data_collator
-        inner = collator.inner if isinstance(collator, TeacherCollator) else collator
-        own = [{name: value for name, value in row.items() if name != TEACHER_COLUMN} for row in rows]
-        return inner([collatable(row, inner, self._trainer.teacher_vectors.columns) for row in own])
+        return self._inner_collator([self._collatable(row) for row in rows])
 
     def _teacher_name(self) -> str:
         if self.teacher is None:
@@ -262,21 +338,23 @@ class AlignmentMonitorCallback(TrainerCallback):
             return "" if own else self._trainer.teacher_name
         return self.teacher.name if isinstance(self.teacher, VisionTeacher) else self.teacher
 
-    def _named_heads(self, trainer: Any) -> list[AttentionHead]:
-        return [AttentionHead.parse(str(head)) for head in self.heads or trainer.args.aligned_heads or ()]
+    def _named_heads(self, trainer: Any) -> list[AlignedUnit]:
+        return [parse_unit(head) for head in self.heads or trainer.args.aligned_heads or ()]
 
-    def _aligned(self) -> list[AttentionHead]:
-        """The heads of the group of that name: named ones, or those that the trainer chose."""
+    def _aligned(self) -> list[AlignedUnit]:
+        """The heads or layers of the group of that name: named ones, or those that the trainer chose."""
         return self._named_heads(self._trainer) or self._trainer.aligned_heads or []
 
-    def _groups(self, context: str) -> dict[str, list[AttentionHead]]:
-        """The heads whose mean scores are logged."""
+    def _groups(self, context: str) -> dict[str, list[AlignedUnit]]:
+        """The heads or layers whose mean scores are logged."""
         aligned = self._aligned()
+        granularity = granularity_of(aligned) if aligned else self._trainer.args.alignment_granularity
         first = self._first[context]
         # Chosen on other data than measured on, where that can be: the best of one sample are worse on another.
         before = self._trainer.head_ranking or first
-        count = min(len(aligned) or self._trainer.args.num_aligned_heads, len(first.heads()))
-        groups = {"aligned": aligned, "top": before.select("top", count), "all": first.heads()}
+        every = first.units(granularity)
+        count = min(len(aligned) or self._trainer.args.num_aligned_heads, len(every))
+        groups = {"aligned": aligned, "top": before.select("top", count, granularity=granularity), "all": every}
         return {name: heads for name, heads in groups.items() if heads}
 
     def _show(self, state: TrainerState, context: str, ranking: HeadRanking) -> None:
@@ -286,8 +364,11 @@ class AlignmentMonitorCallback(TrainerCallback):
             return
         step = state.global_step
         panels = {"first": self._first[context], f"step {step}": ranking}
+        compared = self._first[context].scale == ranking.scale  # unless a resumed run measures otherwise
+        if not compared:
+            del panels["first"]
         try:
-            figure = plot_head_scores(panels, heads=self._aligned(), title=f"Alignment ({context})", difference=True)
+            figure = plot_head_scores(panels, None, self._aligned(), f"Alignment ({context})", difference=compared)
         except ImportError as error:
             warnings.warn(f"Trackers get no heat map of the attention heads. {error}", stacklevel=2)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..heads.heat_map import new_figure, saved
 from .record import CONTEXTS, RunRecord, read_run
@@ -11,6 +11,8 @@ from .record import CONTEXTS, RunRecord, read_run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from ..heads.ranking import HeadRanking
 
 # Of Okabe and Ito: told apart by people with any colour vision, and with different lightness in grey.
 _COLORS = {"aligned": "#D55E00", "top": "#0072B2", "all": "#666666"}
@@ -21,8 +23,9 @@ _STYLES = {"aligned": "o-", "top": "s--", "all": "^:"}
 def plot_run(
     run: RunRecord | str | os.PathLike, path: str | os.PathLike | None = None, title: str | None = None
 ) -> Figure:
-    """Draws the curves of a run over its steps: language-model loss, alignment loss, temperature, and what
-    [`AlignmentMonitorCallback`] measured, with the level of chance. What was not logged is left out.
+    """Draws the curves of a run over its steps: losses, pull, spread and temperature, image gain, and what
+    [`AlignmentMonitorCallback`] measured, with what unrelated spaces score: a line at `k / (N - 1)`, and a band up to
+    the 95th percentile. What was not logged is left out.
 
     Args:
         run ([`~runs.record.RunRecord`] or path): A run, or its `output_dir`.
@@ -39,7 +42,9 @@ def plot_run(
     if not isinstance(run, RunRecord):
         run = read_run(run)
     lm_loss = "lm_loss" if run.curve("lm_loss")[0] else "loss"
-    single = {"language-model loss": lm_loss, "alignment loss": "alignment_loss", "temperature": "temperature"}
+    single = {"language-model loss": lm_loss, "alignment loss": "alignment_loss", "pull": "alignment_pull"}
+    single |= {"spread": "alignment_spread", "temperature": "temperature"}
+    single["image gain, nats a token"] = "image_gain"
     panels = {name: key for name, key in single.items() if run.curve(key)[0]}
     contexts = [context for context in CONTEXTS if run.curve(f"{monitor_group(context)}/all")[0]]
     count = len(panels) + len(contexts)
@@ -74,11 +79,25 @@ def _draw_monitor(axis: Axes, run: RunRecord, context: str) -> None:
         steps, values = run.curve(f"{monitor_group(context)}/{name}")
         if steps:
             axis.plot(steps, values, style, color=_COLORS[name], label=f"{name} heads", lw=1.5, ms=4)
-    rankings = list(run.monitored.get(context, {}).values())
-    if rankings:
-        chance = rankings[0].k / (rankings[0].num_samples - 1)
-        axis.axhline(chance, color="black", lw=0.8, ls=(0, (1, 2)), label="chance")
+    measured = run.monitored.get(context, {})
+    if measured:
+        _draw_null(axis, measured)
     _finish_curve(axis, f"mutual k-NN, {CONTEXTS[context]}")
+
+
+def _draw_null(axis: Axes, measured: dict[int, HeadRanking]) -> None:
+    """What unrelated spaces score: one level, or one from each measurement to the next where k or N changed."""
+    steps, rankings = list(measured), list(measured.values())
+    chances = [ranking.chance for ranking in rankings]
+    highs = [ranking.null_p95 or ranking.chance for ranking in rankings]
+    line: dict[str, Any] = {"color": "black", "lw": 0.8, "ls": (0, (1, 2))}
+    band: dict[str, Any] = {"color": "black", "alpha": 0.1, "lw": 0}
+    if len({ranking.scale for ranking in rankings}) == 1:
+        axis.axhline(chances[0], label="chance", **line)
+        axis.axhspan(chances[0], max(highs), label="95 % of chance", **band)
+    else:
+        axis.plot(steps, chances, drawstyle="steps-post", label="chance (k or N changed: do not compare)", **line)
+        axis.fill_between(steps, chances, highs, step="post", label="95 % of chance", **band)
 
 
 def _finish_curve(axis: Axes, name: str) -> None:

@@ -15,13 +15,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..common.redaction import public_name
-from ..heads.head import AttentionHead
+from ..evaluation.image_gain import ImageGain
+from ..heads.head import AlignedUnit, parse_unit
 from ..heads.ranking import HeadRanking
 from .written_files import MONITOR_FOLDER, RANKING_FILE, RUN_FILE
 
 CONTEXTS = {"text": "text only", "image": "image in context"}  # and how they are called
 
-_MEASUREMENT = re.compile(r"step-(\d+)-(text|image)\.json")
+_MEASUREMENT = re.compile(r"step-(\d+)-(text|image|gain)\.json")
 
 
 @dataclass
@@ -38,6 +39,8 @@ class RunRecord:
         head_ranking ([`HeadRanking`] or `None`): The ranking that the aligned heads were chosen from.
         monitored (`dict[str, dict[int, HeadRanking]]`):
             What [`AlignmentMonitorCallback`] measured: context (`"text"` or `"image"`), then step, ascending.
+        image_gains (`dict[int, ImageGain]`):
+            Step, ascending, and by how much the held-out loss rose there when the images were permuted.
     """
 
     path: Path
@@ -45,11 +48,12 @@ class RunRecord:
     log_history: list[dict[str, Any]]
     head_ranking: HeadRanking | None = None
     monitored: dict[str, dict[int, HeadRanking]] = field(default_factory=dict)
+    image_gains: dict[int, ImageGain] = field(default_factory=dict)
 
     @property
-    def aligned_heads(self) -> list[AttentionHead]:
-        """The heads that were aligned, in the order of the run; empty if it is not known."""
-        return [AttentionHead.parse(head) for head in self.record.get("aligned_heads") or ()]
+    def aligned_heads(self) -> list[AlignedUnit]:
+        """The heads or layers that were aligned, in the order of the run; empty if it is not known."""
+        return [parse_unit(name) for name in self.record.get("aligned_heads") or ()]
 
     def before_after(self, context: str) -> tuple[HeadRanking, HeadRanking] | None:
         """The first and the last measurement in a context.
@@ -58,10 +62,13 @@ class RunRecord:
             context (`str`): `"text"` or `"image"`.
 
         Returns:
-            `tuple` of two [`HeadRanking`], or `None` if fewer than two steps were measured in this context.
+            `tuple` of two [`HeadRanking`], or `None` if fewer than two steps were measured in this context, or the two
+            with another k, N or `clip_quantile`, so that their scores cannot be compared.
         """
         steps = self.monitored.get(context, {})
-        return (steps[min(steps)], steps[max(steps)]) if len(steps) > 1 else None
+        if len(steps) < 2 or steps[min(steps)].scale != steps[max(steps)].scale:
+            return None
+        return steps[min(steps)], steps[max(steps)]
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """The steps at which a value was logged, and the values.
@@ -95,7 +102,8 @@ def read_run(run_dir: str | os.PathLike) -> RunRecord:
         record=_read_json(run_file) if run_file.is_file() else {},
         log_history=[] if state is None else state.get("log_history") or [],
         head_ranking=HeadRanking.load(ranking) if ranking.is_file() else None,
-        monitored=_measurements(folder),
+        monitored=read_rankings(folder),
+        image_gains=read_image_gains(folder),
     )
     if state is None and not run.record and run.head_ranking is None and not run.monitored:
         raise ValueError(
@@ -105,24 +113,31 @@ def read_run(run_dir: str | os.PathLike) -> RunRecord:
     return run
 
 
-def measurement_path(folder: str | os.PathLike, step: int, context: str) -> Path:
-    """Where the measurement of a step is kept in a run's `output_dir`."""
-    return Path(folder, MONITOR_FOLDER, f"step-{step:08d}-{context}.json")
+def measurement_path(folder: str | os.PathLike, step: int, kind: str) -> Path:
+    """Where a measurement of a step is kept in a run's `output_dir`: the ranking of a context, or `"gain"`."""
+    return Path(folder, MONITOR_FOLDER, f"step-{step:08d}-{kind}.json")
 
 
 def measurements(folder: str | os.PathLike) -> Iterator[tuple[int, str, Path]]:
-    """Step, context and file of each measurement in a run's `output_dir`, by step."""
+    """Step, kind (see [`measurement_path`]) and file of each measurement in a run's `output_dir`, by step."""
     for path in sorted(Path(folder, MONITOR_FOLDER).glob("step-*.json")):
         name = _MEASUREMENT.fullmatch(path.name)
         if name is not None:
             yield int(name[1]), name[2], path
 
 
-def _measurements(folder: Path) -> dict[str, dict[int, HeadRanking]]:
-    found: dict[str, dict[int, HeadRanking]] = {}
-    for step, context, path in measurements(folder):
-        found.setdefault(context, {})[step] = HeadRanking.load(path)
-    return found
+def read_rankings(folder: str | os.PathLike) -> dict[str, dict[int, HeadRanking]]:
+    """The `monitored` of [`RunRecord`] in a run's `output_dir`."""
+    found: dict[str, dict[int, HeadRanking]] = {context: {} for context in CONTEXTS}
+    for step, kind, path in measurements(folder):
+        if kind in CONTEXTS:
+            found[kind][step] = HeadRanking.load(path)
+    return {context: steps for context, steps in found.items() if steps}
+
+
+def read_image_gains(folder: str | os.PathLike) -> dict[int, ImageGain]:
+    """The `image_gains` of [`RunRecord`] in a run's `output_dir`."""
+    return {step: ImageGain.load(path) for step, kind, path in measurements(folder) if kind == "gain"}
 
 
 def _longest_state(folder: Path) -> dict[str, Any] | None:
@@ -179,4 +194,9 @@ def forget_measurements(folder: str | os.PathLike, after: int) -> None:
 
 def public_ranking(ranking: HeadRanking) -> HeadRanking:
     """A ranking as others may read it: of folders of this computer, it names the last part only."""
-    return replace(ranking, model=public_name(ranking.model), teacher=public_name(ranking.teacher))
+    return replace(
+        ranking,
+        model=public_name(ranking.model),
+        teacher=public_name(ranking.teacher),
+        ceiling_model=public_name(ranking.ceiling_model),
+    )

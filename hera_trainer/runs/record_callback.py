@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .. import __version__
 from ..common.files import write_atomically
 from ..common.redaction import public_name, public_settings
-from ..heads.head import AttentionHead
+from ..heads.head import AlignedUnit
 from ..heads.registry import unwrap_model
 from .record import _read_if_whole, defaults_of
 from .written_files import RUN_FILE, written_by
@@ -53,7 +53,7 @@ class RunRecordCallback(TrainerCallback):
     def begin(
         self,
         dataset: Any,
-        aligned_heads: Sequence[AttentionHead] = (),
+        aligned_heads: Sequence[AlignedUnit] = (),
         teacher: str | None = None,
         resumed_from: str | None = None,
     ) -> None:
@@ -61,7 +61,8 @@ class RunRecordCallback(TrainerCallback):
 
         Args:
             dataset: The training data.
-            aligned_heads (sequence of [`AttentionHead`], *optional*): The heads that are aligned.
+            aligned_heads (sequence of [`AttentionHead`] or of [`DecoderLayer`], *optional*):
+                The heads or layers that are aligned.
             teacher (`str`, *optional*): Name of the teacher.
             resumed_from (`str`, *optional*): Checkpoint from which training goes on.
         """
@@ -144,7 +145,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def describe_run(
-    args: TrainingArguments, model: nn.Module, dataset: Any, aligned_heads: Sequence[AttentionHead]
+    args: TrainingArguments, model: nn.Module, dataset: Any, aligned_heads: Sequence[AlignedUnit]
 ) -> dict[str, Any]:
     """What is known of a run before its first step, as JSON can hold it. Tokens and the folders of this computer are
     left out (see [`~common.redaction.public_settings`]).
@@ -153,7 +154,7 @@ def describe_run(
         args ([`~transformers.TrainingArguments`]): The settings.
         model (`nn.Module`): The model, an adapter on it or not.
         dataset: The training data.
-        aligned_heads (sequence of [`AttentionHead`]): The heads that are aligned.
+        aligned_heads (sequence of [`AttentionHead`] or of [`DecoderLayer`]): The heads or layers that are aligned.
     """
     return {
         "model": public_name(unwrap_model(model).config.name_or_path),

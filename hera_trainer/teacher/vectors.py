@@ -121,10 +121,17 @@ def add_teacher_features(
         if alias and team.index == sharers[0]:
             write_atomically(alias, lambda path: path.write_text(key))
     assert vectors is not None
-    return _attach(dataset, vectors, key)
+    return attach(dataset, vectors, key)
 
 
-def _attach(dataset: datasets.Dataset, vectors: datasets.Dataset, key: str) -> datasets.Dataset:
+def attach(dataset: datasets.Dataset, vectors: datasets.Dataset, key: str) -> datasets.Dataset:
+    """A data set with a column of teacher vectors.
+
+    Args:
+        dataset (`datasets.Dataset`): The rows.
+        vectors (`datasets.Dataset`): The column, laid out like the rows underneath those of `dataset`.
+        key (`str`): What tells these vectors from others.
+    """
     # `concatenate_datasets(axis=1)` first rewrites a data set that has an indices mapping (shuffle, select, split),
     # images and all. The vectors are laid out like the rows underneath it, so both share it and nothing is copied.
     joined = datasets.concatenate_datasets([underlying(dataset), vectors], axis=1)

@@ -11,11 +11,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from hera_trainer.alignment.contrast import Contrast, PoolLoss
+from hera_trainer.alignment.contrast import Contrast, PoolLoss, spread
 from hera_trainer.alignment.eval_pools import EvalPools
 from hera_trainer.alignment.meter import AlignmentMeter
 from hera_trainer.data.collator import TeacherBatch
 from hera_trainer.objectives.contrastive import HeRALoss
+from hera_trainer.objectives.objective import AlignmentObjective
 from hera_trainer.objectives.queue import SampleQueue
 
 
@@ -55,7 +56,7 @@ def test_a_pool_is_compared_with_itself(left_out: tuple[int, ...]) -> None:
     assert torch.equal(pool.value, loss)
     assert torch.equal(pool.heads_grad[:, members], grad)
     assert torch.equal(pool.heads_grad[:, list(left_out)], torch.zeros(2, len(left_out), 6))
-    assert torch.equal(pool.temperature_grad, temperature_grad)
+    assert torch.equal(pool.parameter_grads[0], temperature_grad)
     assert [float(x) for x in (pool.samples, pool.left_out, pool.skipped, pool.not_finite)] == [
         len(members),
         len(left_out),
@@ -77,7 +78,7 @@ def test_gradients_are_computed_where_none_are_recorded() -> None:
 def test_a_pool_is_skipped_below_k_plus_two(missing: Sequence[int], skipped: bool) -> None:
     heads, teacher, mask = batch_of(7, without_image=tuple(missing))
     pool = Contrast(HeRALoss(num_neighbors=3))(heads, teacher.vectors, teacher.valid(mask))
-    zero = [bool((x == 0).all()) for x in (pool.value, pool.heads_grad, pool.temperature_grad, pool.samples)]
+    zero = [bool((x == 0).all()) for x in (pool.value, pool.heads_grad, *pool.parameter_grads, pool.samples)]
     assert zero == [skipped] * 4
     assert (float(pool.skipped), float(pool.left_out), float(pool.not_finite)) == (float(skipped), len(missing), 0.0)
 
@@ -88,7 +89,7 @@ def test_a_pool_that_is_not_finite_is_skipped_and_counted(value: float) -> None:
     heads[1, 2, 0] = value
     queue = SampleQueue(size=20)
     pool = Contrast(HeRALoss(num_neighbors=3), queue=queue)(heads, teacher.vectors, teacher.valid(mask))
-    for x in (pool.value, pool.heads_grad, pool.temperature_grad, pool.samples):
+    for x in (pool.value, pool.heads_grad, *pool.parameter_grads, pool.samples):
         assert (x == 0).all()
     assert (float(pool.skipped), float(pool.not_finite)) == (1.0, 1.0)
     assert len(queue) == 7
@@ -99,7 +100,7 @@ def test_a_temperature_that_is_not_learned() -> None:
     heads, teacher, mask = batch_of(8)
     learned, fixed = HeRALoss(num_neighbors=3), HeRALoss(num_neighbors=3, learn_temperature=False)
     pool = Contrast(fixed)(heads, teacher.vectors, teacher.valid(mask))
-    assert pool.temperature_grad == 0
+    assert pool.parameter_grads == []
     assert torch.equal(pool.heads_grad, gradients(learned, heads, teacher.vectors)[1])
 
 
@@ -112,7 +113,7 @@ def test_carriers_of_micro_batches_add_up_to_the_pool(cuts: tuple[int, ...]) -> 
     total, start, found = 0.0, 0, []
     for size in cuts:
         leaf = (heads[:, start : start + size] + 1.0).requires_grad_()  # their values do not count
-        carrier = pool.carrier(leaf, criterion.log_temperature, start, share=1 / len(cuts))
+        carrier = pool.carrier(leaf, [criterion.log_temperature], start, share=1 / len(cuts))
         assert carrier.item() == pytest.approx(loss.item() / len(cuts), rel=1e-6)
         (3.0 * carrier).backward()  # whatever scales the loss scales both gradients
         total, start = total + carrier.item(), start + size
@@ -186,7 +187,9 @@ def test_pools_keep_no_graph_and_no_values_of_old_pools() -> None:
 
 def pool_of(value: float, samples: int, left_out: int, skipped: bool = False, not_finite: bool = False) -> PoolLoss:
     numbers = [torch.tensor(float(x)) for x in (samples, left_out, skipped, not_finite)]
-    return PoolLoss(torch.tensor(value), torch.zeros(2, 3, 4), torch.zeros(()), *numbers)
+    spread = torch.tensor([0.25, 0.75]) * (not skipped)
+    parts = {name: torch.tensor(share * value) for name, share in (("near", 0.25), ("far", 0.75))}
+    return PoolLoss(torch.tensor(value), torch.zeros(2, 3, 4), [], *numbers, spread, parts)
 
 
 def fill(meter: AlignmentMeter) -> None:
@@ -202,6 +205,9 @@ def fill(meter: AlignmentMeter) -> None:
 EXPECTED = {
     "lm_loss": (1.5 + 0.5 + 1.0 + 2.0) / 2,  # per optimizer step
     "alignment_loss": (2.0 + 3.0) / 2,  # per pool that gave a loss
+    "alignment_loss/near": 0.25 * (2.0 + 3.0) / 2,
+    "alignment_loss/far": 0.75 * (2.0 + 3.0) / 2,
+    "alignment_spread": 0.5,
     "alignment_pool": (8 + 6) / 4,  # a skipped pool took part with no sample
     "alignment_skipped": 2.0,
     "alignment_left_out": 2 + 6 + 1,
@@ -288,3 +294,58 @@ def test_low_precision_losses_are_summed_in_float32() -> None:
         meter.add_pool(pool_of(1.0, samples=4, left_out=0))
     metrics = meter.drain(meter.as_tensor(CPU))
     assert (metrics["lm_loss"], metrics["alignment_loss"], metrics["alignment_pool"]) == (1.0, 1.0, 4.0)
+
+
+# --- What a pool says of its heads, and terms by name ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left_out", [(), (1, 4, 6), tuple(range(1, 9)), tuple(range(9))])
+def test_spread_is_one_minus_the_mean_cosine_of_pairs(left_out: tuple[int, ...]) -> None:
+    heads, _, _ = batch_of(9)
+    valid = torch.tensor([i not in left_out for i in range(9)])
+    members = [i for i in range(9) if valid[i]]
+    heads[:, ~valid] = math.nan  # what does not take part does not count
+    found = spread(heads, valid)
+    for head, value in zip(heads, found, strict=True):
+        pairs = [(i, j) for i in members for j in members if i != j]
+        cosines = [torch.cosine_similarity(head[i], head[j], dim=0).item() for i, j in pairs]
+        expected = 1 - sum(cosines) / len(cosines) if cosines else 1.0
+        assert value.item() == pytest.approx(expected, abs=1e-5)
+
+
+class TwoTerms(AlignmentObjective):
+    """An objective of a user: two terms, and parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = torch.nn.Parameter(torch.tensor([2.0, 3.0])), torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, heads, teacher, valid=None, queue=None):
+        heads, teacher = heads[:, valid], teacher[valid]
+        return {
+            "square": (self.scale[:, None, None] * heads).square().mean(),
+            "teacher": (heads.mean(-1) + self.shift - teacher.mean(-1)).abs().mean(),
+        }
+
+
+def test_terms_and_parameters_of_an_objective() -> None:
+    heads, teacher, mask = batch_of(8, without_image=(2,))
+    criterion, valid = TwoTerms(), teacher.valid(mask)
+    contrast = Contrast(criterion)
+    pool = contrast(heads, teacher.vectors, valid)
+    leaf = heads.clone().requires_grad_()
+    terms = criterion(leaf, teacher.vectors, valid)
+    loss = terms["square"] + terms["teacher"]
+    grad, *parameter_grads = torch.autograd.grad(loss, [leaf, criterion.scale, criterion.shift])
+    assert pool.value.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert pool.parts.keys() == terms.keys()
+    assert all(pool.parts[name].item() == term.item() for name, term in terms.items())
+    torch.testing.assert_close(pool.heads_grad, grad)
+    torch.testing.assert_close(pool.parameter_grads, parameter_grads)
+    # Over micro-batches, whatever scales the loss.
+    for start, size in ((0, 3), (3, 5)):
+        leaf = heads[:, start : start + size].clone().requires_grad_()
+        (2.0 * pool.carrier(leaf, contrast.parameters, start, share=0.5)).backward()
+    torch.testing.assert_close([criterion.scale.grad, criterion.shift.grad], [2.0 * grad for grad in parameter_grads])
+    contrast.reset()
+    assert criterion.scale.grad is None and criterion.shift.grad is None

@@ -16,6 +16,7 @@ from tiny_teachers import encoded
 
 from hera_trainer.cli import main
 from hera_trainer.evaluation.generation import answer
+from hera_trainer.evaluation.other_images import BlankQuestions, PermutedQuestions
 from hera_trainer.evaluation.questions import Questions
 
 LENGTH = 6
@@ -171,6 +172,64 @@ def test_autocast(folder, tmp_path):
     assert evaluate(folder, "base", tmp_path, *options) == 1
 
 
+def test_other_images(folder, tmp_path, capsys):
+    """Answers with the images of others and with grey ones, each kept beside the right ones, and what the right ones
+    gain by every score."""
+    right = answers_to(Questions(image_dataset(5)))
+    others = {
+        "permuted": answers_to(PermutedQuestions(Questions(image_dataset(5)))),
+        "blank": answers_to(BlankQuestions(Questions(image_dataset(5)))),
+    }
+    assert right != others["permuted"] and right != others["blank"]
+    # What the model says to its images is right, so that every answer that they change costs.
+    lines = lines_of(folder / "questions.jsonl")
+    path = folder / "right.jsonl"
+    path.write_text(
+        "".join(json.dumps({**line, "answer": said}) + "\n" for line, said in zip(lines, right, strict=True))
+    )
+    arguments = ("--dataset", str(path), "--metric", "exact_match", "vqa_accuracy")
+    assert evaluate(folder, "base", tmp_path, *arguments) == 0
+    assert "gain" not in capsys.readouterr().out
+    first = (tmp_path / "predictions.jsonl").read_bytes()
+    assert evaluate(folder, "base", tmp_path, *arguments, "--images", "right", "permuted", "blank") == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "predictions.jsonl").read_bytes() == first  # not asked again
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["metrics"] == {"exact_match": {"exact_match": 1.0}, "vqa_accuracy": {"vqa_accuracy": 1.0}}
+    (row,) = [line.split() for line in printed.splitlines() if line.startswith("exact_match")]
+    (head,) = [line.split() for line in printed.splitlines() if line.startswith("metric")]
+    assert head == ["metric", "score", "right", "permuted", "gain", "blank", "gain"]
+    for place, (name, answers) in enumerate(others.items()):
+        assert [line["prediction"] for line in lines_of(tmp_path / name / "predictions.jsonl")] == answers
+        share = sum(map(str.__eq__, answers, right)) / 5
+        scores = results["other_images"][name]
+        assert scores["metrics"]["exact_match"]["exact_match"] == share < 1
+        assert scores["image_gain"]["exact_match"]["exact_match"] == 1 - share
+        assert set(scores["image_gain"]) == set(results["metrics"]) and scores["asked_as_they_are"] == 0
+        assert row[3 + 2 * place : 5 + 2 * place] == [f"{share:.4f}", f"{1 - share:+.4f}"]
+    # Other questions have other images to give, so the rows are not what they were.
+    assert evaluate(folder, "base", tmp_path, *arguments, "--limit", "4", "--images", "permuted") == 1
+    assert "permuted/predictions.jsonl" in capsys.readouterr().err
+
+
+def answers_to(questions):
+    model, processor = build_vlm("llava")
+    return answer(model, processor, [questions.messages(index) for index in range(len(questions))], LENGTH)
+
+
+def test_questions_without_images_are_asked_as_they_are(folder, tmp_path, capsys):
+    lines = lines_of(folder / "questions.jsonl")
+    path = folder / "some.jsonl"
+    path.write_text(
+        "".join(json.dumps({**line, "image": None} if i < 2 else line) + "\n" for i, line in enumerate(lines))
+    )
+    options = ("--dataset", str(path), "--metric", "pope", "--images", "permuted")
+    assert evaluate(folder, "base", tmp_path, *options) == 0
+    assert "2 questions have no permuted images and were asked as they are." in capsys.readouterr().out
+    right, other = (lines_of(tmp_path / part / "predictions.jsonl") for part in ("", "permuted"))
+    assert right[:2] == other[:2] and all(a["digest"] != b["digest"] for a, b in zip(right[2:], other[2:], strict=True))
+
+
 def test_scores_a_file(tmp_path, capsys):
     path = tmp_path / "answers.jsonl"
     lines = [{"prediction": "Yes", "reference": "yes"}, {"prediction": "No", "reference": "yes"}]
@@ -238,7 +297,16 @@ def test_errors_name_the_cure(folder, tmp_path, capsys, arguments, words):
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["model"], ["model", "--metric", "pope"], ["--export", "lmms-eval"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["model"],
+        ["model", "--metric", "pope"],
+        ["--export", "lmms-eval"],
+        ["--predictions", "answers.jsonl", "--metric", "pope", "--images", "permuted"],
+    ],
+)
 def test_what_is_needed(arguments):
     with pytest.raises(SystemExit) as stopped:
         main(["eval", *arguments])

@@ -73,6 +73,22 @@ def test_ranking_is_that_of_rank_heads(parts, capsys):
     assert (parts / "ranking.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_scores_stand_beside_what_to_hold_them_against(parts, tmp_path, capsys):
+    second = save_tiny_dinov2(tmp_path / "second", seed=1)
+    options = ["--ceiling", second, "--clip-quantile", 0.9]
+    ranking = run(parts, parts / "model", parts / "rows", *options)
+    same = expected(parts, clip_quantile=0.9, ceiling=second)
+    assert_same(ranking, same)
+    facts = ("null_mean", "null_p95", "ceiling", "ceiling_model", "clip_quantile")
+    assert [getattr(ranking, name) for name in facts] == [getattr(same, name) for name in facts]
+    assert 0 < ranking.ceiling < 1 and not torch.equal(ranking.scores, expected(parts).scores)
+    out = capsys.readouterr().out
+    mean = ranking.scores.nanmean()
+    assert f"12 heads, mutual k-NN with k = 3, N = 20, clipped at quantile 0.9: mean {mean:.4f}\n" in out
+    null = f"unrelated spaces {3 / 19:.4f} (95th percentile {ranking.null_p95:.4f})"
+    assert f"to hold it against: {null}, ceiling {ranking.ceiling:.4f} ({second})\n" in out
+
+
 def test_captions_in_columns_of_other_names(parts):
     """Of several captions the first counts; paths of images are relative to the file."""
     columns = ["--image-column", "photo", "--caption-column", "captions", "--no-plot"]
@@ -125,6 +141,9 @@ def test_only_as_many_images_as_needed_are_encoded(parts, monkeypatch, tmp_path)
         (["rows", "--k", "19"], "21 are needed"),
         (["rows", "--m", "13"], "between 1 and the 12 heads"),
         (["rows", "--teacher", "./nowhere"], "./nowhere"),
+        (["rows", "--ceiling", "./nothing"], "./nothing"),
+        (["rows", "--ceiling", "teacher"], "is the teacher itself"),
+        (["rows", "--clip-quantile", "95"], "`--clip-quantile` must be above 0 and below 1"),
         (["nowhere.jsonl"], "no file or folder"),
         (["rows", "--base-model", "model"], "takes no base model"),
     ],

@@ -14,7 +14,7 @@ from tiny import build_vlm, image_dataset
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hera_trainer import HeRATrainer
-from hera_trainer.data.pool import skipped_share
+from hera_trainer.data.pool import RowCounts, skipped_share
 
 
 def test_share_by_counting_all_pools() -> None:
@@ -80,7 +80,7 @@ def test_one_image_in_six_rows(tmp_path: Any, settings: dict[str, Any], name: st
     """Pools of 16 with 10 neighbours: the value that the message names passes, and no smaller one does."""
     rows = one_in(6).to_iterable_dataset() if streamed else one_in(6)
     first = "the first " if streamed else ""
-    beginning = rf"16 of {first}96 rows have .* Of the 16 samples compared, 2\.7.* are expected"
+    beginning = rf"16 of {first}96 rows have an image\. .* Of the 16 samples compared, 2\.7.* are expected"
     with pytest.raises(ValueError, match=beginning) as error:
         prepared(tmp_path, rows, **settings)
     value = int(str(error.value).split(f"Set `{name}=")[1].split("`")[0])
@@ -104,14 +104,24 @@ def test_too_few_rows_for_any_pool(tmp_path: Any) -> None:
         prepared(tmp_path, one_in(12))
 
 
-@pytest.mark.parametrize(("every", "level", "share"), [(1, "INFO", "0.0%"), (2, "WARNING", None)])
-def test_what_is_said(tmp_path: Any, every: int, level: str, share: str | None, caplog: Any) -> None:
-    caplog.set_level("INFO", logger="hera_trainer.data.pool")
-    prepared(tmp_path, one_in(every), gradient_accumulation_steps=6)
+@pytest.mark.parametrize(("every", "share"), [(1, "0.0%"), (2, None)])
+def test_what_is_said(tmp_path: Any, every: int, share: str | None, caplog: Any) -> None:
+    """Once, and as a warning, which is shown where logging is not set up."""
+    run = prepared(tmp_path, one_in(every), gradient_accumulation_steps=6)
+    run.train()
     (record,) = [record for record in caplog.records if "are expected to take part" in record.message]
     share = share or f"{skipped_share(24, 12, 48, 96, is_stream=False):.1%}"
-    assert record.levelname == level and f"and {share} of the optimizer steps to go without it" in record.message
+    assert record.levelname == "WARNING" and f"and {share} of the optimizer steps to go without it" in record.message
+    assert f"{96 // every} of 96 rows have an image. Of these, 32 were looked at: 32 have a label" in record.message
     assert f"Of the 24 samples compared, {24 / every:.1f} are expected" in record.message
+
+
+def test_tokens_to_pool(tmp_path: Any) -> None:
+    """Those of the completions, all rows being looked at; as many as a pass over single rows pools."""
+    run = prepared(tmp_path, one_in(1, 30), per_device_train_batch_size=16)
+    batches = [run.data_collator([row]) for row in run.train_dataset]
+    tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert run.teacher_vectors.count_rows() == RowCounts(30, 30, 30, 30, tokens, False)
 
 
 def test_rows_without_a_label_do_not_count(tmp_path: Any) -> None:
@@ -129,7 +139,7 @@ def test_rows_without_a_label_do_not_count(tmp_path: Any) -> None:
 
     args = config(tmp_path, per_device_train_batch_size=16, num_neighbors=10, aligned_heads=["L0H1"])
     run = HeRATrainer(model, args, cutting, rows, processing_class=processor)
-    with pytest.raises(ValueError, match=r"16 of 32 rows have an image and a label\. Of the 16 .* 8\.0 are expected"):
+    with pytest.raises(ValueError, match=r"32 of 32 rows .* at: 16 have a label.* Of the 16 .* 8\.0 are expected"):
         run.prepare_alignment()
 
 
@@ -138,5 +148,6 @@ def test_selected_rows_are_counted_as_selected(tmp_path: Any) -> None:
     with_image = rows.filter(lambda row: row["teacher_features"] is not None)
     assert len(with_image) == 16
     run = prepared(tmp_path, rows.select(range(0, 96, 6)))  # all of them have a vector
-    assert run.teacher_vectors._usable_rows() == (16, 16)
+    counts = run.teacher_vectors.count_rows()
+    assert (counts.rows, counts.with_image, counts.usable) == (16, 16, 16)
     assert torch.equal(run.teacher_vectors.image_batch()["input_ids"], run.data_collator([rows[0]])["input_ids"])

@@ -145,7 +145,7 @@ def test_teacher_on_a_gpu(tmp_path, teacher, workers):
     run = build(tmp_path, rows.to_iterable_dataset(), "idefics3", **settings)
     vectors = watched_vectors(run)
     run.train()
-    assert run._stream_teacher.teacher.model.device.type == "cuda"
+    assert run.teacher_vectors._stream_teacher.teacher.model.device.type == "cuda"
     column = add_teacher_features(rows, VisionTeacher.from_pretrained(teacher, device="cpu"))[:][TEACHER_COLUMN]
     for vector, expected in zip(torch.cat(vectors).cpu(), column, strict=True):
         assert vector.isnan().all() if expected is None else torch.allclose(vector, torch.tensor(expected), atol=1e-3)

@@ -111,3 +111,48 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_input_is_refused(x: list, y: list, k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_metric("mutual_knn", keep_in_memory=True).compute(predictions=x, references=y, k=k)
+
+
+def test_clipped_as_the_function_of_the_package_clips() -> None:
+    x, y = vectors(40, 12, 8), vectors(40, 9, 9)
+    x[:, 3] *= 50
+    y[:, :5] += x[:, :5] / 5
+    scores = {}
+    for quantile in (None, 0.9):
+        settings = {"k": 4, "clip_quantile": quantile}
+        scores[quantile] = load_metric("mutual_knn").compute(predictions=x, references=y, **settings)["mutual_knn"]
+        own = hera_trainer.mutual_knn(torch.from_numpy(x), torch.from_numpy(y), **settings)
+        assert scores[quantile] == pytest.approx(own, abs=1e-12)
+    assert scores[None] != scores[0.9]
+
+
+def test_null_on_request() -> None:
+    x, y, k, n = vectors(24, 5, 10), vectors(24, 7, 11), 3, 24
+    metric = load_metric("mutual_knn")
+    plain = metric.compute(predictions=x, references=y, k=k)
+    found = metric.compute(predictions=x, references=y, k=k, permutations=40, seed=5)
+    rng = np.random.default_rng(5)
+    # Sample i of the second space is paired with sample order[i] of the first.
+    expected = [by_definition(x[rng.permutation(n)], y, k, True) for _ in range(40)]
+    assert found == {
+        **plain,
+        "null_mean": pytest.approx(np.mean(expected), abs=1e-12),
+        "null_p95": pytest.approx(np.quantile(expected, 0.95), abs=1e-12),
+    }
+    # The package's function draws other permutations of the same distribution.
+    own = hera_trainer.mutual_knn_null(
+        *(hera_trainer.nearest_neighbors(torch.from_numpy(z), k) for z in (x, y)), permutations=3000
+    )
+    many = metric.compute(predictions=x, references=y, k=k, permutations=3000)
+    assert many["null_mean"] == pytest.approx(own.mean, abs=0.003)
+    assert many["null_p95"] == pytest.approx(own.p95, abs=1.5 / (n * k))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"clip_quantile": 95}, "above 0 and below 1, got 95"), ({"permutations": -1}, "must be at least 0, got -1")],
+)
+def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
+    x = vectors(12, 3, 0)
+    with pytest.raises(ValueError, match=message):
+        load_metric("mutual_knn", keep_in_memory=True).compute(predictions=x, references=x, k=2, **settings)

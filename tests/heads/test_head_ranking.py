@@ -12,8 +12,9 @@ import torch
 from rankings import HEADS, rank
 from tiny import build_vlm, image_dataset
 
-from hera_trainer.heads.head import AttentionHead
-from hera_trainer.heads.ranking import HeadRanking, _gram_factors
+from hera_trainer.heads.head import AttentionHead, DecoderLayer, parse_unit, parse_units
+from hera_trainer.heads.ranking import HeadRanking
+from hera_trainer.heads.scoring import _gram_factors
 
 NAN = float("nan")
 
@@ -36,6 +37,34 @@ def test_selecting_heads() -> None:
     assert ranking.select() == ranking.select("worst", 5)
     assert names(ranking.select("worst", 5)) == ["L2H2", "L0H1", "L2H0", "L0H0", "L2H1"]
     assert all(isinstance(head, AttentionHead) for head in ranking.select("random", 2))
+
+
+def test_selecting_layers() -> None:
+    ranking = HeadRanking(torch.zeros(6, 2), torch.tensor([0.3, 0.1, NAN, 0.4, 0.1, 0.2]), k=2, num_samples=9)
+    layers = ranking.units("layer")
+    assert names(layers) == ["L0", "L1", "L3", "L4", "L5"]
+    assert ranking.score(DecoderLayer(3)) == pytest.approx(0.4)
+    chosen = {name: names(ranking.select(name, 3, granularity="layer")) for name in ("worst", "top", "middle")}
+    assert chosen == {"worst": ["L1", "L4", "L5"], "top": ["L3", "L0", "L5"], "middle": ["L3", "L1", "L4"]}
+    assert set(ranking.select("random", 3, seed=1, granularity="layer")) < set(layers)
+    odd = HeadRanking(torch.zeros(5, 2), torch.zeros(5), k=2, num_samples=9)
+    assert names(odd.select("middle", 3, granularity="layer")) == ["L2", "L1", "L3"]
+    with pytest.raises(ValueError, match="between 1 and the 5 layers"):
+        ranking.select("worst", 6, granularity="layer")
+    with pytest.raises(ValueError, match="of layers, 'middle'"):
+        ranking.select("middle", 1)
+
+
+def test_names_of_heads_and_layers() -> None:
+    assert parse_unit("L12") == DecoderLayer(12) and parse_unit(AttentionHead(3, 4)) == AttentionHead(3, 4)
+    assert parse_units(["L0", DecoderLayer(7)], "layer") == [DecoderLayer(0), DecoderLayer(7)]
+    for granularity, other in (("head", "L3"), ("layer", "L3H4")):
+        with pytest.raises(ValueError, match=f"{other!r}, but `alignment_granularity` is {granularity!r}"):
+            parse_units([other], granularity)
+    with pytest.raises(ValueError, match="'layer 3' is not a decoder layer"):
+        parse_units(["layer 3"], "layer")
+    with pytest.raises(ValueError, match="'3' is not an attention head"):
+        parse_units(["3"], "head")
 
 
 def test_ties_go_by_layer_and_head() -> None:
@@ -63,7 +92,7 @@ def test_refused_selections() -> None:
     for m in (0, -1, 6):
         with pytest.raises(ValueError, match=rf"`num_aligned_heads` \({m}\) must be between 1 and the 5 heads"):
             make_ranking().select("worst", m)
-    with pytest.raises(ValueError, match="`head_selection` must be 'worst', 'top' or 'random', got 'best'"):
+    with pytest.raises(ValueError, match=r"`head_selection` must be 'worst', 'top' or 'random'.*, got 'best'"):
         make_ranking().select("best", 2)
 
 
@@ -88,6 +117,27 @@ def test_save_and_load(tmp_path: Path) -> None:
     make_ranking(seed=8).save(str(path))
     assert HeadRanking.load(str(path)).seed == 8
     assert os.listdir(path.parent) == ["ranking.json"]
+
+
+def test_what_scores_are_held_against(tmp_path: Path) -> None:
+    facts = {"null_mean": 0.204, "null_p95": 0.25, "ceiling": 0.5, "ceiling_model": "a/second", "clip_quantile": 0.95}
+    make_ranking(**facts).save(tmp_path / "ranking.json")
+    loaded = HeadRanking.load(tmp_path / "ranking.json")
+    assert {name: getattr(loaded, name) for name in facts} == facts
+    assert loaded.chance == 10 / 49
+    assert loaded.scale == "k = 10, N = 50, clipped at quantile 0.95"
+    assert loaded.references(digits=3) == [
+        "unrelated spaces 0.204 (95th percentile 0.250)",
+        "ceiling 0.500 (a/second)",
+    ]
+
+
+def test_files_of_before_have_no_null(tmp_path: Path) -> None:
+    (tmp_path / "ranking.json").write_text(json.dumps(VALID))
+    loaded = HeadRanking.load(tmp_path / "ranking.json")
+    assert (loaded.null_mean, loaded.null_p95, loaded.ceiling, loaded.clip_quantile) == (None,) * 4
+    assert loaded.scale == "k = 2, N = 5"
+    assert loaded.references() == ["unrelated spaces 0.5000"]
 
 
 def test_what_a_ranking_remembers(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_gradient_is_that_of_an_ordinary_model(saved: dict[str, str], name: str,
     model.train()
     assert deviation(captured(model, batch, heads), z) <= 5e-5  # float32, summed in another order
     expected = gradients_of(twin, alignment_of(z))
-    assert_same_direction(alignment_gradients(model, batch, heads), expected, 1e-4)
+    assert_same_direction(alignment_gradients(model, batch, heads), expected, 1e-3)
     assert original.unique().numel() < original.numel()  # it was quantized
 
 
@@ -129,7 +129,7 @@ def test_ranking(saved: dict[str, str], name: str, monkeypatch: pytest.MonkeyPat
         weight = explicit_weight(projection).detach()
         return weight.T.reshape(num_heads, -1, len(weight))
 
-    monkeypatch.setattr("hera_trainer.heads.ranking.projection_blocks", explicit_blocks)
+    monkeypatch.setattr("hera_trainer.heads.scoring.projection_blocks", explicit_blocks)
     expected = rank_heads(*arguments, k=3, progress=False)
     one_neighbor = 1 / (24 * 3)  # two samples at nearly the same distance may change places
     torch.testing.assert_close(ranking.scores, expected.scores, rtol=0, atol=1.5 * one_neighbor, equal_nan=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,19 @@ from rankings import (
     assert_ranking,
     fed_texts,
     mutual_knn_by_definition,
+    neighbor_sets,
     rank,
     text_decoder,
     text_samples,
     vectors_of,
     watched,
 )
-from tiny import build_vlm, image_dataset
+from tiny import build_vlm, image_dataset, save_tiny_dinov2
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from hera_trainer import VisionTeacher, add_teacher_features
 from hera_trainer.data.collator import TEACHER_COLUMN, TeacherCollator
 from hera_trainer.heads.head import AttentionHead
 from hera_trainer.heads.ranking import rank_heads
@@ -331,3 +334,100 @@ def test_adapter_on_and_off() -> None:
     assert torch.equal(off.scores, without.scores)
     assert not torch.equal(on.scores, without.scores)
     assert on.scores.shape == without.scores.shape == (3, HEADS)
+
+
+# --- What to hold scores against -------------------------------------------------------------------------------------
+
+
+def test_null_is_that_of_one_head() -> None:
+    """500 permuted pairs, dealt out over the 12 heads, each head's own scores; of the definition in sets."""
+    model, processor = build_vlm("llava")
+    dataset = image_dataset(20, with_features=5)
+    ranking = rank(model, processor, dataset, seed=3)
+    order = np.random.default_rng(3).permutation(20).tolist()  # of the draw, which permutations go by
+    drawn = dataset.select(order)
+    vectors = vectors_of(model, text_samples(model, processor.tokenizer, answers(drawn)))
+    teacher = neighbor_sets([torch.tensor(vector).double() for vector in drawn[TEACHER_COLUMN]], K, True)
+    generator, scores = torch.Generator().manual_seed(3), []
+    for head in ranking.heads():
+        own = neighbor_sets(vectors[head], K, True)
+        for _ in range(-(-500 // 12)):
+            moved = torch.randperm(20, generator=generator).tolist()
+            others = {moved[i]: {moved[j] for j in near} for i, near in enumerate(teacher)}
+            scores.append(sum(len(own[i] & others[i]) for i in range(20)) / (20 * K))
+    # A neighbour that flips by rounding would move one of 504 scores by 1 / (N k).
+    assert ranking.null_mean == pytest.approx(np.mean(scores), abs=1e-6)
+    assert ranking.null_p95 == pytest.approx(np.quantile(scores, 0.95), abs=1e-6)
+    assert ranking.null_mean == pytest.approx(ranking.chance, rel=0.03) and ranking.chance == K / 19
+    assert ranking.null_p95 > ranking.null_mean
+
+
+@pytest.mark.parametrize("with_images", [False, True])
+def test_ceiling_is_the_second_encoders_score(tmp_path: Path, with_images: bool) -> None:
+    model, processor = build_vlm("llava")
+    rows = image_dataset(24)
+    teacher, second = (VisionTeacher.from_pretrained(save_tiny_dinov2(tmp_path / str(i), seed=i)) for i in (1, 2))
+    dataset = add_teacher_features(rows, teacher)
+    settings = {"data_collator": DataCollatorForVisionLanguageModeling(processor)} if with_images else {}
+    ranking = rank(model, processor, dataset, num_samples=15, seed=1, ceiling=second, **settings)
+    drawn = np.random.default_rng(1).permutation(24)[:15]
+    a, b = (torch.tensor(add_teacher_features(rows, each)[TEACHER_COLUMN][:])[drawn] for each in (teacher, second))
+    assert ranking.ceiling == pytest.approx(mutual_knn_by_definition(a.double(), b.double(), K, True), abs=1e-6)
+    assert 0 < ranking.ceiling < 1
+    assert ranking.ceiling_model == second.name and second.model.training is False
+    plain = rank(model, processor, dataset, num_samples=15, seed=1, **settings)
+    assert torch.equal(plain.scores, ranking.scores)
+    assert (plain.ceiling, plain.ceiling_model) == (None, "")
+
+
+def test_ceiling_without_images(tmp_path: Path) -> None:
+    model, processor = build_vlm("llava", num_hidden_layers=1)
+    encoder = save_tiny_dinov2(tmp_path / "encoder")
+    dataset = image_dataset(14, with_features=5)
+    with pytest.raises(ValueError, match="no image column"):
+        rank(model, processor, dataset.remove_columns("images"), ceiling=encoder)
+    gap = dataset.map(lambda row, i: {"images": row["images"] if i != 3 else []}, with_indices=True)
+    with pytest.raises(ValueError, match=r"Row 3 has `teacher_features` but no image.*Leave `ceiling` out"):
+        rank(model, processor, gap, ceiling=encoder)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_clipped_spaces(normalize: bool) -> None:
+    """Heads, layers and teacher are clipped in their own full width, each at its own threshold."""
+    model, processor = build_vlm("llava")
+    with torch.no_grad():  # a dimension of huge values, as language models have
+        for layer in text_decoder(model).layers:
+            layer.self_attn.o_proj.weight[3] *= 30
+    dataset = image_dataset(24, with_features=5)
+    found = vectors_of(model, text_samples(model, processor.tokenizer, answers(dataset)))
+
+    def clipped(space: list[Tensor], quantile: float) -> list[Tensor]:
+        threshold = np.mean([np.quantile(np.abs(vector.numpy()), quantile) for vector in space])
+        return [torch.from_numpy(np.clip(vector.numpy(), -threshold, threshold)) for vector in space]
+
+    plain = rank(model, processor, dataset, normalize=normalize)
+    ranking = rank(model, processor, dataset, normalize=normalize, clip_quantile=0.9)
+    vectors = {key: clipped(space, 0.9) for key, space in found.items()}
+    teacher = clipped([torch.tensor(vector).double() for vector in dataset[TEACHER_COLUMN]], 0.9)
+    assert_ranking(ranking, vectors, teacher, normalize=normalize)
+    assert not torch.equal(ranking.scores, plain.scores)
+    assert (ranking.clip_quantile, plain.clip_quantile) == (0.9, None)
+    with pytest.raises(ValueError, match="`clip_quantile` must be above 0 and below 1, got 95"):
+        rank(model, processor, dataset, clip_quantile=95)
+
+
+def test_centred_spaces() -> None:
+    """Heads, layers and teacher without the mean over the samples, whatever dimensions they are scored in."""
+    model, processor = build_vlm("llava")
+    dataset = image_dataset(24, with_features=5)
+    found = vectors_of(model, text_samples(model, processor.tokenizer, answers(dataset)))
+
+    def centred(space: list[Tensor]) -> list[Tensor]:
+        mean = torch.stack(space).mean(0)
+        return [vector - mean for vector in space]
+
+    ranking = rank(model, processor, dataset, center=True)
+    teacher = centred([torch.tensor(vector).double() for vector in dataset[TEACHER_COLUMN]])
+    assert_ranking(ranking, {key: centred(space) for key, space in found.items()}, teacher)
+    assert ranking.center and "centred" in ranking.scale
+    assert not torch.equal(ranking.scores, rank(model, processor, dataset).scores)

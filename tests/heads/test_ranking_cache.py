@@ -22,7 +22,7 @@ def trainer(folder, model=None, processing_class=None, train_dataset=None) -> He
     return HeRATrainer(model, config(folder), train_dataset=train_dataset, processing_class=processor)
 
 
-def rank_of(run: HeRATrainer, model: torch.nn.Module | None = None) -> HeadRanking:
+def rank_of(run: HeRATrainer, model: torch.nn.Module | None = None, **settings) -> HeadRanking:
     """Computed anew."""
     args = run.args
     return rank_heads(
@@ -33,8 +33,8 @@ def rank_of(run: HeRATrainer, model: torch.nn.Module | None = None) -> HeadRanki
         num_samples=args.ranking_num_samples,
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
-        normalize=args.normalize,
         progress=False,
+        **settings,
     )
 
 
@@ -144,3 +144,20 @@ def test_merged_adapters_are_off_while_ranking_and_merged_again(tmp_path):
     assert torch.allclose(run.head_ranking.scores, rank_of(trainer(tmp_path / "b")).scores)
     assert layer.merged_adapters == ["default"]
     torch.testing.assert_close(layer.base_layer.weight, weight)
+
+
+def test_cache_tells_clipping_apart(tmp_path):
+    runs = []
+    for name, quantile in (("a", None), ("b", 0.7), ("c", 0.7)):
+        model, processor = build_vlm("llava")
+        settings = config(tmp_path / name, ranking_clip_quantile=quantile)
+        rows = image_dataset(n=24, with_features=8)
+        runs.append(HeRATrainer(model, settings, train_dataset=rows, processing_class=processor))
+        runs[-1].prepare_alignment()
+    expected = rank_of(runs[1], clip_quantile=0.7)
+    for run in runs[1:]:
+        assert torch.equal(run.head_ranking.scores, expected.scores)
+        assert run.head_ranking.clip_quantile == 0.7
+        assert run.head_ranking.null_p95 == expected.null_p95
+    assert not torch.equal(runs[0].head_ranking.scores, expected.scores)
+    assert runs[0].head_ranking.clip_quantile is None

@@ -123,7 +123,7 @@ def test_further_forwards_and_labelled_images(tmp_path, setting):
     trainer.train()
     (batch,) = recorder.batches
     heads = [tuple(head) for head in trainer.aligned_heads]
-    log_temperature = recorder.log_temperature.requires_grad_()
+    log_temperature = recorder.parameters["log_temperature"].requires_grad_()
     recorder.model.train()
     logits, z = head_vectors(recorder.model, batch, heads, num_heads=4)
     align = alignment_loss(z, batch[TEACHER_COLUMN], 2, log_temperature)
@@ -137,7 +137,7 @@ def test_further_forwards_and_labelled_images(tmp_path, setting):
     else:
         assert (batch["labels"] == trainer.model.config.image_token_id).any()
         lm = language_model_loss(logits, batch["labels"], "mean")
-    expected = gradients_of(recorder.model, lm + WEIGHT * align, log_temperature)
+    expected = gradients_of(recorder.model, lm + WEIGHT * align, {"log_temperature": log_temperature})
     assert_gradients_equal(recorder.gradients, expected, tolerance=2e-4)
 
 

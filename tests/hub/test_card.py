@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import BitsAndBytesConfig
 from trl import SFTTrainer
 
 from hera_trainer import HeRAConfig, HeRATrainer
+from hera_trainer.evaluation.image_gain import ImageGain
 from hera_trainer.runs.record import measurement_path
 
 
@@ -201,9 +203,11 @@ class TestText:
             "mean of these 3": [f"{mean:.3f}"],
             "mean of the 3 best at first": [f"{sum(map(ranking.score, ranking.select('top', 3))) / 3:.3f}"],
             "mean of all": [f"{ranking.scores.nanmean().item():.3f}"],
+            "unrelated spaces, 95th percentile": [f"{ranking.null_p95:.3f}"],
         }
         assert "What training changed was not measured" in card.text and "AlignmentMonitorCallback" in card.text
-        assert "- When chosen: 24 pairs, text only, k = 3; unrelated spaces score about 0.130\n" in card.text
+        null = f"unrelated spaces 0.130 (95th percentile {ranking.null_p95:.3f})"
+        assert f"- When chosen: 24 pairs, text only, k = 3; {null}\n" in card.text
         assert "](hera/heads.png)" in card.text
         with Image.open(tmp_path / "hera" / "heads.png") as heat_map:
             assert heat_map.format == "PNG" and heat_map.width > 300
@@ -227,14 +231,36 @@ class TestText:
         expected = [best, best, best + 0.25, best, best + 0.5]
         assert rows["mean of the 3 best at first"] == [f"{value:.3f}" for value in expected]
         assert "| head | when chosen | text only, before | text only, after | image in context, before |" in card.text
-        assert (
-            "- Image in context: 20 pairs, image in context, k = 3; unrelated spaces score about 0.158; held out"
-            in card.text
-        )
+        assert "- Image in context: 20 pairs, image in context, k = 3; unrelated spaces 0.158; held out" in card.text
+        assert "Scores of different k or numbers of pairs cannot be compared" in card.text  # 24 and 20
         assert "before is step 0, after is step 2" in card.text and "was not measured" not in card.text
         heat_maps = re.findall(r"!\[.+?\]\((.+?)\)", card.text)
         assert heat_maps == ["hera/heads_text.png", "hera/heads_image.png"]
         assert all((tmp_path / heat_map).is_file() for heat_map in heat_maps)
+
+    def test_measured_otherwise_after_a_while(self, tmp_path):
+        run = lora_run(tmp_path)
+        run.prepare_alignment()
+        first = run.head_ranking
+        for step, count in ((0, 20), (2, 21)):
+            type(first)(first.scores, first.layer_scores, 3, count).save(measurement_path(tmp_path, step, "text"))
+        run.create_model_card()
+        card = card_of(tmp_path)
+        assert "were measured with different settings, and are not compared" in card.text
+        assert len(table_of(card, "head")[f"`{run.aligned_heads[0]}`"]) == 1
+        assert "was not measured" not in card.text
+
+    def test_ceiling_and_clipping(self, tmp_path):
+        ranking = lora_run(tmp_path / "a")
+        ranking.prepare_alignment()
+        own = {"ceiling": 0.4321, "ceiling_model": str(tmp_path / "second"), "clip_quantile": 0.95}
+        run = lora_run(tmp_path / "b", head_ranking=replace(ranking.head_ranking, **own))
+        run.prepare_alignment()
+        run.create_model_card()
+        card = card_of(tmp_path / "b")
+        assert table_of(card, "head")["ceiling"] == ["0.432"]
+        assert "k = 3, values clipped at quantile 0.95; unrelated spaces 0.130 (95th" in card.text
+        assert "; ceiling 0.432 (second)\n" in card.text and str(tmp_path) not in card.text
 
     def test_best_weights(self, tmp_path):
         """What was measured after the step of the weights that were loaded is not theirs."""
@@ -248,12 +274,14 @@ class TestText:
         for step in (0, 1, 3):
             measured = type(first)(first.scores + step, first.layer_scores, 3, 20)
             measured.save(measurement_path(tmp_path, step, "text"))
+            ImageGain(2.0, 2.25 + step, 90, 12, 1).save(measurement_path(tmp_path, step, "gain"))
         run.create_model_card()
         head = run.aligned_heads[0]
         row = table_of(card_of(tmp_path), "head")[f"`{head}`"]
         assert row == [f"{first.score(head) + change:.3f}" for change in (0, 0, 1)]
         text = card_of(tmp_path).text
         assert "before is step 0, after is step 1\n" in text
+        assert "- Image gain: 0.250 at step 0, 1.250 at step 1: what the loss of 12 held-out rows rises by" in text
         assert "- Steps: 3 of 3 (0.75 epochs); the weights are those of step 1, the best in evaluation\n" in text
         run.args.load_best_model_at_end = False
         run.train()
@@ -287,16 +315,20 @@ class TestText:
             "neighbours, k": ["10", "10"],
             "aligned heads, m": ["5 (worst)", "5 (worst)"],
             "temperature, τ": [f"0.07, learned ({now} now)", "0.07, learned"],
-            "L2-normalised": ["yes", "not stated"],
+            "objective": ["contrastive", "contrastive"],
+            "similarity of heads": ["cosine", "not stated"],
+            "similarity of teacher vectors": ["cosine", "not stated"],
             "samples compared": ["**12 (12 x 1 x 1, and 4 past ones)**", "batches of 256, then 128"],
             "teacher": ["**vectors that came with the data**", "DINOv2 ViT-L"],
             "heads ranked on": ["**24 pairs, text only**", "1,000 pairs, text only"],
         }
-        other = lora_run(tmp_path, num_neighbors=3, alignment_weight=0.5, temperature=0.1, aligned_heads=["L0H1"])
+        settings = {"alignment_weight": 0.5, "temperature": 0.1, "aligned_heads": ["L0H1"], "neighbor_group_size": 6}
+        other = lora_run(tmp_path, num_neighbors=3, **settings)
         other.prepare_alignment()
         other.create_model_card()
         rows = table_of(card_of(tmp_path), "setting")
         assert rows["weight of the alignment loss, λ"][0] == "**0.5**" and rows["neighbours, k"][0] == "**3**"
+        assert rows["samples compared"][0].endswith(", in groups of 6 neighbours)**")
         assert rows["aligned heads, m"][0] == "**1 (named)**" and "heads ranked on" not in rows
         text = card_of(tmp_path).text
         assert "- Adapter: LORA, r 4, lora_alpha 8, target_modules `q_proj`, `v_proj`" in text

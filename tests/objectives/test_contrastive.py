@@ -10,6 +10,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 import hera_trainer.objectives.contrastive as loss_module
+from hera_trainer.alignment.contrast import spread
 from hera_trainer.objectives.contrastive import MIN_TEMPERATURE, HeRALoss
 from hera_trainer.objectives.queue import SampleQueue
 
@@ -23,20 +24,35 @@ def inputs(m: int, batch: int, d_model: int = 6, d_teacher: int = 5, seed: int =
     return heads, teacher
 
 
+SIMILARITIES = ["dot", "cosine", "centered_cosine"]
+
+
+def made_similar(vectors: dict[int, Tensor], similarity: str) -> dict[int, Tensor]:
+    """Vectors whose dot products are compared."""
+    if similarity == "dot":
+        return vectors
+    if similarity == "centered_cosine":
+        mean = sum(vectors.values()) / len(vectors)
+        vectors = {i: vector - mean for i, vector in vectors.items()}
+    return {i: vector / vector.pow(2).sum().sqrt() for i, vector in vectors.items()}
+
+
 def loss_by_loops(
-    heads: Tensor, teacher: Tensor, log_temperature: Tensor, k: int, normalize: bool, valid: list[bool] | None = None
+    heads: Tensor,
+    teacher: Tensor,
+    log_temperature: Tensor,
+    k: int,
+    similarity: str,
+    valid: list[bool] | None = None,
+    teacher_similarity: str = "cosine",
 ) -> Tensor:
     """Eq. 4: a target of 1/k on each of the teacher's k nearest others. Eq. 8: cross-entropy, its mean over all."""
     members = [i for i in range(len(teacher)) if valid is None or valid[i]]
     tau = log_temperature.exp()
-
-    def unit(x: Tensor) -> Tensor:
-        return x / x.pow(2).sum().sqrt() if normalize else x
-
-    teacher_of = {i: unit(teacher[i].detach()) for i in members}
+    teacher_of = made_similar({i: teacher[i].detach() for i in members}, teacher_similarity)
     losses = []
     for head in heads:
-        z = {i: unit(head[i]) for i in members}
+        z = made_similar({i: head[i] for i in members}, similarity)
         for i in members:
             others = [j for j in members if j != i]
             positives = sorted(others, key=lambda j, i=i: -float((teacher_of[i] * teacher_of[j]).sum()))[:k]
@@ -57,13 +73,14 @@ def value_and_gradients(
 
 
 def assert_equals_the_loops(
-    criterion: HeRALoss, heads: Tensor, teacher: Tensor, normalize: bool, valid: list[bool] | None = None
+    criterion: HeRALoss, heads: Tensor, teacher: Tensor, valid: list[bool] | None = None
 ) -> None:
     mask = None if valid is None else torch.tensor(valid)
     loss, grad, temperature_grad = value_and_gradients(criterion, heads, teacher, mask)
     exact_heads = heads.double().requires_grad_()
     exact_log = criterion.log_temperature.detach().double().requires_grad_()
-    expected = loss_by_loops(exact_heads, teacher.double(), exact_log, criterion.num_neighbors, normalize, valid)
+    settings = (criterion.num_neighbors, criterion.similarity, valid, criterion.teacher_similarity)
+    expected = loss_by_loops(exact_heads, teacher.double(), exact_log, *settings)
     expected_grad, expected_temperature_grad = torch.autograd.grad(expected, [exact_heads, exact_log])
     # float32 against float64; logits are up to 1 / tau, so an error of one rounding is 1e-6 of the loss.
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6, atol=2e-6)
@@ -71,16 +88,51 @@ def assert_equals_the_loops(
     torch.testing.assert_close(temperature_grad.double(), expected_temperature_grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize(("m", "k", "batch"), [(1, 1, 3), (1, 3, 8), (2, 3, 8), (3, 2, 9), (2, 6, 8), (1, 10, 12)])
-def test_value_and_gradients(m: int, k: int, batch: int, normalize: bool) -> None:
-    criterion = HeRALoss(num_neighbors=k, temperature=0.07 if normalize else 2.0, normalize=normalize)
-    assert_equals_the_loops(criterion, *inputs(m, batch), normalize)
+def test_value_and_gradients(m: int, k: int, batch: int, similarity: str) -> None:
+    criterion = HeRALoss(num_neighbors=k, temperature=2.0 if similarity == "dot" else 0.07, similarity=similarity)
+    assert_equals_the_loops(criterion, *inputs(m, batch))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_similarities_of_the_teacher(similarity: str) -> None:
+    heads, teacher = inputs(2, 9)
+    teacher = teacher + 3.0  # a common part, which decides who is near by dot products
+    losses = [HeRALoss(3, teacher_similarity=other)(heads, teacher).item() for other in SIMILARITIES]
+    assert len(set(losses)) == 3
+    assert_equals_the_loops(HeRALoss(3, teacher_similarity=similarity), heads, teacher)
+
+
+@pytest.mark.parametrize(("similarity", "temperature"), [("dot", 1.0), ("cosine", 0.07), ("centered_cosine", 0.3)])
+def test_each_similarity_begins_at_a_temperature_of_its_own(similarity: str, temperature: float) -> None:
+    assert HeRALoss(similarity=similarity).temperature == pytest.approx(temperature)
+    assert HeRALoss(similarity=similarity, temperature=0.5).temperature == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["similarity", "teacher_similarity"])
+def test_unknown_similarities_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` must be one of \('dot', 'cosine', 'centered_cosine'\), got 'l2'"):
+        HeRALoss(**{name: "l2"})
+
+
+def test_what_all_samples_share_does_not_count_when_centered() -> None:
+    """Nearly parallel vectors are as good as any others; uncentred, their loss says nothing and is warned of."""
+    heads, teacher = inputs(2, 12)
+    parallel = heads + 100 * torch.nn.functional.normalize(torch.ones(6), dim=0)
+    centered, plain = HeRALoss(3, similarity="centered_cosine"), HeRALoss(3)
+    torch.testing.assert_close(centered(parallel, teacher), centered(heads, teacher), rtol=1e-4, atol=0)
+    assert plain(parallel, teacher).item() == pytest.approx(math.log(11), abs=0.02)
+    valid = torch.ones(12, dtype=torch.bool)
+    flat, spread_out = spread(parallel, valid), spread(heads, valid)
+    assert "Set `similarity='centered_cosine'`" in plain.advice(flat)
+    assert "of 2 of 2 aligned heads" in plain.advice(flat)
+    assert plain.advice(spread_out) is None and centered.advice(flat) is None
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
 def test_temperatures(temperature: float) -> None:
-    assert_equals_the_loops(HeRALoss(3, temperature=temperature), *inputs(2, 8), normalize=True)
+    assert_equals_the_loops(HeRALoss(3, temperature=temperature), *inputs(2, 8))
 
 
 @pytest.mark.parametrize("left_out", [(), (1, 6), (0, 6, 7, 8)])
@@ -88,7 +140,7 @@ def test_samples_that_are_not_valid_are_neither_anchors_nor_candidates(left_out:
     heads, teacher = inputs(2, 9)
     valid = [i not in left_out for i in range(9)]
     criterion = HeRALoss(num_neighbors=3)
-    assert_equals_the_loops(criterion, heads, teacher, True, valid)
+    assert_equals_the_loops(criterion, heads, teacher, valid)
     # Whatever stands in their place, they change nothing and get no gradient.
     mask = torch.tensor(valid)
     clean = value_and_gradients(criterion, heads, teacher, mask)
@@ -115,7 +167,7 @@ def test_the_uniform_value() -> None:
 
 def test_the_smallest_pool_that_counts() -> None:
     heads, teacher = inputs(2, 6)
-    assert_equals_the_loops(HeRALoss(num_neighbors=4), heads, teacher, normalize=True)
+    assert_equals_the_loops(HeRALoss(num_neighbors=4), heads, teacher)
     assert HeRALoss(num_neighbors=4)(heads, teacher) > 0
     assert HeRALoss(num_neighbors=5)(heads, teacher) == 0  # every other sample would be a positive
 
@@ -174,7 +226,7 @@ def test_the_log_temperature_is_the_only_state() -> None:
     assert criterion.log_temperature.dtype == torch.float32
     assert criterion.log_temperature.item() == pytest.approx(math.log(0.07), rel=1e-6)
     assert criterion.temperature == pytest.approx(0.07, rel=1e-6)
-    assert (criterion.num_neighbors, criterion.normalize) == (10, True)
+    assert (criterion.num_neighbors, criterion.similarity, criterion.teacher_similarity) == (10, "cosine", "cosine")
 
 
 def test_a_temperature_that_is_not_learned() -> None:
@@ -192,14 +244,14 @@ def test_a_temperature_that_is_not_learned() -> None:
 def test_clamping_happens_in_place_and_not_in_the_forward() -> None:
     criterion = HeRALoss(num_neighbors=3)
     parameter = criterion.log_temperature
-    criterion.clamp_temperature_()
+    criterion.after_step()
     assert criterion.temperature == pytest.approx(0.07, rel=1e-6)
 
     with torch.no_grad():
         parameter.fill_(math.log(0.005))
-    assert_equals_the_loops(criterion, *inputs(1, 8), normalize=True)  # below the floor, and with a gradient
+    assert_equals_the_loops(criterion, *inputs(1, 8))  # below the floor, and with a gradient
     assert parameter.grad.abs() > 0
-    criterion.clamp_temperature_()
+    criterion.after_step()
     assert criterion.log_temperature is parameter
     assert criterion.temperature == pytest.approx(MIN_TEMPERATURE, rel=1e-6) == 0.01
     assert parameter.requires_grad
@@ -231,15 +283,21 @@ def test_a_step_against_the_gradient_lowers_the_loss() -> None:
 # --- With past samples among the candidates --------------------------------------------------------------------------
 
 
-def loss_with_memory_by_loops(
-    heads: Tensor, teacher: Tensor, past_heads: Tensor, past_teacher: Tensor, log_temperature: Tensor, k: int
+def loss_with_queue_by_loops(
+    heads: Tensor,
+    teacher: Tensor,
+    past_heads: Tensor,
+    past_teacher: Tensor,
+    log_temperature: Tensor,
+    k: int,
+    similarity: str,
 ) -> Tensor:
     """Anchors are the B samples; candidates the others and the past samples of other images than the anchor's."""
     batch, tau = len(teacher), log_temperature.exp()
     vectors = [vector / vector.norm() for vector in torch.cat([teacher, past_teacher])]
     losses = []
     for head in torch.cat([heads, past_heads], dim=1):
-        z = [vector / vector.norm() for vector in head]
+        z = made_similar(dict(enumerate(head)), similarity)
         for i in range(batch):
             others = [j for j in range(batch) if j != i]
             others += [batch + q for q in range(len(past_teacher)) if not torch.equal(past_teacher[q], teacher[i])]
@@ -252,26 +310,27 @@ def loss_with_memory_by_loops(
 
 
 @pytest.mark.parametrize(("batch", "past", "k"), [(6, 5, 3), (2, 9, 4), (1, 6, 4), (3, 4, 5)])
-def test_past_samples_are_candidates_and_no_anchors(batch: int, past: int, k: int) -> None:
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_past_samples_are_candidates_and_no_anchors(batch: int, past: int, k: int, similarity: str) -> None:
     heads, teacher = inputs(2, batch)
     past_heads, past_teacher = inputs(2, past, seed=1)
     past_teacher[1] = teacher[0]  # the first anchor's own image, seen before
     queue = SampleQueue(size=past)
     queue.push(past_heads, past_teacher)
-    criterion = HeRALoss(num_neighbors=k)
+    criterion = HeRALoss(num_neighbors=k, similarity=similarity)
     leaf = heads.clone().requires_grad_()
     loss = criterion(leaf, teacher, queue=queue)
     grad, temperature_grad = torch.autograd.grad(loss, [leaf, criterion.log_temperature])
     exact, log = heads.double().requires_grad_(), criterion.log_temperature.detach().double().requires_grad_()
     others = (teacher.double(), past_heads.double(), past_teacher.double())
-    expected = loss_with_memory_by_loops(exact, *others, log, k)
+    expected = loss_with_queue_by_loops(exact, *others, log, k, similarity)
     expected_grad, expected_temperature_grad = torch.autograd.grad(expected, [exact, log])
     torch.testing.assert_close(loss.double(), expected.detach().double(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-5 * expected_grad.abs().max().item())
     torch.testing.assert_close(temperature_grad.double(), expected_temperature_grad, rtol=1e-5, atol=1e-5)
 
 
-def test_an_empty_memory_is_none() -> None:
+def test_an_empty_queue_is_none() -> None:
     heads, teacher = inputs(2, 8)
     criterion = HeRALoss(num_neighbors=3)
     assert torch.equal(criterion(heads, teacher, queue=SampleQueue(4)), criterion(heads, teacher))
@@ -285,7 +344,7 @@ def test_an_image_is_known_again_when_its_vector_was_rounded_otherwise() -> None
     assert torch.equal(queue.same_image(teacher), torch.eye(6, dtype=torch.bool))
 
 
-def test_a_memory_of_the_anchors_own_images_gives_a_connected_zero() -> None:
+def test_a_queue_of_the_anchors_own_images_gives_a_connected_zero() -> None:
     heads, teacher = inputs(2, 2)
     queue = SampleQueue(size=9)
     queue.push(*(x.repeat_interleave(4, dim=-2) for x in inputs(2, 1, seed=1)))
@@ -310,13 +369,13 @@ def queue_of(m: int, past: int, teacher: Tensor) -> SampleQueue:
 
 
 @pytest.mark.parametrize("past", [0, 7])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("bound", [1, 40, 250, 700])  # an anchor; some; two heads; three
 def test_the_bound_on_logits_changes_nothing_but_memory(
-    monkeypatch: pytest.MonkeyPatch, bound: int, normalize: bool, past: int
+    monkeypatch: pytest.MonkeyPatch, bound: int, similarity: str, past: int
 ) -> None:
     heads, teacher = inputs(5, 11)
-    criterion = HeRALoss(3, temperature=0.07 if normalize else 2.0, normalize=normalize)
+    criterion = HeRALoss(3, temperature=2.0 if similarity == "dot" else 0.07, similarity=similarity)
     queue = queue_of(5, past, teacher) if past else None
 
     def run() -> tuple[Tensor, ...]:

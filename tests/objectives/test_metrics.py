@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hera_trainer.objectives.metrics as metrics
-from hera_trainer.objectives.metrics import mutual_knn, nearest_neighbors, neighbor_overlap, top_neighbors
+from hera_trainer.objectives.metrics import (
+    mutual_knn,
+    mutual_knn_null,
+    nearest_neighbors,
+    neighbor_overlap,
+    top_neighbors,
+)
 
 
 def samples(n: int, d: int, seed: int = 0) -> Tensor:
@@ -285,3 +293,143 @@ def test_shapes() -> None:
         nearest_neighbors(torch.ones(6), 2)
     with pytest.raises(ValueError, match=r"`y` must have shape \[N, d\], got \[6, 3, 1\]"):
         mutual_knn(samples(6, 3), samples(6, 3)[..., None], k=2)
+
+
+# --- Clipping --------------------------------------------------------------------------------------------------------
+
+
+def outlying(n: int, d: int, seed: int) -> Tensor:
+    """Vectors in which two dimensions are far larger than the others, as in the hidden states of language models."""
+    return samples(n, d, seed) * torch.cat([torch.full((2,), 40.0), torch.ones(d - 2)])
+
+
+def reference_score(x: Tensor, y: Tensor, k: int, quantile: float) -> float:
+    """The arithmetic of the reference code (`measure_alignment.py` and `metrics.py` of platonic-rep), restated: clamp
+    to the mean of the samples' quantiles, normalise, sort all similarities, multiply 0/1 matrices of neighbours."""
+    masks = []
+    for space in (x, y):
+        threshold = torch.stack([row.abs().quantile(quantile) for row in space]).mean()
+        space = torch.where(space > threshold, threshold, torch.where(space < -threshold, -threshold, space))
+        space = space / space.norm(dim=1, keepdim=True)
+        similarity = space @ space.T
+        similarity.fill_diagonal_(-1e8)
+        order = similarity.argsort(dim=1, descending=True)[:, :k]
+        masks.append(torch.zeros_like(similarity).scatter(1, order, 1.0))
+    return ((masks[0] * masks[1]).sum(1) / k).mean().item()
+
+
+@pytest.mark.parametrize("quantile", [0.95, 0.5])
+@pytest.mark.parametrize("k", [1, 10])
+def test_clipped_and_normalized_is_the_reference_codes_arithmetic(k: int, quantile: float) -> None:
+    x = outlying(60, 24, 0)
+    y = torch.cat([x[:, 2:12] + samples(60, 10, seed=1), outlying(60, 9, 2)], 1)  # another width
+    score = mutual_knn(x, y, k=k, clip_quantile=quantile)
+    assert score == pytest.approx(reference_score(x, y, k, quantile), abs=1e-6)
+    assert score != mutual_knn(x, y, k=k)
+
+
+def test_one_threshold_for_all_values() -> None:
+    x = torch.tensor([[1.0, -2.0, 3.0, -4.0, 5.0], [10.0, -20.0, 30.0, -40.0, 50.0]])
+    # The medians of the rows' absolute values are 3 and 30.
+    expected = torch.tensor([[1.0, -2.0, 3.0, -4.0, 5.0], [10.0, -16.5, 16.5, -16.5, 16.5]])
+    assert torch.equal(metrics.clip_outliers(x, 0.5), expected)
+    assert torch.equal(nearest_neighbors(x, 1, False, 0.5), nearest_neighbors(expected, 1, False))
+
+
+def test_rows_clipped_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = outlying(50, 16, 0)
+    whole = metrics.clip_outliers(x, 0.95)
+    monkeypatch.setattr(metrics, "_CACHED_NUMBERS", 7 * 16)
+    assert torch.equal(metrics.clip_outliers(x, 0.95), whole)
+
+
+@pytest.mark.parametrize("quantile", [0.0, 1.0, 95, -0.5, math.nan])
+def test_clip_quantile_out_of_range(quantile: float) -> None:
+    with pytest.raises(ValueError, match=r"`clip_quantile` must be above 0 and below 1, got"):
+        mutual_knn(samples(20, 3), samples(20, 3), k=2, clip_quantile=quantile)
+
+
+# --- What unrelated spaces score -------------------------------------------------------------------------------------
+
+
+def permuted_scores(x: Tensor, y: Tensor, k: int, permutations: list[list[int]]) -> list[float]:
+    """Scores of `x` with the rows of `y` in other orders, by the definition and from the vectors."""
+    sets = [set(row) for row in sorted_neighbors(x, k, True)]
+    scores = []
+    for order in permutations:
+        others = sorted_neighbors(y[order], k, True)
+        scores.append(sum(len(a & set(b)) for a, b in zip(sets, others, strict=True)) / (len(x) * k))
+    return scores
+
+
+def test_null_is_the_score_of_permuted_rows() -> None:
+    x, y, k, n = samples(20, 5), samples(20, 3, seed=1), 4, 20
+    generator = torch.Generator().manual_seed(3)
+    moved = [torch.randperm(n, generator=generator) for _ in range(30)]  # sample i takes the place moved[i]
+    expected = permuted_scores(x, y, k, [order.argsort().tolist() for order in moved])
+    assert len(set(expected)) > 5
+    a, b = nearest_neighbors(x, k), nearest_neighbors(y, k)
+    found = metrics.permuted_overlaps(a, b, 30, torch.Generator().manual_seed(3))
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    null = mutual_knn_null(a, b, permutations=30, seed=3)
+    assert null.mean == pytest.approx(sum(expected) / 30, abs=1e-12)
+    low, high = sorted(expected)[27:29]  # 0.95 of the way from the first to the thirtieth: place 27.55
+    assert null.p95 == pytest.approx(low + 0.55 * (high - low), abs=1e-12)
+
+
+def test_null_of_all_permutations() -> None:
+    """Over all of them the mean is k / (N - 1) to the last digit, also where a hub is everyone's neighbour, and random
+    ones take each score as often."""
+    x = torch.tensor([[5.0, 0.0], [1.0, 0.2], [1.0, -0.3], [0.9, 0.1], [0.8, -0.1]])
+    a, b = nearest_neighbors(x, 2, normalize=False), nearest_neighbors(samples(5, 2), 2)
+    assert (a == 0).sum() == 4  # the hub
+    orders = list(itertools.permutations(range(5)))
+    overlaps = [neighbor_overlap(torch.tensor(order)[a], b[list(order)]) for order in orders]
+    assert sum(overlaps) / len(overlaps) == pytest.approx(2 / 4, abs=1e-12)
+    drawn = metrics.permuted_overlaps(a, b, 5000, torch.Generator().manual_seed(0)).tolist()
+    expected = {score: count / len(orders) for score, count in Counter(overlaps).items()}
+    assert len(expected) > 3
+    assert {score: count / 5000 for score, count in Counter(drawn).items()} == pytest.approx(expected, abs=0.02)
+
+
+def test_null_is_seeded_and_leaves_random_states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = nearest_neighbors(samples(30, 5), 4), nearest_neighbors(samples(30, 5, seed=1), 4)
+    state = torch.get_rng_state()
+    null = mutual_knn_null(a, b, 100)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(77)
+    assert mutual_knn_null(a, b, 100) == mutual_knn_null(a, b, 100, seed=0) == null
+    assert mutual_knn_null(a, b, 100, seed=1) != null
+    monkeypatch.setattr(metrics, "_CACHED_NUMBERS", 7 * 30 * 4)  # seven permutations at a time
+    assert mutual_knn_null(a, b, 100) == null
+
+
+def test_identical_spaces_are_far_above_their_null() -> None:
+    a = nearest_neighbors(samples(200, 8), 10)
+    null = mutual_knn_null(a, a)
+    assert null.mean == pytest.approx(10 / 199, rel=0.02)
+    assert null.mean < null.p95 < 0.1 < neighbor_overlap(a, a) == 1
+
+
+def test_null_refuses() -> None:
+    a = nearest_neighbors(samples(20, 3), 2)
+    with pytest.raises(ValueError, match=r"shape \[N, k\], got \[20, 2\] and \[19, 2\]"):
+        mutual_knn_null(a, a[:19])
+    with pytest.raises(ValueError, match="`permutations` must be at least 1, got 0"):
+        mutual_knn_null(a, a, permutations=0)
+
+
+def test_centering_takes_away_what_all_samples_share() -> None:
+    """Neighbours by the cosines of deviations from the mean: those of vectors that were never moved, whose own mean is
+    taken away."""
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    deviations = x - x.mean(0)
+    moved = x + 50.0
+    assert torch.equal(nearest_neighbors(moved.double(), 4, center=True), nearest_neighbors(deviations.double(), 4))
+    assert not torch.equal(nearest_neighbors(moved, 4), nearest_neighbors(deviations, 4))
+    assert torch.equal(
+        nearest_neighbors(x, 4, normalize=False, center=True), nearest_neighbors(deviations, 4, normalize=False)
+    )
+    y = torch.randn(30, 5, generator=torch.Generator().manual_seed(1)) + 9.0
+    expected = mutual_knn(deviations, y - y.mean(0), 4)
+    assert mutual_knn(x, y, 4, center=True) == pytest.approx(expected, abs=1e-9)

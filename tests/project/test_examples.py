@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import load_from_disk
 from peft import LoraConfig, PeftModel
 from reference import Recorder, assert_gradients_equal
 from runs import assert_same_parameters, logged, parameters
 from runs import trainer as small_trainer
+from safetensors.torch import load_file
 from tiny import image_dataset, save_tiny_dinov2, save_vlm, sft_args
 from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
-from trl import ModelConfig, ScriptArguments, TrlParser
 
-from hera_trainer import Alignment, Contrast, HeadRanking, HeRAConfig, HeRALoss, HeRATrainer, mutual_knn
+from hera_trainer import Alignment, Contrast, HeadRanking, HeRALoss, read_run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -239,147 +236,54 @@ def test_plain_trainer_as_a_script(parts: Path, tmp_path: Path, example: Any) ->
 # --- An objective of one's own ---------------------------------------------------------------------------------------
 
 
-def test_linear_cka_by_its_definition(example: Any) -> None:
-    module = example("own_objective")
+def test_own_objective_by_its_definition(example: Any) -> None:
+    criterion = example("own_objective").DistanceLoss()
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(9, 20, generator=generator), torch.randn(9, 5, generator=generator)
-    centred = [values - values.mean(0) for values in (x, y)]
-    # Kornblith et al., 2019: the cross-covariance, by features instead of samples.
-    cross = (centred[1].T @ centred[0]).norm() ** 2
-    expected = cross / ((centred[0].T @ centred[0]).norm() * (centred[1].T @ centred[1]).norm())
-    torch.testing.assert_close(module.linear_cka(x, y), expected)
-    rotation = torch.linalg.qr(torch.randn(20, 20, generator=generator)).Q
-    torch.testing.assert_close(module.linear_cka(x, 3 * x @ rotation), torch.tensor(1.0))
+    heads, teacher = torch.randn(2, 7, 6, generator=generator), torch.randn(7, 4, generator=generator)
+    pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
+
+    def relative(x: torch.Tensor) -> dict[tuple[int, int], float]:
+        distances = {(i, j): (x[i] - x[j]).norm().item() for i, j in pairs}
+        mean = sum(distances.values()) / len(pairs)
+        return {pair: distance / mean for pair, distance in distances.items()}
+
+    target, total = relative(teacher), 0.0
+    for head in heads:
+        for pair, distance in relative(head).items():
+            error = abs(distance - target[pair])
+            total += 0.5 * error**2 if error < 1 else error - 0.5
+    terms = criterion(heads, teacher)
+    assert terms["distances"].item() == pytest.approx(total / (2 * 7 * 7), rel=1e-4)  # those with themselves are zero
+    assert terms["scale"] == 0
 
 
 def test_own_objective_leaves_samples_and_small_pools_out(example: Any) -> None:
-    criterion = example("own_objective").LinearCKALoss(min_samples=5)
+    criterion = example("own_objective").DistanceLoss()
     heads, teacher = torch.randn(2, 8, 6, requires_grad=True), torch.randn(8, 4)
     valid = torch.tensor([True, True, False, True, True, True, False, True])
-    torch.testing.assert_close(criterion(heads, teacher, valid), criterion(heads[:, valid], teacher[valid]))
-    small = criterion(heads, teacher, torch.arange(8) < 4)
+    whole, part = criterion(heads, teacher, valid), criterion(heads[:, valid], teacher[valid])
+    torch.testing.assert_close(whole["distances"], part["distances"])
+    small = criterion(heads, teacher, torch.arange(8) < 2)
     assert small == 0 and torch.autograd.grad(small, heads)[0].abs().sum() == 0
     pool = Contrast(criterion)(heads, teacher, valid)
-    (expected,) = torch.autograd.grad(criterion(heads, teacher, valid), heads)
-    assert torch.equal(pool.heads_grad, expected) and pool.samples == 6
+    (expected,) = torch.autograd.grad(whole["distances"], heads)
+    torch.testing.assert_close(pool.heads_grad, expected)
+    assert pool.samples == 6
 
 
-def test_own_objective_is_what_is_learned(parts: Path, tmp_path: Path, example: Any) -> None:
+def test_own_objective_from_the_command_line(parts: Path, tmp_path: Path, example: Any, monkeypatch: Any) -> None:
+    """It is found by its name, learned, and its terms and its parameter are logged and saved."""
     module = example("own_objective")
-    criterion = module.LinearCKALoss(min_samples=8)
-    settings = arguments(parts, tmp_path, weight=10, learning_rate=2e-2, steps=10)
-    found = module.main(settings, criterion=criterion)
-    assert found["log"][-1]["alignment_loss"] < found["log"][0]["alignment_loss"] <= 1
-
-
-def test_own_objective_in_the_trainer(parts: Path, tmp_path: Path, example: Any) -> None:
-    """The loss that is logged, of one step in two micro-batches, is the objective at the first pass's vectors."""
-    loss = example("own_objective").LinearCKALoss(min_samples=5)
-    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    class Recorded(type(loss)):  # type: ignore[misc]
-        def forward(self, heads: Any, teacher: Any, valid: Any = None, queue: Any = None) -> torch.Tensor:
-            seen.append((heads.detach().clone(), teacher, valid))
-            return super().forward(heads, teacher, valid, queue)
-
-    class CKATrainer(HeRATrainer):
-        def create_criterion(self) -> HeRALoss:
-            return Recorded(min_samples=self.args.num_neighbors + 2)
-
-    settings = HeRAConfig(
-        **{"output_dir": str(tmp_path), "max_steps": 1, "logging_steps": 1, "save_strategy": "no", "use_cpu": True},
-        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_neighbors": 3, "bf16": False},
-        **{"teacher_model_name_or_path": str(parts / "teacher"), "aligned_heads": ["L0H1", "L1H0"]},
-        **{"report_to": "none", "disable_tqdm": True},
+    words = {"model_name_or_path": parts / "model", "dataset_name": parts / "data", "output_dir": tmp_path}
+    words |= {"max_steps": 8, "logging_steps": 1, "save_steps": 8, "alignment_weight": 10, "learning_rate": 2e-2}
+    words |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "bf16": False, "use_cpu": True}
+    words |= {"teacher_model_name_or_path": parts / "teacher", "aligned_heads": "L0H1", "report_to": "none"}
+    words |= {"alignment_objective": "distances", "disable_tqdm": True}
+    module.sft.main([word for name, value in words.items() for word in (f"--{name}", str(value))])
+    run = read_run(tmp_path)
+    (_, losses), (_, distances), (_, scale) = (
+        run.curve(name) for name in ("alignment_loss", "alignment_loss/distances", "alignment_loss/scale")
     )
-    trainer = CKATrainer(str(parts / "model"), settings, train_dataset=load_from_disk(str(parts / "data")))
-    trainer.train()
-    ((heads, teacher, valid),) = seen
-    assert heads.shape[:2] == (2, 8)
-    logged = [entry["alignment_loss"] for entry in trainer.state.log_history if "alignment_loss" in entry]
-    assert logged == pytest.approx([loss(heads, teacher, valid).item()])
-
-
-# --- Trainer scripts -------------------------------------------------------------------------------------------------
-
-
-def test_train_hera(parts: Path, tmp_path: Path, example: Any) -> None:
-    module = example("train_hera")
-    settings = {
-        **{"model_name_or_path": parts / "model", "dataset_name": parts / "data", "output_dir": tmp_path},
-        **{"teacher_model_name_or_path": parts / "teacher", "ranking_num_samples": 24, "num_neighbors": 3},
-        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "use_cpu": True},
-        **{"bf16": False, "use_peft": True, "lora_target_modules": "all-linear", "report_to": "none"},
-        **{"logging_steps": 1, "disable_tqdm": True, "save_strategy": "no"},
-    }
-    parser = TrlParser((ScriptArguments, HeRAConfig, ModelConfig))
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    module.main(*parser.parse_args_and_config(flags))
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert len(HeadRanking.load(tmp_path / "head_ranking.json").heads()) == 12
-
-
-# --- Tables and figures of README and pages -------------------------------------------------------------------------
-
-
-def test_step_equality(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    """Two cuts of the eight, run in this process, and a page whose table is replaced."""
-    module = example("step_equality")
-
-    def run_here(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        assert command[-2] == "--worker" and "--nproc_per_node=1" in command
-        try:
-            module.worker(json.loads(command[-1]))
-        except ValueError as error:
-            return subprocess.CompletedProcess(command, 1, stderr=str(error))
-        return subprocess.CompletedProcess(command, 0, stderr="")
-
-    monkeypatch.setattr(module.subprocess, "run", run_here)
-    monkeypatch.setattr(module, "CUTS", [(8, 2, 1), (4, 4, 1)])
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n{module.MARKERS[0]}\nold\n{module.MARKERS[1]}\nbelow\n")
-    monkeypatch.setattr(sys, "argv", ["step_equality.py", "--readme", str(page)])
-    module.main()
-    above, *lines, below = page.read_text().splitlines()
-    assert (above, below) == ("above", "below") and "old" not in lines
-    first, second = (line.split(" | ") for line in lines if line.startswith(("| 8 x", "| 4 x")))
-    assert float(first[1]) == 0.0 and float(second[1]) < 1e-5
-    assert second[2].startswith("refused")
-
-
-def test_precision_table(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One row of the table: the backbone in float32."""
-    import precisions
-
-    first = next(iter(precisions.PRECISIONS))
-    monkeypatch.setattr(precisions, "PRECISIONS", {first: precisions.PRECISIONS[first]})
-    module = example("precision_table")
-    page = tmp_path / "page.md"
-    page.write_text(f"{module.MARKERS[0]}{module.MARKERS[1]}")
-    monkeypatch.setattr(sys, "argv", ["precision_table.py", "--family", "llava", "--page", str(page)])
-    module.main()
-    (cells,) = (
-        line.strip("| ").split(" | ") for line in page.read_text().splitlines() if line.startswith(f"| {first} ")
-    )
-    assert all(float(cell) < 1e-5 for cell in cells[2:5]) and cells[5:] == ["yes", "CPU"]
-
-
-def test_every_script_has_a_test() -> None:
-    """A new script in examples/ is named in a test. Those of benchmarks/ are run by the tests of the same name."""
-    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
-    scripts = [path.stem for path in EXAMPLES.glob("*.py")]
-    scripts += [path.stem for path in (EXAMPLES / "benchmarks").glob("*.py") if "__main__" in path.read_text()]
-    assert [name for name in scripts if f'"{name}' not in tests and f"import {name}" not in tests] == []
-
-
-def test_method_figure(example: Any, tmp_path: Path) -> None:
-    """The loss brings the head's neighbours together, as the figure says. It is drawn the same every time."""
-    module = example("method_figure")
-    teacher, steps = module.samples()
-    shares = [mutual_knn(points, teacher, module.K) for points in (steps[0], steps[-1])]
-    assert shares[0] < 0.5 and shares[1] == 1.0
-    names = ("method-light.svg", "method-dark.svg")
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        module.main(["--folder", str(folder)])
-    one, two = ([(tmp_path / folder / name).read_bytes() for name in names] for folder in ("one", "two"))
-    assert one == two and one[0] != one[1]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert [a + b for a, b in zip(distances, scale, strict=True)] == pytest.approx(losses, rel=1e-4)
+    assert load_file(tmp_path / "checkpoint-8" / "hera_objective.safetensors")["log_scale"] != 0

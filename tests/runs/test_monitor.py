@@ -18,9 +18,11 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from hera_trainer import (
     AlignmentMonitorCallback,
     AttentionHead,
+    DecoderLayer,
     HeadRanking,
     HeRATrainer,
     VisionTeacher,
+    plot_head_scores,
     rank_heads,
     read_run,
 )
@@ -32,6 +34,15 @@ KEYS = [f"{group}/{name}" for group in ("alignment_mknn", "alignment_mknn_image"
 
 def held_out(n=16, **kwargs):
     return image_dataset(**{"n": n, "seed": 7, "with_features": 8, **kwargs})
+
+
+def mean_loss(model, collator, rows):
+    """Of single rows, weighted by their labelled tokens."""
+    batches = [collator([row]) for row in rows]
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in batches]
+    tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    return sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
 
 
 def monitored_steps(run, key="alignment_mknn/all"):
@@ -65,6 +76,15 @@ class TestValues:
                 mean = torch.stack([ranking.scores[head.layer, head.head] for head in heads]).mean().item()
                 assert logged(run, f"{group}/{name}")[-1] == pytest.approx(mean, abs=1e-6)
 
+    def test_what_unrelated_spaces_score(self, run):
+        """In every measurement, and in the log once."""
+        kept = read_run(run.args.output_dir)
+        for context, group in (("text", "alignment_mknn"), ("image", "alignment_mknn_image")):
+            assert monitored_steps(run, f"{group}/null_p95") == [0]
+            assert logged(run, f"{group}/null_p95") == [kept.monitored[context][0].null_p95]
+            for ranking in kept.monitored[context].values():
+                assert ranking.null_mean == pytest.approx(K / 13, rel=0.05) and ranking.null_p95 > K / 13
+
     def test_kept_as_rankings(self, run):
         kept = read_run(run.args.output_dir)
         assert {context: list(steps) for context, steps in kept.monitored.items()} == {
@@ -77,6 +97,25 @@ class TestValues:
             first, last = kept.before_after(context)
             assert (first.context, first.k, first.num_samples) == (context, K, 14)
             assert not torch.equal(first.scores, last.scores)  # the model was trained
+
+    def test_image_gain(self, run):
+        """After the last step, as a plain loop over the samples that are ranked, each with another one's image."""
+        rows = held_out().remove_columns("teacher_features")
+        (monitor,) = run._monitors
+        others = monitor._others
+        drawn = np.random.default_rng(run.args.seed).permutation(16)[:14].tolist()
+        assert list(others) == drawn and sorted(others.values()) == sorted(drawn)
+        assert all(row != other for row, other in others.items())
+        collator = DataCollatorForVisionLanguageModeling(run.processing_class, completion_only_loss=True)
+        run.model.eval()
+        loss = mean_loss(run.model, collator, [rows[i] for i in others])
+        permuted = [{**rows[i], "images": rows[other]["images"]} for i, other in others.items()]
+        permuted_loss = mean_loss(run.model, collator, permuted)
+        kept = read_run(run.args.output_dir).image_gains
+        assert [(step, gain.rows, gain.left_out) for step, gain in kept.items()] == [(s, 14, 0) for s in (0, 2, 3)]
+        assert (kept[3].loss, kept[3].permuted_loss) == pytest.approx((loss, permuted_loss), abs=1e-6)
+        assert logged(run, "image_gain") == [gain.gain for gain in kept.values()]
+        assert abs(kept[3].gain) > 1e-4 and kept[0].gain != kept[3].gain
 
     def test_losses_are_logged_at_every_step_as_without(self, run, tmp_path):
         plain = trainer(tmp_path, max_steps=3, learning_rate=1e-2)
@@ -213,16 +252,66 @@ class TestUse:
         )
         assert not logged(run, "alignment_loss")
 
+    def test_layers(self, tmp_path):
+        """The groups are of layers, by the scores of the layers; named ones of a control run, too."""
+        layers = {"alignment_granularity": "layer", "aligned_heads": None}
+        aligned = trainer(
+            tmp_path / "a", **layers, num_aligned_heads=2, callbacks=[AlignmentMonitorCallback(held_out(), every=1)]
+        )
+        aligned.train()
+        named = AlignmentMonitorCallback(held_out(), every=1, heads=["L2"])
+        control = trainer(tmp_path / "b", alignment_weight=0.0, aligned_heads=None, callbacks=[named])
+        control.train()
+        for run, units in ((aligned, aligned.aligned_heads), (control, [DecoderLayer(2)])):
+            kept = read_run(run.args.output_dir).monitored["text"]
+            for name, chosen in (("aligned", units), ("all", [DecoderLayer(layer) for layer in range(3)])):
+                means = [
+                    sum(ranking.layer_scores[i].item() for (i,) in chosen) / len(chosen) for ranking in kept.values()
+                ]
+                assert logged(run, f"alignment_mknn/{name}") == pytest.approx(means, abs=1e-6)
+        assert aligned.aligned_heads == aligned.head_ranking.select("worst", 2, granularity="layer")
+
     def test_one_context_and_other_settings(self, tmp_path):
         monitor = AlignmentMonitorCallback(held_out(), every=5, contexts=["image"], num_samples=10, k=2, heads=["L2H0"])
         run = trainer(tmp_path, max_steps=1, callbacks=[monitor])
         run.train()
-        assert not logged(run, "alignment_mknn/all")
+        assert not logged(run, "alignment_mknn/all") and len(logged(run, "image_gain")) == 2
         kept = read_run(tmp_path).monitored
         assert list(kept) == ["image"] and kept["image"][1].k == 2
         assert logged(run, "alignment_mknn_image/aligned")[1] == pytest.approx(
             kept["image"][1].score(AttentionHead(2, 0)), abs=1e-6
         )
+
+    def test_values_are_clipped_as_in_the_ranking(self, tmp_path):
+        monitor = AlignmentMonitorCallback(held_out(), every=1, contexts=["text"])
+        run = trainer(tmp_path, max_steps=1, ranking_clip_quantile=0.7, callbacks=[monitor])
+        run.train()
+        ranking = rank_heads(run.model, run.processing_class, held_out(), K, 500, progress=False, clip_quantile=0.7)
+        kept = read_run(tmp_path)
+        assert torch.equal(kept.monitored["text"][1].scores, ranking.scores)
+        assert kept.monitored["text"][1].clip_quantile == run.head_ranking.clip_quantile == 0.7
+
+    def test_no_image_gain_with_text_alone(self, tmp_path):
+        monitor = AlignmentMonitorCallback(held_out(), contexts=["text"])
+        run = trainer(tmp_path, max_steps=1, callbacks=[monitor])
+        run.train()
+        assert logged(run, "alignment_mknn/all") and not logged(run, "image_gain")
+        assert read_run(tmp_path).image_gains == {}
+
+    def test_rows_whose_images_fit_nowhere(self, tmp_path):
+        """One row with two images has no partner; where all rows are so, there is no image gain."""
+        rows = held_out()
+        images = rows["images"][:]
+        some = rows.map(lambda row, i: {"images": images[i] * (2 if i == 3 else 1)}, with_indices=True)
+        run = trainer(tmp_path, max_steps=1, callbacks=[AlignmentMonitorCallback(some)])
+        run.train()
+        gain = read_run(tmp_path).image_gains[1]
+        assert (gain.rows, gain.left_out) == (15, 1)
+        every = rows.map(lambda row, i: {"images": images[i] * (1 + i)}, with_indices=True)
+        run = trainer(tmp_path, max_steps=1, callbacks=[AlignmentMonitorCallback(every)])
+        with pytest.warns(UserWarning, match="no two have equally many images"):
+            run.train()
+        assert logged(run, "alignment_mknn_image/all") and not logged(run, "image_gain")
 
     def test_plain_text_in_a_column_of_another_name(self, tmp_path):
         def plain(rows):
@@ -272,10 +361,30 @@ class TestResuming:
                 assert torch.equal(ranking.scores, before.monitored[context][step].scores)
         assert after.monitored["text"][0].teacher == "kept"
         assert monitored_steps(resumed) == [0, 1, 2, 3]
-        for key in KEYS:
+        assert after.image_gains == {step: before.image_gains[step] for step in (0, 1, 2, 3)}
+        for key in (*KEYS, "image_gain"):
             assert logged(resumed, key) == logged(whole, key)[:4]
         assert after.record["resumed_from"] == "checkpoint-2"
         assert after.log_history == resumed.state.log_history
+
+    def test_measured_otherwise_after_a_while(self, tmp_path, monkeypatch):
+        """Heat maps show no difference of what cannot be compared."""
+        figures = []
+
+        def plot(panels, *args, difference, **kwargs):
+            figures.append((list(panels), difference))
+            return plot_head_scores(panels, *args, difference=difference, **kwargs)
+
+        monkeypatch.setattr("hera_trainer.runs.monitor.plot_head_scores", plot)
+        monkeypatch.setattr("hera_trainer.runs.monitor._give_image", lambda *args: None)
+        settings = {"report_to": "tensorboard", "monitor_steps": 2}
+        self.train(tmp_path, **settings, max_steps=2)
+        self.train(tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings, monitor_num_samples=10)
+        texts = figures[::2]  # the other context in between
+        assert texts == [(["first", "step 0"], True), (["first", "step 2"], True), (["step 4"], False)]
+        run = read_run(tmp_path)
+        assert [ranking.num_samples for ranking in run.monitored["text"].values()] == [16, 16, 10]
+        assert run.before_after("text") is None
 
     def test_new_run_forgets_the_old_one(self, tmp_path):
         self.train(tmp_path)
@@ -284,6 +393,7 @@ class TestResuming:
             "text": [0, 1],
             "image": [0, 1],
         }
+        assert list(read_run(tmp_path).image_gains) == [0, 1]
 
     def test_added_in_the_middle(self, tmp_path):
         self.train(tmp_path, monitor_steps=None)

@@ -16,6 +16,7 @@ from two_processes import launched_once
 from hera_trainer import AlignmentMonitorCallback, HeRAConfig, HeRATrainer, read_run
 
 KEYS = [f"{group}/{name}" for group in ("alignment_mknn", "alignment_mknn_image") for name in ("aligned", "top", "all")]
+KEYS.append("image_gain")
 LOSSES = ("loss", "lm_loss", "alignment_loss", "temperature", "grad_norm")
 
 
@@ -44,6 +45,8 @@ class TestTwoProcesses:
         for context in ("text", "image"):
             assert list(kept.monitored[context]) == [0, 1, 2]
             torch.testing.assert_close(kept.monitored[context][0].scores, alone.monitored[context][0].scores)
+        assert list(kept.image_gains) == [0, 1, 2] and kept.image_gains[0].rows == 13
+        assert vars(kept.image_gains[0]) == pytest.approx(vars(alone.image_gains[0]), abs=1e-6)
         assert kept.record["hardware"]["processes"] == 2
 
     def test_training_is_the_same(self, ranks):

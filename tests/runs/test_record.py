@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hera_trainer import AttentionHead, HeadRanking, read_run
 from hera_trainer.common.redaction import holds_secret, public_name, public_settings
+from hera_trainer.evaluation.image_gain import ImageGain
 from hera_trainer.runs.checkpoints import find_checkpoint
 from hera_trainer.runs.record import forget_measurements, measurement_path
 from hera_trainer.runs.record_callback import RunRecordCallback
@@ -42,12 +43,15 @@ class TestReading:
         for step, value in ((0, 0.0), (100, 0.5), (20, 0.25)):
             ranking(value, context="image").save(measurement_path(tmp_path, step, "image"))
         ranking(0.75).save(measurement_path(tmp_path, 20, "text"))
+        for step in (20, 0):
+            ImageGain(2.0, 2.0 + step, 90, 12, 1).save(measurement_path(tmp_path, step, "gain"))
         (tmp_path / "alignment_monitor" / "notes.json").write_text("{")
         run = read_run(str(tmp_path))
         assert run.path == tmp_path and run.record["model"] == "m" and run.log_history == log
         assert run.aligned_heads == [AttentionHead(1, 0), AttentionHead(0, 1)]
         assert run.head_ranking.scores[0, 0] == 0.25
         assert {c: list(steps) for c, steps in run.monitored.items()} == {"image": [0, 20, 100], "text": [20]}
+        assert [(step, gain.gain) for step, gain in run.image_gains.items()] == [(0, 0.0), (20, 20.0)]
         before, after = run.before_after("image")
         assert (before.scores[0, 0], after.scores[0, 0]) == (0.0, 0.5)
         assert run.before_after("text") is None and run.before_after("video") is None
@@ -90,8 +94,9 @@ class TestReading:
     def test_forgetting(self, tmp_path):
         for step in (0, 2, 4):
             ranking().save(measurement_path(tmp_path, step, "text"))
+            ImageGain(2.0, 2.5, 90, 12, 1).save(measurement_path(tmp_path, step, "gain"))
         forget_measurements(tmp_path, 2)
-        assert list(read_run(tmp_path).monitored["text"]) == [0, 2]
+        assert list(read_run(tmp_path).monitored["text"]) == [0, 2] == list(read_run(tmp_path).image_gains)
         forget_measurements(tmp_path, -1)
         assert not list((tmp_path / "alignment_monitor").iterdir())
 

@@ -2,70 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_page import Page
 from report_runs import ALIGNED, HEADS, LAYERS, STEPS, log_entries, ranking, record, write_json, write_run
 
 from hera_trainer import cli
-from hera_trainer.runs.record import read_run
+from hera_trainer.runs.record import RunRecord, read_run
 from hera_trainer.runs.report import page as report_page
 from hera_trainer.runs.report import write_report
+from hera_trainer.runs.report.curves import curves_section
 
 pytest.importorskip("plotly")
 
 
-class _Page(HTMLParser):
-    """Tables by caption, texts, figures and the attributes of all elements of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: dict[str, list[list[str]]] = {}
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self._rows: list[list[str]] = []
-        self._caption = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.text = " ".join(" ".join(self.words).split())
-        self.figures = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1])
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.elements.append((tag, dict(attributes)))
-        if tag not in ("meta", "link", "br"):
-            self._open.append(tag)
-        if tag == "table":
-            self._rows, self._caption = [], ""
-        elif tag == "tr":
-            self._rows.append([])
-        elif tag in ("td", "th"):
-            self._rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag  # well-formed
-        if tag == "table":
-            self.tables[self._caption] = self._rows
-
-    def handle_data(self, data: str) -> None:
-        if {"script", "style"} & set(self._open):
-            return
-        self.words.append(data)
-        if "caption" in self._open:
-            self._caption += data.strip()
-        elif {"td", "th"} & set(self._open):
-            self._rows[-1][-1] += data
-
-    def tagged(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def rendered(folder: Path) -> _Page:
-    return _Page(report_page.render(read_run(folder), plotly_js=""))
+def rendered(folder: Path) -> Page:
+    return Page(report_page.render(read_run(folder), plotly_js=""))
 
 
 def test_maps_hold_the_measurements(tmp_path):
@@ -99,6 +55,8 @@ def test_tables_hold_what_the_plots_show(tmp_path):
     loss = page.tables["Language-model loss"]
     assert loss[0] == ["Step", "training", "evaluation"]
     assert loss[1] == ["1", "2.483", "-"] and loss[-1] == ["60", "1.5", "1.625"] and len(loss) == STEPS + 1
+    assert page.tables["Image gain"] == [["Step", "gain"], ["0", "0.25"], ["30", "0.5"], ["60", "0.75"]]
+    assert "Image gain 0.25 \N{RIGHTWARDS ARROW} 0.75 nats a token" in page.text
     skipped = page.tables["Without alignment loss, running total"]
     assert [row[1] for row in skipped[1:]] == [str((s >= 20) + (s >= 40)) for s in range(1, STEPS + 1)]
     assert "60 samples were left out of the alignment loss" in page.text
@@ -123,6 +81,53 @@ def test_aligned_heads_before_and_after(tmp_path):
     assert table[4] == row(name, [sum(map(r.score, top)) / 2 for r in rankings])
     assert table[5] == row("Mean of all heads", [r.scores.nanmean().item() for r in rankings])
     assert table[6] == ["Chance, k / (N - 1)", "0.0500", "0.0500", "0.0500", "", "0.0500", "0.0500", ""]
+    assert table[7] == ["95th percentile of chance", "0.0600", "0.0601", "0.0661", "", "0.0602", "0.0662", ""]
+    assert len(table) == 8 and "against a column of the other kind" not in page.text
+
+
+def test_scores_stand_beside_what_unrelated_spaces_reach(tmp_path):
+    page = rendered(write_run(tmp_path))
+    assert "k = 5, N = 101). To hold it against: unrelated spaces 0.0500 (95th percentile 0.0601). Aligned" in page.text
+    assert page.text.count("k = 5, N = 101; unrelated spaces 0.0500") == 2  # below the curve of each context
+    table = page.tables["Mutual k-NN, text only"]
+    assert table[0][-1] == "95th percentile of chance"
+    assert [row[-1] for row in table[1:]] == ["0.0601", "0.0631", "0.0661"]
+    assert page.text.count("mean mutual k-NN, chance 0.0500") == 2
+
+
+def test_ranking_on_more_samples_with_a_ceiling(tmp_path):
+    write_run(tmp_path)
+    other = ranking(0, num_samples=501, ceiling=0.4, ceiling_model="/home/ann/encoders/second")
+    other.save(tmp_path / "head_ranking.json")
+    page = rendered(tmp_path)
+    table = page.tables["The 2 aligned heads and their mutual k-NN with the teacher"]
+    assert table[6][1:3] == ["0.0100", "0.0500"]
+    assert table[8] == ["Ceiling, second", "0.4000", "-", "-", "", "-", "-", ""]
+    assert "measured with k = 5, N = 501 and with k = 5, N = 101. Hold each against its own chance" in page.text
+
+
+def test_measured_otherwise_after_a_while(tmp_path):
+    write_run(tmp_path)
+    for context in ("text", "image"):
+        ranking(9, context, num_samples=51).save(tmp_path / "alignment_monitor" / f"step-{STEPS:08d}-{context}.json")
+    page = rendered(tmp_path)
+    assert not any("difference" in name for name in page.figures)
+    assert "cannot be compared, since they were measured otherwise: k = 5, N = 101 at first, k = 5, N = 51" in page.text
+    assert page.text.count("Measured with k = 5, N = 101 and with k = 5, N = 51, which cannot be compared.") == 2
+    assert "mean mutual k-NN" not in page.text
+    table = page.tables["The 2 aligned heads and their mutual k-NN with the teacher"]
+    assert table[0] == ["Head", "Score in the ranking"]
+
+
+def test_aligned_layers(tmp_path):
+    """Their own scores in the table, and their whole rows outlined in the maps."""
+    page = rendered(write_run(tmp_path, aligned_heads=["L3", "L0"]))
+    table = page.tables["The 2 aligned layers and their mutual k-NN with the teacher"]
+    scores = ranking(0).layer_scores
+    assert [row[:2] for row in table[1:3]] == [["L3", f"{scores[3]:.4f}"], ["L0", f"{scores[0]:.4f}"]]
+    assert ["Mean of all layers", f"{scores.nanmean():.4f}"] in [row[:2] for row in table]
+    shapes = page.figures["heads-text-before"]["layout"]["shapes"]
+    assert {(s["x0"], s["x1"], s["y0"], s["y1"]) for s in shapes} == {(-0.5, 3.5, 2.5, 3.5), (-0.5, 3.5, -0.5, 0.5)}
 
 
 def test_settings_that_were_changed_come_first(tmp_path):
@@ -146,7 +151,7 @@ def test_values_are_escaped_and_private_ones_hidden(tmp_path):
     text = report_page.render(read_run(tmp_path), plotly_js="")
     assert attack not in text and "<script>alert" not in text
     assert token not in text and "/home" not in text and str(tmp_path) not in text
-    page = _Page(text)
+    page = Page(text)
     assert ["trl", attack] in page.tables["Versions"] and "mine" in page.text
     assert ["head_ranking_path", "r.json", "None"] in page.tables["Settings that differ from the defaults"]
     names = [trace["name"] for trace in page.figures["loss"]["data"]]
@@ -162,7 +167,7 @@ def test_everything_is_in_the_one_file(tmp_path, capsys):
 
     text = path.read_text(encoding="utf-8")
     assert get_plotlyjs() in text
-    page = _Page(report_page.render(read_run(tmp_path / "run"), plotly_js=""))
+    page = Page(report_page.render(read_run(tmp_path / "run"), plotly_js=""))
     assert not page.tagged("link") and not page.tagged("img") and not page.tagged("iframe")
     assert all("src" not in attributes for _, attributes in page.elements)
     assert "https:" not in text.replace(get_plotlyjs(), "") and "http:" not in text.replace(get_plotlyjs(), "")
@@ -177,7 +182,7 @@ def test_what_reads_the_page_aloud_finds_its_way(tmp_path):
     for link in page.tagged("a"):
         assert link["href"].removeprefix("#") in ids
     plots = [attributes for attributes in page.tagged("div") if attributes.get("class") == "plot"]
-    assert len(plots) == len(page.figures) == 13
+    assert len(plots) == len(page.figures) == 14
     assert all(plot["role"] == "img" and len(plot["aria-label"]) > 40 for plot in plots)
     label = next(plot["aria-label"] for plot in plots if plot["id"] == "plot-heads-text-before")
     scores = ranking(1)
@@ -295,3 +300,26 @@ def test_colours_have_contrast():
         assert contrast(colors["--text"], colors["--note"]) >= 4.5
         for line in ("--aligned", "--series-1", "--series-2", "--series-3", "--focus"):
             assert contrast(colors[line], colors["--surface"]) >= 3
+
+
+def test_pull_spread_weight_and_terms_of_the_loss():
+    log = [
+        {
+            "step": step,
+            "alignment_loss": 2.0,
+            "alignment_loss/near": 0.5,
+            "alignment_loss/far": 1.5,
+            "alignment_pull": step / 10,
+            "alignment_weight": 0.01 * step,
+            "alignment_spread": step / 100,
+            "alignment_pool": 16.0,
+        }
+        for step in (1, 2, 3)
+    ]
+    run = RunRecord(Path("run"), {"config": {"num_neighbors": 5, "alignment_objective": "cka"}}, log)
+    plots = {plot.name: plot for plot in curves_section(run).plots[""]}
+    lines = {name: {line["name"]: list(line["y"]) for line in plot.figure["data"]} for name, plot in plots.items()}
+    assert lines["pull"] == {"pull": [0.1, 0.2, 0.3], "weight": [0.01, 0.02, 0.03]}
+    assert lines["spread"] == {"spread": [0.01, 0.02, 0.03]}
+    assert lines["alignment-loss"] == {"training": [2.0] * 3, "near": [0.5] * 3, "far": [1.5] * 3}
+    assert "ln" not in plots["alignment-loss"].note  # the least value of the contrastive loss is not that of another

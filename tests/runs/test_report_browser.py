@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from compared_runs import write_all
 from report_runs import ALIGNED, HEADS, LAYERS, ranking, write_run
 
 from hera_trainer.runs.report import write_report
@@ -35,12 +36,18 @@ def address(tmp_path_factory):
     return write_report(write_run(tmp_path_factory.mktemp("report"))).as_uri()
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    pytest.importorskip("plotly")
+    return write_report(write_all(tmp_path_factory.mktemp("comparison"))).as_uri()
+
+
 @pytest.fixture
 def opened(browser, address):
     """Opens the page; afterwards, nothing may have gone wrong or out to the network."""
     complaints, contexts = [], []
 
-    def open_page(**settings):
+    def open_page(address=address, **settings):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
         contexts.append(context)
         page = context.new_page()
@@ -84,7 +91,7 @@ def place_of(page, plot, layer, head):
 def test_every_plot_is_drawn(opened):
     page = opened()
     plots = page.locator(".plot")
-    assert plots.count() == 13
+    assert plots.count() == 14
     for i in range(plots.count()):
         drawn = plots.nth(i).locator(".heatmaplayer image, .scatterlayer path.js-line").first
         box = drawn.bounding_box()
@@ -122,7 +129,8 @@ def test_hover_on_a_curve(opened):
     page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
     label = page.locator("#plot-temperature .hoverlayer .legend")
     label.wait_for()
-    assert label.text_content().startswith("60") and "0.0694" in label.text_content()
+    # The last point or, where the page is narrower, the one before it.
+    assert label.text_content()[:2] in ("59", "60") and "0.0694" in label.text_content()
 
 
 def test_plots_follow_the_colour_scheme(opened):
@@ -196,6 +204,33 @@ def test_narrow_screens_scroll_in_one_direction(opened):
 def test_wide_screens_show_the_whole_table_of_aligned_heads(opened):
     page = opened(viewport={"width": 1280, "height": 900})
     assert page.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('#aligned .scroll'))")
+
+
+def test_comparison_is_drawn_in_both_schemes(opened, comparison):
+    page = opened(comparison, color_scheme="light")
+    names = page.locator("#plot-loss .legendtext").all_text_contents()
+    assert [name.split(" ")[0] for name in names] == ["SFT", "aligned", "control"]
+    for surface, color in ((LIGHT[0], "rgb(193, 79, 0)"), (DARK[0], "rgb(255, 143, 69)")):
+        page.emulate_media(color_scheme="light" if surface == LIGHT[0] else "dark")
+        from playwright.sync_api import expect
+
+        expect(page.locator("#plot-loss .main-svg").first).to_have_css("background-color", surface)
+        band = page.locator("#plot-loss .scatterlayer path.js-fill").first
+        expect(band).to_have_css("fill", color)
+        assert 0.1 < float(band.evaluate("e => getComputedStyle(e).fillOpacity")) < 0.3
+    for plot in page.locator(".plot").all():
+        box, legend = plot.bounding_box(), plot.locator(".legend")
+        if legend.count():  # stands above the curves and within the frame
+            assert legend.bounding_box()["width"] <= box["width"]
+            assert plot.locator(".nsewdrag").bounding_box()["height"] > 120
+
+
+def test_comparison_on_narrow_screens(opened, comparison):
+    page = opened(comparison, viewport={"width": 320, "height": 700})
+    for width in (320, 768, 1280):
+        page.set_viewport_size({"width": width, "height": 700})
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_plot_is_saved_as_an_image(opened, tmp_path):

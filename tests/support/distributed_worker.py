@@ -71,6 +71,7 @@ CASES = {
         settings={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ),
     "queue of a step": Case(settings={"queue_size": 8, "max_steps": 2}),
+    "centered": Case(settings={"similarity": "centered_cosine", "queue_size": 8, "max_steps": 2}),
     "queue of less": Case(settings={"queue_size": 3, "max_steps": 2}, without=(6,)),
     "micro_batch": Case(cuts=((4, 1),), settings={"contrast_scope": "micro_batch"}),
     "micro_batch queue": Case(
@@ -169,7 +170,7 @@ def uneven_pools(accelerator: Accelerator | None) -> dict[str, Any]:
         known[f"first has {first}"] = {
             "value": pool.value.item(),
             "heads_grad": pool.heads_grad.tolist(),
-            "temperature_grad": pool.temperature_grad.item(),
+            "temperature_grad": pool.parameter_grads[0].item(),
             "samples": int(pool.samples),
             "left_out": int(pool.left_out),
             "queue": queue.teacher.tolist(),

@@ -60,8 +60,12 @@ class Kept(TrainerCallback):
     def _now(self) -> dict[str, Any]:
         alignment = self.trainer.alignment
         queue = alignment.contrast.queue
+        temperature = self.trainer.criterion.log_temperature
         return {
-            "temperature": alignment.temperature.state_dict(),
+            "temperature": {
+                "log_temperature": temperature.item(),
+                "optimizer": {name: x.item() for name, x in alignment.optimizer._adam.state[temperature].items()},
+            },
             "queue": {} if queue.heads is None else {"heads": queue.heads.tolist(), "teacher": queue.teacher.tolist()},
             "aligned_heads": [str(head) for head in self.trainer.aligned_heads],
             "adapter": {name: p.tolist() for name, p in self.trainer.model.named_parameters() if "lora" in name},

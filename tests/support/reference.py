@@ -27,7 +27,7 @@ class Recorder(TrainerCallback):
         self.model = copy.deepcopy(trainer.model)  # as it is before the step
         # TRL's patched forward is a closure over the original model: the copy runs its class's own.
         base_model(self.model).__dict__.pop("forward", None)
-        self.log_temperature = trainer.criterion.log_temperature.detach().clone()
+        self.parameters = {name: p.detach().clone() for name, p in trainer.criterion.named_parameters()}
         trainer.data_collator = _RecordingCollator(trainer.data_collator, self.batches)
         trainer.add_callback(self)
 
@@ -40,9 +40,8 @@ class Recorder(TrainerCallback):
             self.gradients = {n: p.grad.clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
             window = self.trainer.alignment.window
             self.seeds = None if window is None else window.seeds
-            gradient = self.trainer.criterion.log_temperature.grad
-            if gradient is not None:
-                self.gradients["log_temperature"] = gradient.clone()
+            own = self.trainer.criterion.named_parameters()
+            self.gradients.update({n: p.grad.clone() for n, p in own if p.grad is not None})
 
 
 class _RecordingCollator(TeacherCollator):
@@ -113,8 +112,33 @@ def pooled_positions(batch: dict[str, Any], model: nn.Module) -> Tensor:
     return mask
 
 
-def head_vectors(model: nn.Module, batch: dict[str, Any], heads: list[tuple[int, int]], num_heads: int) -> Any:
-    """Logits of a forward pass and the head representations z `[m, B, d_model]`, by the definition."""
+@contextmanager
+def recorded_stream(model: nn.Module) -> Iterator[_Recording]:
+    """What the final norm is given: the output of the last layer, which the model tells normalised only."""
+    decoder = base_model(model).get_decoder()
+    decoder.norm = recording = _Recording(decoder.norm)
+    try:
+        yield recording
+    finally:
+        decoder.norm = recording.projection
+
+
+def layer_vectors(model: nn.Module, batch: dict[str, Any], layers: list[int]) -> Any:
+    """Logits of a forward pass and the representations z `[m, B, d_model]` of whole layers, by the definition."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", TEACHER_COLUMN)}
+    with recorded_stream(model) as final:
+        out = model(**inputs, use_cache=False, output_hidden_states=True)
+    leaving = [*out.hidden_states[1:-1], final.x]  # the first is what the embeddings give
+    mask = pooled_positions(batch, model)
+    vectors = [torch.stack([leaving[i][b][mask[b]].mean(0) for b in range(len(mask))]) for i in layers]
+    return out.logits, torch.stack(vectors)
+
+
+def head_vectors(model: nn.Module, batch: dict[str, Any], heads: list[tuple[int, ...]], num_heads: int) -> Any:
+    """Logits of a forward pass and the head representations z `[m, B, d_model]`, by the definition. A layer is given
+    as `(layer,)`."""
+    if all(len(head) == 1 for head in heads):
+        return layer_vectors(model, batch, [layer for (layer,) in heads])
     inputs = {k: v for k, v in batch.items() if k not in ("labels", TEACHER_COLUMN)}
     with recorded_projections(model) as recordings:
         logits = model(**inputs, use_cache=False).logits
@@ -130,20 +154,78 @@ def head_vectors(model: nn.Module, batch: dict[str, Any], heads: list[tuple[int,
     return logits, torch.stack(vectors)
 
 
-def alignment_loss(z: Tensor, teacher: Tensor, k: int, log_temperature: Tensor, normalize: bool = True) -> Tensor:
+def made_similar(x: Tensor, similarity: str) -> Tensor:
+    """Vectors `[..., N, d]` whose dot products are compared."""
+    if similarity == "centered_cosine":
+        x = x - x.mean(-2, keepdim=True)
+    return x if similarity == "dot" else x / x.norm(dim=-1, keepdim=True)
+
+
+def alignment_loss(
+    z: Tensor,
+    teacher: Tensor,
+    k: int,
+    log_temperature: Tensor,
+    similarity: str = "cosine",
+    teacher_similarity: str = "cosine",
+) -> Tensor:
     """Eq. 4 and 8, sample by sample."""
-    if normalize:
-        z, teacher = z / z.norm(dim=-1, keepdim=True), teacher / teacher.norm(dim=-1, keepdim=True)
-    similarity = teacher @ teacher.T
+    z, teacher = made_similar(z, similarity), made_similar(teacher, teacher_similarity)
+    nearness = teacher @ teacher.T
     total = z.new_zeros(())
     for i in range(len(teacher)):
         others = [j for j in range(len(teacher)) if j != i]
-        nearest = sorted(others, key=lambda j: -similarity[i, j].item())[:k]
+        nearest = sorted(others, key=lambda j: -nearness[i, j].item())[:k]
         for head in z:
             logits = torch.stack([head[i] @ head[j] for j in others]) / log_temperature.exp()
             target = torch.tensor([1.0 / k if j in nearest else 0.0 for j in others])
             total = total - (target * F.log_softmax(logits, dim=0)).sum()
     return total / (len(teacher) * len(z))
+
+
+def feature_loss(z: Tensor, teacher: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """One minus the cosine of each head's projected representation and the teacher vector, sample by sample."""
+    total = z.new_zeros(())
+    for h, head in enumerate(z):
+        first, second = ((parameters[f"{n}_weight"][h], parameters[f"{n}_bias"][h, 0]) for n in ("first", "second"))
+        for x, target in zip(head, teacher, strict=True):
+            x = x / (x.square().mean() + torch.finfo(x.dtype).eps).sqrt()
+            hidden = first[0].T @ x + first[1]
+            projected = second[0].T @ (hidden * hidden.sigmoid()) + second[1]
+            total = total + 1 - projected @ target / (projected.norm() * target.norm())
+    return total / (len(z) * len(teacher))
+
+
+def cka_loss(z: Tensor, teacher: Tensor) -> Tensor:
+    """One minus linear CKA, by the definition with centring matrices."""
+    center = torch.eye(len(teacher)) - 1.0 / len(teacher)
+
+    def hsic(a: Tensor, b: Tensor) -> Tensor:
+        return torch.trace(a @ a.T @ center @ b @ b.T @ center)
+
+    cka = [hsic(head, teacher) / (hsic(head, head) * hsic(teacher, teacher)).sqrt() for head in z]
+    return 1 - sum(cka) / len(z)
+
+
+def uniformity_loss(z: Tensor) -> Tensor:
+    """Logarithm of the mean Gaussian potential (t = 2) over pairs of different samples."""
+    z, count = made_similar(z, "cosine"), z.shape[1]
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+    potentials = [sum((-2 * (head[i] - head[j]).square().sum()).exp() for i, j in pairs) for head in z]
+    return sum((potential / len(pairs)).log() for potential in potentials) / len(z)
+
+
+def objective_loss(trainer: HeRATrainer, z: Tensor, teacher: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """The objective that a trainer's configuration names."""
+    args = trainer.args
+    if args.alignment_objective == "feature":
+        return feature_loss(z, teacher, parameters)
+    if args.alignment_objective == "cka":
+        return cka_loss(z, teacher)
+    if args.alignment_objective == "uniformity":
+        return uniformity_loss(z)
+    settings = (args.num_neighbors, parameters["log_temperature"], args.similarity, args.teacher_similarity)
+    return alignment_loss(z, teacher, *settings)
 
 
 def language_model_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -156,10 +238,9 @@ def num_labels(batch: dict[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def gradients_of(model: nn.Module, loss: Tensor, log_temperature: Tensor | None = None) -> dict[str, Tensor]:
+def gradients_of(model: nn.Module, loss: Tensor, parameters: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if log_temperature is not None:
-        named["log_temperature"] = log_temperature
+    named.update(parameters or {})
     values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {n: g for n, g in zip(named, values, strict=True) if g is not None}
 
@@ -187,7 +268,7 @@ def step_gradients(recorder: Recorder, weight: float, scope: str, seeds: list[in
     all samples of the step or, with scope "micro_batch", each micro-batch's with its share of the weight."""
     trainer, model = recorder.trainer, recorder.model
     heads = [tuple(head) for head in trainer.aligned_heads]
-    log_temperature = recorder.log_temperature.requires_grad_()
+    parameters = {name: value.requires_grad_() for name, value in recorder.parameters.items()}
     total_labels = sum(num_labels(batch) for batch in recorder.batches)
     model.train()
     loss, vectors, teachers = 0.0, [], []
@@ -204,6 +285,6 @@ def step_gradients(recorder: Recorder, weight: float, scope: str, seeds: list[in
     if scope == "step":
         vectors, teachers = [torch.cat(vectors, dim=1)], [torch.cat(teachers)]
     for z, teacher in zip(vectors, teachers, strict=True):
-        align = alignment_loss(z, teacher, trainer.args.num_neighbors, log_temperature)
+        align = objective_loss(trainer, z, teacher, parameters)
         loss = loss + weight * align / len(vectors)
-    return gradients_of(model, loss, log_temperature)
+    return gradients_of(model, loss, parameters)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hera_trainer import AttentionHead, HeadRanking
+from hera_trainer.evaluation.image_gain import ImageGain
 
 LAYERS, HEADS = 6, 4
 ALIGNED = [AttentionHead(3, 2), AttentionHead(0, 1)]
@@ -16,16 +17,23 @@ STEPS = 60
 MEASURED = (0, 30, 60)
 
 
-def ranking(seed: int, context: str = "text", layers: int = LAYERS, heads: int = HEADS) -> HeadRanking:
+def ranking(seed: int, context: str = "text", layers: int = LAYERS, heads: int = HEADS, **settings: Any) -> HeadRanking:
     scores = torch.rand(layers, heads, generator=torch.Generator().manual_seed(seed)) * 0.2
     scores[1] = torch.nan  # a layer without attention
-    return HeadRanking(scores, scores.nanmean(1), 5, 101, context=context, model="org/model", teacher="org/teacher")
+    names = {"context": context, "model": "org/model", "teacher": "org/teacher"}
+    facts = {"k": 5, "num_samples": 101, "null_mean": 0.0501, "null_p95": 0.06 + seed / 1e4}
+    return HeadRanking(scores, scores.nanmean(1), **{**facts, **names, **settings})
+
+
+def gain(step: int) -> ImageGain:
+    return ImageGain(loss=2.0, permuted_loss=2.25 + step / 120, tokens=900, rows=96, left_out=4)
 
 
 def log_entries(steps: int = STEPS) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for step in range(steps + 1):
         if step in MEASURED:
+            entries.append({"step": step, "image_gain": gain(step).gain})
             values = {"aligned": 0.04 + step / 1000, "top": 0.15, "all": 0.08}
             for group in ("alignment_mknn", "alignment_mknn_image"):
                 entries.append({"step": step, **{f"{group}/{name}": value for name, value in values.items()}})
@@ -85,4 +93,5 @@ def write_run(folder: Path, monitor: bool = True, **changes: Any) -> Path:
         for offset, context in ((1, "text"), (2, "image")):
             measured = ranking(step + offset, context)
             measured.save(folder / "alignment_monitor" / f"step-{step:08d}-{context}.json")
+        gain(step).save(folder / "alignment_monitor" / f"step-{step:08d}-gain.json")
     return folder

@@ -57,7 +57,7 @@ def test_head_that_does_not_exist(tmp_path, head):
 
 
 def test_head_named_twice(tmp_path):
-    with pytest.raises(ValueError, match="`aligned_heads` names an attention head twice"):
+    with pytest.raises(ValueError, match="`aligned_heads` names the same attention head twice"):
         trainer(tmp_path, aligned_heads=["L0H0", "L0H0"])
 
 

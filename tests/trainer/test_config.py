@@ -16,24 +16,38 @@ from transformers import HfArgumentParser
 from trl import SFTConfig, TrlParser
 
 from hera_trainer.config import HeRAConfig
-from hera_trainer.heads.head import AttentionHead
+from hera_trainer.heads.head import AttentionHead, DecoderLayer
+from hera_trainer.objectives.contrastive import HeRALoss
+from hera_trainer.objectives.registry import register_objective
+
+register_objective("own")(type("Own", (HeRALoss,), {}))
 
 DEFAULTS = {
     "alignment_weight": 0.01,
+    "alignment_granularity": "head",
     "num_aligned_heads": 5,
     "head_selection": "worst",
     "aligned_heads": None,
     "num_neighbors": 10,
     "temperature": 0.07,
     "learn_temperature": True,
-    "normalize": True,
+    "alignment_objective": "contrastive",
+    "target_pull": None,
+    "similarity": "cosine",
+    "teacher_similarity": "cosine",
+    "metric_similarity": "cosine",
+    "objective_learning_rate": None,
+    "teacher_control": "none",
+    "publish_control": False,
     "teacher_model_name_or_path": "facebook/dinov2-large",
     "teacher_batch_size": 32,
     "ranking_num_samples": 1000,
+    "ranking_clip_quantile": None,
     "head_ranking_path": None,
     "max_length": None,
     "contrast_scope": "step",
     "queue_size": 0,
+    "neighbor_group_size": 0,
     "gradient_accumulation_steps": 4,
     "monitor_steps": None,
     "monitor_num_samples": 500,
@@ -112,12 +126,17 @@ def test_each_field_is_described_twice(name: str) -> None:
         ("num_aligned_heads", -1),
         ("ranking_num_samples", 0),
         ("ranking_num_samples", 11),
+        ("ranking_clip_quantile", 0.0),
+        ("ranking_clip_quantile", 1.0),
+        ("ranking_clip_quantile", 95.0),
         ("teacher_batch_size", 0),
         ("head_selection", "best"),
         ("head_selection", "Worst"),
         ("aligned_heads", []),
         ("contrast_scope", "window"),
         ("queue_size", -1),
+        ("neighbor_group_size", -1),
+        ("neighbor_group_size", 1),
         ("monitor_steps", 0),
     ],
 )
@@ -126,7 +145,7 @@ def test_refused_values(tmp_path: Path, setting: str, value: Any) -> None:
         config(tmp_path, **{setting: value})
 
 
-@pytest.mark.parametrize("text", ["3H4", "L3", "L3H", "L-1H0", "L3H4H5", "l3h4", "L3 H4", "L3.5H1", ""])
+@pytest.mark.parametrize("text", ["3H4", "L3H", "L-1H0", "L3H4H5", "l3h4", "L3 H4", "L3.5H1", ""])
 def test_refused_heads(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text)) + " is not an attention head.*'L3H4'"):
         config(tmp_path, aligned_heads=["L0H0", text])
@@ -174,20 +193,30 @@ def test_attention_head_and_its_text(text: str) -> None:
 
 CHANGED = {
     "alignment_weight": 0.5,
+    "alignment_granularity": "layer",
     "num_aligned_heads": 2,
-    "head_selection": "random",
-    "aligned_heads": ["L3H4", "L5H11"],
+    "head_selection": "middle",
+    "aligned_heads": ["L3", "L11"],
     "num_neighbors": 4,
     "temperature": 0.2,
     "learn_temperature": False,
-    "normalize": False,
+    "alignment_objective": "own",
+    "target_pull": 0.3,
+    "similarity": "centered_cosine",
+    "teacher_similarity": "dot",
+    "metric_similarity": "centered_cosine",
+    "objective_learning_rate": 1e-2,
+    "teacher_control": "permuted",
+    "publish_control": True,
     "teacher_model_name_or_path": "some/teacher",
     "teacher_batch_size": 3,
     "ranking_num_samples": 50,
+    "ranking_clip_quantile": 0.95,
     "head_ranking_path": "ranking.json",
     "max_length": 77,
     "contrast_scope": "micro_batch",
     "queue_size": 64,
+    "neighbor_group_size": 16,
     "gradient_accumulation_steps": 2,
     "monitor_steps": 50,
     "monitor_num_samples": 90,
@@ -211,9 +240,9 @@ def test_from_the_command_line(tmp_path: Path, parser_class: type[HfArgumentPars
 
 
 def test_switches_on_the_command_line(tmp_path: Path) -> None:
-    words = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--no_learn_temperature", "--no_normalize"]
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--no_learn_temperature"]
     (args,) = TrlParser((HeRAConfig,)).parse_args_into_dataclasses(words)
-    assert (args.learn_temperature, args.normalize) == (False, False)
+    assert args.learn_temperature is False
 
 
 def test_choices_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -238,3 +267,29 @@ def test_dictionary_and_json_round_trip(tmp_path: Path, values: dict[str, Any]) 
     for content in (args.to_dict(), json.loads(args.to_json_string())):
         assert {name: content[name] for name in OWN_FIELDS} == values
         assert own_values(HeRAConfig(**content)) == values
+
+
+# --- Heads or layers -------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_named_as_layers(tmp_path: Path) -> None:
+    args = config(tmp_path, alignment_granularity="layer", aligned_heads=["L2", DecoderLayer(0)])
+    assert args.aligned_heads == ["L2", "L0"]
+    assert config(tmp_path, alignment_granularity="layer", head_selection="middle").aligned_heads is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alignment_granularity": "token"}, "`alignment_granularity` must be one of"),
+        ({"head_selection": "middle"}, "Set `alignment_granularity='layer'`, or choose heads by 'worst'"),
+        ({"aligned_heads": ["L2"]}, "Set `alignment_granularity='layer'`, or write layer and head: 'L3H4'"),
+        (
+            {"alignment_granularity": "layer", "aligned_heads": ["L2H1"]},
+            "Set `alignment_granularity='head'`, or write layers alone: 'L3'",
+        ),
+    ],
+)
+def test_heads_and_layers_are_not_mixed_up(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(tmp_path, **settings)

@@ -276,7 +276,7 @@ def with_teacher_vectors(n, seed):
 QUEUE = {"queue_size": 18, "save_strategy": "steps", "save_steps": 2, "aligned_heads": ["L0H1", "L1H2"]}
 CHANGES = {
     "nothing": ({}, None),
-    "normalize": ({"normalize": False}, "normalize differ"),
+    "similarity": ({"similarity": "centered_cosine"}, None),  # past samples are kept as they are
     "heads": ({"aligned_heads": ["L0H1", "L2H2"]}, "aligned heads differ"),
     "order of heads": ({"aligned_heads": ["L1H2", "L0H1"]}, "aligned heads differ"),
     "number of heads": ({"aligned_heads": ["L0H1"]}, "aligned heads differ"),
@@ -296,7 +296,7 @@ def test_the_queue_is_taken_by_the_same_run_alone(tmp_path, change, has_metadata
     settings, message = CHANGES[change]
     if not has_metadata:  # as earlier versions wrote it: known are the widths, and the heads from the file beside it
         save_file(stored, path)
-        message = {"teacher": None, "normalize": None, "width": "teacher width differ"}.get(change, message)
+        message = {"teacher": None, "width": "teacher width differ"}.get(change, message)
     resumed = trainer(tmp_path, **{"dataset": rows, "max_steps": 3, **QUEUE, **settings})
     resumed.train(resume_from_checkpoint=True)
     # The step's own six samples, with the twelve of the queue or without.

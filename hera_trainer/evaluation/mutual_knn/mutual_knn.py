@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 _DESCRIPTION = """
 Mutual k-nearest-neighbour alignment (MKNN) of two representations of the same samples: for each sample, its k nearest
 other samples are found once in each space; the score is the mean share of neighbours that both spaces have in common.
-1 says that the neighbourhoods are the same, k / (N - 1) is the score of unrelated spaces.
+1 says that the neighbourhoods are the same, k / (N - 1) is the mean score of unrelated spaces. Compare scores of the
+same N and k only.
 """
 
 _CITATION = """
@@ -32,8 +33,15 @@ Args:
     k (`int`, *optional*, defaults to `10`): Number of neighbours, at most one less than there are samples.
     normalize (`bool`, *optional*, defaults to `True`): L2-normalise the vectors first, so that similarity is the
         cosine. Without it, it is the dot product.
+    clip_quantile (`float`, *optional*): Before that, clamp the values of each space to the mean over the samples of
+        this quantile of a sample's absolute values. The reference code does, with 0.95.
+    permutations (`int`, *optional*, defaults to `0`): Number of times that the samples of one side are permuted, to
+        find what unrelated spaces score. 1000 are plenty.
+    seed (`int`, *optional*, defaults to `0`): Seed of the permutations.
 Returns:
     mutual_knn (`float`): Mean share of common neighbours, in [0, 1].
+    null_mean (`float`): With `permutations`, the mean score of permuted pairs, an estimate of k / (N - 1).
+    null_p95 (`float`): With `permutations`, their 95th percentile: one in twenty unrelated pairs scores higher.
 Examples:
     >>> metric = evaluate.load("mutual_knn")
     >>> a = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]
@@ -55,7 +63,10 @@ def _matrix(vectors: Any, name: str) -> NDArray[np.float32]:
     return matrix
 
 
-def _neighbors(x: NDArray[np.float32], k: int, normalize: bool) -> NDArray[np.int64]:
+def _neighbors(x: NDArray[np.float32], k: int, normalize: bool, clip_quantile: float | None) -> NDArray[np.int64]:
+    if clip_quantile is not None:
+        threshold = np.quantile(np.abs(x), clip_quantile, axis=1).mean()
+        x = np.clip(x, -threshold, threshold)
     if normalize:
         x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     found = []
@@ -66,6 +77,13 @@ def _neighbors(x: NDArray[np.float32], k: int, normalize: bool) -> NDArray[np.in
         similarity[own, own + start] = -np.inf
         found.append(np.argpartition(similarity, -k, axis=1)[:, -k:])
     return np.concatenate(found)
+
+
+def _overlap(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
+    """Mean share of the neighbours `[N, k]` that are the same in both."""
+    # A neighbour is written as the one number row * N + column, and a row names it once.
+    rows = len(a) * np.arange(len(a))[:, None]
+    return np.intersect1d((a + rows).ravel(), (b + rows).ravel(), assume_unique=True).size / a.size
 
 
 class MutualKNN(evaluate.Metric):
@@ -82,14 +100,34 @@ class MutualKNN(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2405.07987", "https://huggingface.co/papers/2606.23885"],
         )
 
-    def _compute(self, predictions: Any, references: Any, k: int = 10, normalize: bool = True) -> dict[str, float]:
+    def _compute(
+        self,
+        predictions: Any,
+        references: Any,
+        k: int = 10,
+        normalize: bool = True,
+        clip_quantile: float | None = None,
+        permutations: int = 0,
+        seed: int = 0,
+    ) -> dict[str, float]:
         n = len(predictions)
         if not 1 <= k < n:
             raise ValueError(
                 f"k={k} nearest other samples do not exist among {n} samples: k must be between 1 and N - 1."
             )
-        # A neighbour is written as the one number row * N + column, and a row names it once.
-        rows = n * np.arange(n)[:, None]
-        a = _neighbors(_matrix(predictions, "predictions"), k, normalize) + rows
-        b = _neighbors(_matrix(references, "references"), k, normalize) + rows
-        return {"mutual_knn": np.intersect1d(a.ravel(), b.ravel(), assume_unique=True).size / (n * k)}
+        if clip_quantile is not None and not 0 < clip_quantile < 1:
+            raise ValueError(
+                f"`clip_quantile` must be above 0 and below 1, got {clip_quantile}. Leave it out to clip nothing."
+            )
+        if permutations < 0:
+            raise ValueError(f"`permutations` must be at least 0, got {permutations}.")
+        a = _neighbors(_matrix(predictions, "predictions"), k, normalize, clip_quantile)
+        b = _neighbors(_matrix(references, "references"), k, normalize, clip_quantile)
+        scores = {"mutual_knn": _overlap(a, b)}
+        if permutations:
+            rng = np.random.default_rng(seed)
+            orders = (rng.permutation(n) for _ in range(permutations))
+            # Sample i of the second space is paired with sample order[i] of the first: neighbours change their numbers.
+            null = [_overlap(a[order], order[b]) for order in orders]
+            scores |= {"null_mean": float(np.mean(null)), "null_p95": float(np.quantile(null, 0.95))}
+        return scores

@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ..plots import monitor_group
 from ..record import RunRecord
 from .parts import CURVE_HEIGHT, Missing, Plot, Section, Table, number_text, plain_figure, spread
 
@@ -18,6 +19,8 @@ MOST_POINTS = 2000
 MOST_ROWS = 60
 # Curves with fewer points are read without a running mean.
 SMOOTHED_FROM = 50
+
+_GAIN = "By how much the held-out loss rises, in nats a token, when each row gets the images of another one."
 
 
 @dataclass
@@ -32,13 +35,16 @@ class Series:
 
 
 def curves_section(run: RunRecord) -> Section:
-    """Loss, alignment loss, temperature, pool, skipped steps, and the mutual k-NN of groups of heads."""
+    """Losses, pull, spread, temperature, pool, skipped steps, the mutual k-NN of groups of heads, and image gain."""
     section = Section("training", "Training")
     plots = [
         _chart("loss", "Language-model loss", _loss(run)),
         _chart("alignment-loss", "Alignment loss", _alignment_loss(run), note=_band(run)),
-        _chart("mknn-text", "Mutual k-NN, text only", _groups(run, "alignment_mknn")),
-        _chart("mknn-image", "Mutual k-NN, image in context", _groups(run, "alignment_mknn_image")),
+        _chart("mknn-text", "Mutual k-NN, text only", _groups(run, "text"), note=_reference(run, "text")),
+        _chart("mknn-image", "Mutual k-NN, image in context", _groups(run, "image"), note=_reference(run, "image")),
+        _chart("image-gain", "Image gain", [_series(run, "image_gain", "gain", "--series-1")], note=_GAIN, zero=True),
+        _chart("pull", "Pull at the aligned heads", _pull(run), note=_PULL_NOTE, zero=True),
+        _chart("spread", "Spread of the aligned heads", [_series(run, "alignment_spread", "spread", "--series-1")]),
         _chart("temperature", "Temperature", [_series(run, "temperature", "temperature", "--series-1")]),
         _chart("pool", "Samples compared at a time", [_series(run, "alignment_pool", "pool", "--series-1")], zero=True),
         _chart("skipped", "Without alignment loss, running total", _skipped(run), note=_left_out(run), zero=True),
@@ -72,25 +78,44 @@ def _evaluations(run: RunRecord, keys: Iterable[str], ending: str) -> list[Serie
     return found
 
 
+def held_out_losses(run: RunRecord) -> list[str]:
+    """Keys of the language-model losses of all evaluation sets."""
+    return [key for key in _keys(run, r"eval(_.+)?_loss") if not key.endswith("_alignment_loss")]
+
+
 def _loss(run: RunRecord) -> list[Series]:
     key = "lm_loss" if run.curve("lm_loss")[0] else "loss"  # plain SFTTrainer has the latter only
-    evaluations = [key for key in _keys(run, r"eval(_.+)?_loss") if not key.endswith("_alignment_loss")]
-    return [_series(run, key, "training", "--series-1", noisy=True), *_evaluations(run, evaluations, "_loss")]
+    return [_series(run, key, "training", "--series-1", noisy=True), *_evaluations(run, held_out_losses(run), "_loss")]
 
 
 def _alignment_loss(run: RunRecord) -> list[Series]:
     evaluations = _keys(run, r"eval(_.+)?_alignment_loss")
     training = _series(run, "alignment_loss", "training", "--series-1", noisy=True)
-    return [training, *_evaluations(run, evaluations, "_alignment_loss")]
+    terms = [_series(run, key, key.split("/")[1], "--series-3") for key in _keys(run, r"alignment_loss/.+")]
+    return [training, *_evaluations(run, evaluations, "_alignment_loss"), *terms]
 
 
-def _groups(run: RunRecord, prefix: str) -> list[Series]:
+def _groups(run: RunRecord, context: str) -> list[Series]:
     names = (
         ("aligned", "aligned heads", "--aligned"),
         ("top", "top heads", "--series-1"),
         ("all", "all heads", "--quiet"),
     )
-    return [_series(run, f"{prefix}/{key}", name, color) for key, name, color in names]
+    groups = [_series(run, f"{monitor_group(context)}/{key}", name, color) for key, name, color in names]
+    if not any(line.steps for line in groups):
+        return []
+    measured = run.monitored.get(context, {})
+    high = {step: ranking.null_p95 for step, ranking in measured.items() if ranking.null_p95 is not None}
+    return [*groups, Series("95th percentile of chance", "--series-2", list(high), list(high.values()))]
+
+
+def _reference(run: RunRecord, context: str) -> str:
+    """What the scores of a context can be held against."""
+    rankings = list(run.monitored.get(context, {}).values())
+    scales = list({ranking.scale: None for ranking in rankings})
+    if len(scales) > 1:
+        return f"Measured with {' and with '.join(scales)}, which cannot be compared."
+    return f"{scales[0]}; {', '.join(rankings[0].references())}." if rankings else ""
 
 
 def _skipped(run: RunRecord) -> list[Series]:
@@ -111,11 +136,21 @@ def _left_out(run: RunRecord) -> str:
     return f"{total:,.0f} samples were left out of the alignment loss: no image, or no token with a label."
 
 
+_PULL_NOTE = "The alignment loss's gradient over the language-model loss's, at the aligned heads."
+
+
+def _pull(run: RunRecord) -> list[Series]:
+    """The pull, and the weight where it follows a target."""
+    pull = _series(run, "alignment_pull", "pull", "--series-1", noisy=True)
+    return [pull, _series(run, "alignment_weight", "weight", "--series-2")]
+
+
 def _band(run: RunRecord) -> str:
     """What the values of the alignment loss can be compared with."""
     config, (_, pools) = run.record.get("config", {}), run.curve("alignment_pool")
     neighbors = config.get("num_neighbors")
-    if not isinstance(neighbors, int) or not pools:
+    objective = config.get("alignment_objective", "contrastive")
+    if not isinstance(neighbors, int) or not pools or objective != "contrastive":
         return ""
     note = f"The least possible value is ln {neighbors} = {math.log(neighbors):.2f}"
     candidates = round(sorted(pools)[len(pools) // 2]) - 1
@@ -135,21 +170,32 @@ def _chart(name: str, title: str, series: Sequence[Series], note: str = "", zero
     layout: dict[str, Any] = {"rangemode": "tozero"} if zero else {}
     if zero and not any(value for line in series for value in line.values):
         layout = {"range": [0, 1]}  # a flat zero at the bottom, not in the middle of a scale from -1 to 1
-    figure = plain_figure(
-        lines,
-        xaxis={"title": {"text": "step"}},
-        yaxis=layout,
-        hovermode="x unified",
-        showlegend=len(series) > 1,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin={"l": 52, "r": 12, "t": 28 if len(series) > 1 else 10, "b": 40},
-    )
+    figure = line_figure(lines, layout, legend=len(series) > 1)
     longest = max(series, key=lambda line: len(line.steps))
     if any(line.noisy and len(line.steps) >= SMOOTHED_FROM for line in series):
-        note = f"Pale: as logged; strong: mean of the last {_window(len(longest.steps))} logs. {note}".strip()
+        note = f"Pale: as logged; strong: mean of the last {smoothing_window(len(longest.steps))} logs. {note}".strip()
     if len(longest.steps) > MOST_POINTS:
         note = f"{MOST_POINTS:,} of {len(longest.steps):,} logged points are drawn. {note}".strip()
-    return Plot(name, title, title, figure, CURVE_HEIGHT, _label(title, series), _table(title, series), note)
+    return Plot(name, title, title, figure, CURVE_HEIGHT, lines_label(title, series), lines_table(title, series), note)
+
+
+def line_figure(lines: Sequence[Any], yaxis: Mapping[str, Any], legend: bool) -> dict[str, Any]:
+    """A figure of lines over steps.
+
+    Args:
+        lines (sequence of plotly traces): The lines.
+        yaxis (`dict`): What differs from plotly's y axis.
+        legend (`bool`): Whether a legend stands above the lines.
+    """
+    return plain_figure(
+        lines,
+        xaxis={"title": {"text": "step"}},
+        yaxis=yaxis,
+        hovermode="x unified",
+        showlegend=legend,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        margin={"l": 52, "r": 12, "t": 28 if legend else 10, "b": 40},
+    )
 
 
 def _lines(line: Series) -> list[Any]:
@@ -167,14 +213,16 @@ def _lines(line: Series) -> list[Any]:
     if few or not line.noisy:
         return [raw]
     raw.update(line={"width": 1}, opacity=0.4, showlegend=False, name=f"{raw.name}, as logged")
-    return [raw, trace(_running_mean(line.values, _window(len(line.values))), mode="lines")]
+    return [raw, trace(running_mean(line.values, smoothing_window(len(line.values))), mode="lines")]
 
 
-def _window(count: int) -> int:
+def smoothing_window(count: int) -> int:
+    """Over how many of `count` logs a mean is taken."""
     return max(5, count // 25)
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Means over the last `window` values, fewer at the beginning; what is not finite is left out."""
     means = []
     for i in range(len(values)):
         last = [value for value in values[max(0, i + 1 - window) : i + 1] if math.isfinite(value)]
@@ -182,7 +230,8 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _label(title: str, series: Sequence[Series]) -> str:
+def lines_label(title: str, series: Sequence[Series]) -> str:
+    """What is to be seen in a chart of lines, in words."""
     parts = []
     for line in series:
         last = f" to {number_text(line.values[-1])} at step {line.steps[-1]:,}" if len(line.steps) > 1 else ""
@@ -190,7 +239,8 @@ def _label(title: str, series: Sequence[Series]) -> str:
     return f"Line chart. {title}: {'; '.join(parts)}."
 
 
-def _table(title: str, series: Sequence[Series]) -> Table:
+def lines_table(title: str, series: Sequence[Series]) -> Table:
+    """The values of a chart of lines, at most `MOST_ROWS` steps of them a line."""
     points = [dict(zip(line.steps, line.values, strict=True)) for line in series]
     steps = sorted({line.steps[i] for line in series for i in spread(len(line.steps), MOST_ROWS)})
     rows = [[f"{step:,}", *(number_text(line.get(step)) for line in points)] for step in steps]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ...heads.head import AttentionHead
+from ...heads.head import AlignedUnit, AttentionHead, granularity_of
+from ...heads.heat_map import columns_of
 from ...heads.ranking import HeadRanking
 from ..record import CONTEXTS, RunRecord
 from .parts import Missing, Plot, Section, Table, change_text, plain_figure, score_text
@@ -41,19 +42,20 @@ def heads_section(run: RunRecord) -> Section:
         section.plots[name] = [_single_map(run.head_ranking.context, title, run.head_ranking, aligned)]
     rankings = _rankings(run)
     if rankings:
-        section.notes.append(_about(rankings))
+        section.notes.append(_about(rankings, granularity_of(aligned)))
     section.missing += _missing(run)
     return section
 
 
 def chosen_section(run: RunRecord) -> Section:
-    """The table of the aligned heads, with their scores before and after."""
-    section = Section("aligned", "Aligned heads")
+    """The table of the aligned heads or layers, with their scores before and after."""
     aligned = run.aligned_heads
+    granularity = granularity_of(aligned)
+    section = Section("aligned", f"Aligned {granularity}s")
     if not aligned:
         return section
     pairs = {context: pair for context in CONTEXTS if (pair := run.before_after(context)) is not None}
-    columns, rows = ["Head"], [[str(head)] for head in aligned]
+    columns, rows = [granularity.capitalize()], [[str(head)] for head in aligned]
     if run.head_ranking is not None:
         columns.append("Score in the ranking")
     for context in pairs:
@@ -64,35 +66,52 @@ def chosen_section(run: RunRecord) -> Section:
         for before, after in pairs.values():
             a, b = score_of(before, head), score_of(after, head)
             row += [score_text(a), score_text(b), change_text(a, b)]
-    caption = f"The {len(aligned)} aligned heads and their mutual k-NN with the teacher"
+    scales = {ranking.scale: None for ranking in _columns(run, pairs) if ranking is not None}
+    if len(scales) > 1:
+        section.notes.append(
+            f"The columns were measured with {' and with '.join(scales)}. Hold each against its own chance, and not "
+            "against a column of the other kind."
+        )
+    caption = f"The {len(aligned)} aligned {granularity}s and their mutual k-NN with the teacher"
     section.tables.append(Table(caption, columns, rows, numeric=True, footer=_means(run, pairs, aligned)))
     return section
 
 
-def score_of(ranking: HeadRanking, head: AttentionHead) -> float | None:
-    """The score of a head, `None` if the ranking has none."""
+def score_of(ranking: HeadRanking, head: AlignedUnit) -> float | None:
+    """The score of a head or layer, `None` if the ranking has none."""
     layers, width = ranking.scores.shape
-    score = ranking.score(head) if head.layer < layers and head.head < width else math.nan
+    score = ranking.score(head) if head.layer < layers and columns_of(head, width)[0] < width else math.nan
     return None if math.isnan(score) else score
 
 
-def mean_of(ranking: HeadRanking, heads: Sequence[AttentionHead]) -> float | None:
-    """The mean score of heads, `None` if one of them has none."""
+def mean_of(ranking: HeadRanking, heads: Sequence[AlignedUnit]) -> float | None:
+    """The mean score of heads or layers, `None` if one of them has none."""
     scores = [score_of(ranking, head) for head in heads]
     return None if not scores or None in scores else math.fsum(s for s in scores if s is not None) / len(scores)
 
 
-def _means(run: RunRecord, pairs: dict[str, Any], aligned: Sequence[AttentionHead]) -> list[list[str]]:
-    """Rows of means: the aligned heads, as many of the most aligned before training, all heads, and chance."""
+Pairs = dict[str, tuple[HeadRanking, HeadRanking]]
 
-    def top(ranking: HeadRanking) -> list[AttentionHead]:  # the group `alignment_mknn/top` of the monitor
-        return (run.head_ranking or ranking).select("top", len(aligned))
+
+def _columns(run: RunRecord, pairs: Pairs) -> list[HeadRanking | None]:
+    """The ranking that each column of the table shows, `None` for a change."""
+    chosen = [] if run.head_ranking is None else [run.head_ranking]
+    return [*chosen, *(ranking for pair in pairs.values() for ranking in (*pair, None))]
+
+
+def _means(run: RunRecord, pairs: Pairs, aligned: Sequence[AlignedUnit]) -> list[list[str]]:
+    """Rows of means: the aligned heads, as many of the most aligned before training, all heads; and what to hold them
+    against."""
+    granularity = granularity_of(aligned)
+
+    def top(ranking: HeadRanking) -> list[AlignedUnit]:  # the group `alignment_mknn/top` of the monitor
+        return (run.head_ranking or ranking).select("top", len(aligned), granularity=granularity)
 
     rows = []
     for name, choose in (
-        ("Mean of the aligned heads", lambda ranking: aligned),
-        (f"Mean of the {len(aligned)} heads that were most aligned", top),
-        ("Mean of all heads", HeadRanking.heads),
+        (f"Mean of the aligned {granularity}s", lambda ranking: aligned),
+        (f"Mean of the {len(aligned)} {granularity}s that were most aligned", top),
+        (f"Mean of all {granularity}s", lambda ranking: ranking.units(granularity)),
     ):
         row = [name]
         if run.head_ranking is not None:
@@ -102,17 +121,14 @@ def _means(run: RunRecord, pairs: dict[str, Any], aligned: Sequence[AttentionHea
             a, b = mean_of(before, heads), mean_of(after, heads)
             row += [score_text(a), score_text(b), change_text(a, b)]
         rows.append(row)
-    row = ["Chance, k / (N - 1)"]
-    if run.head_ranking is not None:
-        row.append(score_text(_chance(run.head_ranking)))
-    for before, after in pairs.values():
-        row += [score_text(_chance(before)), score_text(_chance(after)), ""]
-    return [*rows, row]
-
-
-def _chance(ranking: HeadRanking) -> float:
-    """The score that two unrelated spaces have on average."""
-    return ranking.k / (ranking.num_samples - 1)
+    columns = _columns(run, pairs)
+    references = [("Chance, k / (N - 1)", "chance"), ("95th percentile of chance", "null_p95")]
+    encoders = {each.ceiling_model: None for each in columns if each is not None and each.ceiling is not None}
+    if encoders:
+        references.append((f"Ceiling, {', '.join(encoders)}", "ceiling"))
+    for name, field in references:
+        rows.append([name, *("" if each is None else score_text(getattr(each, field)) for each in columns)])
+    return rows
 
 
 def _rankings(run: RunRecord) -> list[HeadRanking]:
@@ -120,24 +136,24 @@ def _rankings(run: RunRecord) -> list[HeadRanking]:
     return found or ([run.head_ranking] if run.head_ranking is not None else [])
 
 
-def _about(rankings: Sequence[HeadRanking]) -> str:
+def _about(rankings: Sequence[HeadRanking], granularity: str) -> str:
     ranking = rankings[0]
     return (
-        f"A score is the mutual k-NN of a head with the teacher: the share of a sample's {ranking.k} nearest "
-        f"neighbours that both agree on, over {ranking.num_samples:,} samples. Chance is {_chance(ranking):.4f}. "
-        "Aligned heads are outlined. Blank: the layer has no such head. Point at a cell for its values."
+        "A score is the mutual k-NN of a head with the teacher: the share of a sample's k nearest neighbours that both "
+        f"agree on, over N samples ({ranking.scale}). To hold it against: {', '.join(ranking.references())}. Aligned "
+        f"{granularity}s are outlined. Blank: the layer has no such head. Point at a cell for its values."
     )
 
 
 def _three_maps(
-    context: str, before: HeadRanking, after: HeadRanking, steps: tuple[int, int], aligned: Sequence[AttentionHead]
+    context: str, before: HeadRanking, after: HeadRanking, steps: tuple[int, int], aligned: Sequence[AlignedUnit]
 ) -> list[Plot]:
     change = (after.scores - before.scores).tolist()
     first, last = before.scores.tolist(), after.scores.tolist()
     values = [score for grid in (first, last) for row in grid for score in row if not math.isnan(score)]
     limits = (min(values), max(values))
     widest = max((abs(score) for row in change for score in row if not math.isnan(score)), default=0.0) or 1e-4
-    hover = _hover_data(first, last, aligned)
+    hover = hover_data(first, last, aligned)
     lines = "before %{customdata[0]:.4f}<br>after %{customdata[1]:.4f}<br>change %{customdata[2]}"
     plots = []
     for name, title, grid, bounds in (
@@ -146,41 +162,53 @@ def _three_maps(
         ("difference", "Difference, after - before", change, (-widest, widest)),
     ):
         scale = "difference" if name == "difference" else "score"
-        figure = _heat_map(grid, scale, bounds, aligned, hover, lines)
+        figure = heat_map(grid, scale, bounds, aligned, hover, lines)
         what = f"{CONTEXT_NAMES[context]}, {title[0].lower()}{title[1:]}"
-        plots.append(_plot(f"heads-{context}-{name}", title, what, grid, figure, aligned, signed=scale == "difference"))
+        plots.append(
+            map_plot(f"heads-{context}-{name}", title, what, grid, figure, aligned, signed=scale == "difference")
+        )
     return plots
 
 
-def _single_map(context: str, when: str, ranking: HeadRanking, aligned: Sequence[AttentionHead]) -> Plot:
+def _single_map(context: str, when: str, ranking: HeadRanking, aligned: Sequence[AlignedUnit]) -> Plot:
     grid = ranking.scores.tolist()
     values = [score for row in grid for score in row if not math.isnan(score)]
-    hover = _hover_data(grid, grid, aligned)
-    figure = _heat_map(grid, "score", (min(values), max(values)), aligned, hover, "score %{customdata[0]:.4f}")
+    hover = hover_data(grid, grid, aligned)
+    figure = heat_map(grid, "score", (min(values), max(values)), aligned, hover, "score %{customdata[0]:.4f}")
     title = f"{when[0].upper()}{when[1:]}"
-    return _plot(f"heads-{context}", title, f"{CONTEXT_NAMES[context]}, {when}", grid, figure, aligned)
+    return map_plot(f"heads-{context}", title, f"{CONTEXT_NAMES[context]}, {when}", grid, figure, aligned)
 
 
-def _hover_data(before: Grid, after: Grid, aligned: Sequence[AttentionHead]) -> list[list[list[Any]]]:
+def hover_data(before: Grid, after: Grid, aligned: Sequence[AlignedUnit]) -> list[list[list[Any]]]:
     """For each cell its score before and after, their difference as text, and whether the head is aligned."""
-    chosen = set(aligned)
+    chosen = set(map(tuple, aligned))
     return [
         [
-            [round(a, 6), round(b, 6), change_text(a, b), ", aligned" if (layer, head) in chosen else ""]
+            [round(a, 6), round(b, 6), change_text(a, b), ", aligned" if {(layer, head), (layer,)} & chosen else ""]
             for head, (a, b) in enumerate(zip(row, after[layer], strict=True))
         ]
         for layer, row in enumerate(before)
     ]
 
 
-def _heat_map(
+def heat_map(
     grid: Grid,
     scale: str,
     bounds: tuple[float, float],
-    aligned: Sequence[AttentionHead],
+    aligned: Sequence[AlignedUnit],
     hover: list[list[list[Any]]],
     lines: str,
 ) -> dict[str, Any]:
+    """A map of all heads as a figure.
+
+    Args:
+        grid (list of lists of `float`): A number for each head, by layer and head.
+        scale (`str`): `"score"` or `"difference"`, which decides the colours.
+        bounds (`tuple` of two `float`): Least and greatest number of the scale.
+        aligned (sequence of [`AttentionHead`]): Heads to outline.
+        hover (list of lists of lists): What [`hover_data`] makes.
+        lines (`str`): What is shown of it at a cell, as plotly's hover template.
+    """
     import plotly.graph_objects as go
 
     layers, widest = len(grid), len(grid[0])
@@ -202,8 +230,8 @@ def _heat_map(
         {
             "type": "rect",
             "name": str(head),
-            "x0": head.head - 0.5,
-            "x1": head.head + 0.5,
+            "x0": columns_of(head, widest)[0] - 0.5,
+            "x1": sum(columns_of(head, widest)) - 0.5,
             "y0": head.layer - 0.5,
             "y1": head.layer + 0.5,
             "line": {"color": color, "width": width},
@@ -225,15 +253,26 @@ def _axis(name: str, limits: list[float]) -> dict[str, Any]:
     return {"title": {"text": name}, "range": limits, "fixedrange": True, "showgrid": False, **ticks}
 
 
-def _plot(
+def map_plot(
     name: str,
     title: str,
     what: str,
     grid: Grid,
     figure: dict[str, Any],
-    aligned: Sequence[AttentionHead],
+    aligned: Sequence[AlignedUnit],
     signed: bool = False,
 ) -> Plot:
+    """A map of all heads on the page, with its table and what it shows in words.
+
+    Args:
+        name (`str`): See [`Plot`].
+        title (`str`): See [`Plot`].
+        what (`str`): The title as it is understood without what stands around it.
+        grid (list of lists of `float`): A number for each head, by layer and head.
+        figure (`dict`): What [`heat_map`] makes of it.
+        aligned (sequence of [`AttentionHead`]): Heads whose mean is given.
+        signed (`bool`, *optional*, defaults to `False`): Whether the numbers are differences.
+    """
     layers, width = len(grid), len(grid[0])
     scores = {AttentionHead(i, j): s for i, row in enumerate(grid) for j, s in enumerate(row) if not math.isnan(s)}
     low, high = min(scores, key=lambda head: scores[head]), max(scores, key=lambda head: scores[head])
@@ -242,7 +281,7 @@ def _plot(
         f"Heat map. {what}: {layers} layers by {width} heads. Lowest {low} {scores[low]:{sign}.4f}, highest {high} "
         f"{scores[high]:{sign}.4f}, mean {math.fsum(scores.values()) / len(scores):{sign}.4f}."
     )
-    chosen = [scores[head] for head in aligned if head in scores]
+    chosen = [scores[head] for head in aligned if isinstance(head, AttentionHead) and head in scores]
     if chosen:
         label += f" Mean of the aligned heads {math.fsum(chosen) / len(chosen):{sign}.4f}."
     rows = [
@@ -257,6 +296,12 @@ def _missing(run: RunRecord) -> list[Missing]:
     if any(len(steps) == 1 for steps in run.monitored.values()):
         cure = "The difference appears with the next one, or at the end of training."
         return [Missing("The heads have been measured only once so far.", cure)]
+    changed = [context for context in run.monitored if run.before_after(context) is None]
+    if changed:
+        steps = run.monitored[changed[0]]
+        scales = f"{steps[min(steps)].scale} at first, {steps[max(steps)].scale} at last"
+        cure = "Resume a run with the settings of the monitor that it began with."
+        return [Missing(f"Before and after cannot be compared, since they were measured otherwise: {scales}.", cure)]
     if run.monitored:
         return []
     if (run.record.get("config") or {}).get("alignment_weight") == 0:

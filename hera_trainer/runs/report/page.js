@@ -19,7 +19,8 @@
   const traceOf = (trace) => {
     if (trace.type !== "heatmap") {
       const own = color(trace.meta);
-      return { ...trace, line: { ...trace.line, color: own }, marker: { ...trace.marker, color: own } };
+      const fill = trace.fill ? { fillcolor: `${own}33` } : {}; // a range, pale
+      return { ...trace, ...fill, line: { ...trace.line, color: own }, marker: { ...trace.marker, color: own } };
     }
     const change = [[0, color("--low")], [0.5, color("--middle")], [1, color("--high")]];
     const bar = { outlinewidth: 0, tickfont: { color: color("--quiet"), size: 11 }, nticks: 5 };

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ class Table:
         rows (sequence of sequences of `str`): Cells, one row a sequence.
         numeric (`bool`, *optional*, defaults to `False`): Whether all cells but the first are numbers, set flush right.
         footer (sequence of sequences of `str`, *optional*): Summary rows.
+        wide (`bool`, *optional*, defaults to `False`): Whether it takes the whole width of the page, as numbers do.
     """
 
     caption: str
@@ -29,6 +30,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     numeric: bool = False
     footer: Sequence[Sequence[str]] = ()
+    wide: bool = False
 
 
 @dataclass
@@ -113,6 +115,27 @@ def number_text(value: Any) -> str:
     if math.isfinite(value) and float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:.4g}"
+
+
+def summary_text(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+    """The one value, or of several their mean, and below it the least and the greatest where they differ, and how many
+    there are where some have none.
+
+    Args:
+        values (sequence of `float`): A value each, `None` where there is none.
+        text (`Callable`): How one is written.
+    """
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    if len(values) == 1:
+        return text(found[0])
+    mean = math.fsum(found) / len(found) if all(map(math.isfinite, found)) else math.nan
+    least, greatest = text(min(found)), text(max(found))
+    notes = [f"{least} to {greatest}"] if least != greatest else []
+    if len(found) < len(values):
+        notes.append(f"n = {len(found)}")
+    return f"{text(mean)}\n({', '.join(notes)})" if notes else text(mean)
 
 
 def plain_figure(data: Sequence[Any], **layout: Any) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from datetime import datetime
 from typing import Any
 
 from ...common.redaction import public_settings
+from ...heads.ranking import HeadRanking
 from ..record import RunRecord, defaults_of
 from .parts import Missing, Section, Table
 
 # In the report already, or a matter of the machine.
-_NOT_SHOWN = ("output_dir", "logging_dir", "run_name", "local_rank")
+NOT_SHOWN = ("output_dir", "logging_dir", "run_name", "local_rank")
 # What `__post_init__` makes of a default: no one has set these.
 _FILLED_IN = {
     "activation_checkpointing": True,
@@ -35,17 +36,16 @@ def settings_section(run: RunRecord) -> Section:
         cure = "HeRATrainer writes it to hera_run.json when training begins; SFTTrainer does not."
         section.missing.append(Missing("The configuration was not recorded.", cure))
         return section
-    config = {name: value for name, value in config.items() if name not in _NOT_SHOWN}
+    config = {name: value for name, value in config.items() if name not in NOT_SHOWN}
     defaults = _defaults()
-    own = _of_alignment(config)
-    names = [*own, *sorted(set(config) - set(own))]
+    names = names_in_order(config)
     changed = [name for name in names if not _is_default(name, config[name], defaults)]
-    rows = [[name, _text(config[name]), _text(defaults.get(name))] for name in changed]
+    rows = [[name, text_of(config[name]), text_of(defaults.get(name))] for name in changed]
     section.tables.append(Table("Settings that differ from the defaults", ["Setting", "Value", "Default"], rows))
-    everything = [[name, _text(config[name])] for name in names]
+    everything = [[name, text_of(config[name])] for name in names]
     section.folded.append(Table(f"All {len(everything)} settings", ["Setting", "Value"], everything))
     if run.record.get("adapter"):
-        rows = [[name, _text(value)] for name, value in run.record["adapter"].items()]
+        rows = [[name, text_of(value)] for name, value in run.record["adapter"].items()]
         section.tables.append(Table("Adapter", ["Setting", "Value"], rows))
     return section
 
@@ -55,14 +55,14 @@ def environment_section(run: RunRecord) -> Section:
     section = Section("environment", "Environment")
     for key, caption in (("versions", "Versions"), ("hardware", "Hardware")):
         if run.record.get(key):
-            rows = [[name.replace("_", " "), _text(value)] for name, value in run.record[key].items()]
+            rows = [[name.replace("_", " "), text_of(value)] for name, value in run.record[key].items()]
             section.tables.append(Table(caption, ["Name", "Value"], rows))
     times = [("started", run.record.get("started")), ("finished", run.record.get("finished"))]
     rows = [[name, time_text(value)] for name, value in times if value]
     if duration(run):
         rows.append(["duration", duration(run)])
     if run.record.get("resumed_from"):
-        rows.append(["resumed from", _text(run.record["resumed_from"])])
+        rows.append(["resumed from", text_of(run.record["resumed_from"])])
     if rows:
         section.tables.append(Table("Time", ["Name", "Value"], rows))
     if not run.record.get("versions"):
@@ -77,15 +77,20 @@ def time_text(value: Any) -> str:
     return str(value) if time is None else time.strftime("%Y-%m-%d %H:%M %Z").strip()
 
 
+def seconds_of(run: RunRecord) -> float | None:
+    """How long the run took in seconds, `None` if it is not known."""
+    started, finished = _time(run.record.get("started")), _time(run.record.get("finished"))
+    if started is not None and finished is not None:
+        return (finished - started).total_seconds()
+    runtimes = run.curve("train_runtime")[1]
+    return runtimes[-1] if runtimes else None
+
+
 def duration(run: RunRecord) -> str:
     """How long the run took, `""` if it is not known."""
-    started, finished = _time(run.record.get("started")), _time(run.record.get("finished"))
-    seconds = (finished - started).total_seconds() if started is not None and finished is not None else None
+    seconds = seconds_of(run)
     if seconds is None:
-        runtimes = run.curve("train_runtime")[1]
-        if not runtimes:
-            return ""
-        seconds = runtimes[-1]
+        return ""
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
     if hours:
@@ -110,6 +115,29 @@ def _defaults() -> dict[str, Any]:
     return public_settings(values)
 
 
+def names_in_order(config: Mapping[str, Any]) -> list[str]:
+    """Names of settings, those that `HeRAConfig` adds to `SFTConfig` first, the others by name."""
+    own = _of_alignment(config)
+    return [*own, *sorted(set(config) - set(own))]
+
+
+def teacher_of(run: RunRecord) -> str:
+    """Name of the teacher, empty where there was none or it is not known."""
+    if "teacher" in run.record:
+        return run.record["teacher"] or ""
+    teacher = next((ranking.teacher for ranking in rankings_of(run) if ranking.teacher), "")
+    config = run.record.get("config") or {}
+    if not teacher and config.get("alignment_weight"):
+        teacher = config.get("teacher_model_name_or_path") or ""
+    return teacher
+
+
+def rankings_of(run: RunRecord) -> list[HeadRanking]:
+    """All rankings that a run left, what was measured first."""
+    found = [*(ranking for steps in run.monitored.values() for ranking in steps.values()), run.head_ranking]
+    return [ranking for ranking in found if ranking is not None]
+
+
 def _of_alignment(config: Mapping[str, Any]) -> list[str]:
     """The settings that `HeRAConfig` adds to those of `SFTConfig`."""
     from trl import SFTConfig
@@ -131,11 +159,12 @@ def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
     return name in defaults and (value == default or str(value) == str(default))
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A setting as it is shown."""
     if value is None:
         return "None"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {text_of(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return " ".join(_text(item) for item in value)
+        return " ".join(text_of(item) for item in value)
     return str(value)

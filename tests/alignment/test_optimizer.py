@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
 from peft import LoraConfig
 from runs import config, logged, trainer
-from tiny import build_vlm, image_dataset, sft_args
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from tiny import build_vlm, image_dataset, save_vlm, sft_args
+from transformers import BitsAndBytesConfig, TrainerCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 
 from hera_trainer import HeRATrainer
-from hera_trainer.alignment.alignment import STATE_FILE
-from hera_trainer.alignment.temperature import scheduled_rate
+from hera_trainer.alignment.alignment import OBJECTIVE_FILE
+from hera_trainer.alignment.optimizer import scheduled_rate
+from hera_trainer.hub.files import publishable_files
 
 STEPS, RATE, WARMUP = 5, 1e-2, 2
 
@@ -185,8 +186,66 @@ def test_saved_without_the_optimizer_too(tmp_path):
     first = trainer(tmp_path, max_steps=2, **kwargs)
     first.train()
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
-    state = json.loads((tmp_path / "checkpoint-2" / STATE_FILE).read_text())
+    state = load_file(tmp_path / "checkpoint-2" / OBJECTIVE_FILE)
     assert state["log_temperature"] == first.criterion.log_temperature.item() != pytest.approx(math.log(0.07))
     second = trainer(tmp_path, max_steps=2, **kwargs)
     second.train(resume_from_checkpoint=True)
     assert second.criterion.log_temperature.item() == state["log_temperature"]
+
+
+# --- Other parameters than the temperature ---------------------------------------------------------------------------
+
+
+FEATURE = {"alignment_objective": "feature", "objective_learning_rate": 1e-2, "aligned_heads": ["L0H1", "L1H2"]}
+
+
+def four_bit():
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    return BitsAndBytesConfig(load_in_4bit=True, **settings)
+
+
+@pytest.mark.parametrize("backbone", ["float32", "4 bit"])
+def test_projectors_move_under_lora_and_are_no_part_of_the_adapter(tmp_path, backbone):
+    """PEFT freezes what is part of a model; the projectors are not. Each of them moves at the objective's own rate."""
+    save_vlm("llava", tmp_path / "base")
+    quantized = {"quantization_config": four_bit()} if backbone == "4 bit" else {}
+    args = config(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2, **FEATURE)
+    rows = image_dataset(n=24, with_features=8)
+    run = HeRATrainer(str(tmp_path / "base"), args, train_dataset=rows, peft_config=lora(), **quantized)
+    run.prepare_alignment()
+    before = {name: parameter.detach().clone() for name, parameter in run.criterion.named_parameters()}
+    assert sorted(before) == ["first_bias", "first_weight", "second_bias", "second_weight"]
+    assert before["first_weight"].shape[::2] == (2, 8)
+    run.train()
+    for name, parameter in run.criterion.named_parameters():
+        moved = (parameter - before[name]).abs()
+        assert (moved > 0).flatten(1).any(1).all(), name  # of both heads
+        assert moved.max() <= 2 * 1.01e-2  # two steps of Adam at 1e-2
+    saved = load_file(tmp_path / "run" / "checkpoint-2" / OBJECTIVE_FILE)
+    assert all(torch.equal(saved[name], parameter) for name, parameter in run.criterion.named_parameters())
+    run.save_model(str(tmp_path / "result"))
+    adapter = load_file(tmp_path / "result" / "adapter_model.safetensors")
+    assert adapter and all("lora_" in name for name in adapter)
+    assert not [name for name in publishable_files(tmp_path / "result") if "objective" in name]
+    trained = dict(run.model.named_parameters())
+    assert not {id(parameter) for parameter in run.criterion.parameters()} & set(map(id, trained.values()))
+
+
+def test_a_resumed_run_goes_on_with_its_projectors(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **FEATURE}
+    whole = trainer(tmp_path, peft_config=lora(), **settings)
+    whole.train()
+    resumed = trainer(tmp_path, peft_config=lora(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert logged(resumed, "alignment_loss") == logged(whole, "alignment_loss")
+    pairs = zip(whole.criterion.named_parameters(), resumed.criterion.named_parameters(), strict=True)
+    for (name, a), (_, b) in pairs:
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "aligned_heads": ["L0H1", "L1H2"]}
+    trainer(tmp_path, **{**settings, "max_steps": 1}).train()
+    other = trainer(tmp_path, **settings, alignment_objective="feature")
+    with pytest.raises(ValueError, match="holds other parameters than those of FeatureLoss"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

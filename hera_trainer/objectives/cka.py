@@ -1,0 +1,48 @@
+"""Linear CKA: heads' similarities between all samples become the teacher's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .objective import AlignmentObjective, valid_samples, zero_loss
+from .queue import SampleQueue
+
+
+def linear_cka(x: Tensor, y: Tensor) -> Tensor:
+    """Linear CKA of two sets of vectors of the same samples: 1 if they differ by a rotation and a scale.
+
+    Args:
+        x (`Tensor` of shape `[..., B, d]`), y (`Tensor` of shape `[B, e]`): The vectors.
+
+    Returns:
+        `Tensor` of shape `[...]`.
+    """
+    x, y = x - x.mean(-2, keepdim=True), y - y.mean(-2, keepdim=True)
+    # By Gram matrices [B, B]: a pool has fewer samples than a representation has dimensions.
+    kernel, target = x @ x.transpose(-1, -2), y @ y.T
+    norms = torch.linalg.matrix_norm(kernel) * torch.linalg.matrix_norm(target)
+    return (kernel * target).sum((-1, -2)) / norms.clamp_min(1e-12)
+
+
+class CKALoss(AlignmentObjective):
+    """One minus the linear centred kernel alignment ([Kornblith et al., 2019](https://arxiv.org/abs/1905.00414)) of a
+    head's representations and the teacher vectors, averaged over heads. CMAR, one of the methods that the HeRA paper
+    compares with, aligns layers by CKA.
+
+    It needs no projection although the widths differ, no neighbours and no temperature.
+
+    Inputs:
+        heads `[m, B, d_model]`, teacher `[B, d_teacher]`, valid `[B]` bool or `None`. Computed in float32.
+    """
+
+    least_samples = 3  # of two samples, any two centred kernels are the same
+
+    def forward(
+        self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: SampleQueue | None = None
+    ) -> Tensor:
+        with torch.autocast(device_type=heads.device.type, enabled=False):
+            heads, teacher = valid_samples(heads, teacher, valid)
+            if len(teacher) < self.least_samples:
+                return zero_loss(heads)
+            return 1 - linear_cka(heads, teacher).mean()

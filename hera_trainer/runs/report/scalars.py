@@ -1,0 +1,77 @@
+"""The logged numbers that runs are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..plots import monitor_group
+from .curves import held_out_losses
+from .groups import NamedRun
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number that runs log. It has a plot and a column of the closing table.
+
+    Args:
+        name (`str`): Name of its plot.
+        title (`str`): What it is called.
+        keys (sequence of `str`): Its names in the log; the first that a run has counts.
+        noisy (`bool`, *optional*, defaults to `False`): Whether running means are drawn of long curves.
+    """
+
+    name: str
+    title: str
+    keys: Sequence[str]
+    noisy: bool = False
+
+    def curve(self, run: NamedRun) -> tuple[list[int], list[float]]:
+        """Steps and values of a run, empty if it did not log it."""
+        curves = [run.record.curve(key) for key in self.keys]
+        return next((curve for curve in curves if curve[0]), ([], []))
+
+    def first(self, run: NamedRun) -> float | None:
+        """The first value of a run, `None` if it did not log it."""
+        return next(iter(self.curve(run)[1]), None)
+
+    def last(self, run: NamedRun) -> float | None:
+        """The last value of a run, `None` if it did not log it."""
+        return next(reversed(self.curve(run)[1]), None)
+
+
+LOSS = Scalar("loss", "Language-model loss", ("lm_loss", "loss"), noisy=True)  # SFT logs the latter only
+ALIGNMENT_LOSS = Scalar("alignment-loss", "Alignment loss", ("alignment_loss",), noisy=True)
+_OTHERS = (
+    Scalar("image-gain", "Image gain", ("image_gain",)),
+    Scalar("pull", "Pull at the aligned heads", ("alignment_pull",)),
+    Scalar("spread", "Spread of the aligned heads", ("alignment_spread",)),
+    Scalar("temperature", "Temperature", ("temperature",)),
+)
+
+
+def scalars_of(runs: Sequence[NamedRun]) -> list[Scalar]:
+    """The numbers that at least one of the runs logged.
+
+    Args:
+        runs (sequence of [`NamedRun`]): The runs.
+    """
+    keys = dict.fromkeys(key for run in runs for key in held_out_losses(run.record))
+    held_out: list[Scalar] = []
+    for key in keys:
+        name = key.removeprefix("eval").removesuffix("_loss").strip("_")
+        held_out.append(Scalar(f"held-out-{len(held_out)}", f"Held-out loss{name and f', {name}'}", (key,)))
+    scalars = [LOSS, *held_out, ALIGNMENT_LOSS, *_OTHERS]
+    return [scalar for scalar in scalars if any(scalar.curve(run)[0] for run in runs)]
+
+
+def head_scalars(context: str, ending: str = "") -> list[Scalar]:
+    """The mean mutual k-NN of groups of heads.
+
+    Args:
+        context (`str`): `"text"` or `"image"`.
+        ending (`str`, *optional*): Ending of the names of their plots.
+    """
+    titles = (("aligned", "Aligned heads"), ("top", "Top heads"), ("all", "All heads"))
+    prefix = monitor_group(context)
+    return [Scalar(f"mknn-{context}{ending}-{key}", title, (f"{prefix}/{key}",)) for key, title in titles]

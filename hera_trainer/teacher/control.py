@@ -1,0 +1,69 @@
+"""The control of a run: teacher vectors of other images."""
+
+from __future__ import annotations
+
+import hashlib
+
+import datasets
+import numpy as np
+
+from .column import TEACHER_COLUMN, rows_with_vectors
+from .images import underlying
+from .vectors import attach
+
+_ROWS_PER_READ = 1024
+
+
+def permuted_vectors(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
+    """A data set in which each distinct image has the teacher vector of another one.
+
+    Images are told apart by their vectors, so that an image that occurs in several rows gets the same other vector in
+    all of them. No image keeps its own, and each vector is given to one image. What a contrast with these vectors does
+    to a model, the teacher has not taught: everything else is as with the right ones.
+
+    Args:
+        dataset (`datasets.Dataset`): Rows with a column `teacher_features`.
+        seed (`int`): Seed of the permutation.
+
+    Returns:
+        `datasets.Dataset`: The same rows; those without a vector have none.
+
+    Raises:
+        `ValueError`: If there are fewer than two distinct images.
+    """
+    rows = rows_with_vectors(dataset)
+    first, numbers = _distinct(dataset, rows)
+    if len(first) < 2:
+        raise ValueError(
+            "`teacher_control='permuted'` gives each image another image's teacher vector, but `train_dataset` has "
+            f"only {len(first)} distinct image{'s' * (len(first) != 1)}. Add rows, or set `teacher_control='none'`."
+        )
+    # One cycle through all images: nobody's successor is itself.
+    cycle = np.random.default_rng(seed).permutation(len(first))
+    successor = np.empty_like(cycle)
+    successor[cycle] = np.roll(cycle, -1)
+    # As `attach` wants it: in the order of the rows underneath a shuffled or selected data set.
+    places = np.arange(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_numpy()
+    below = underlying(dataset)
+    sources = np.arange(len(below))
+    sources[places[rows]] = places[first[successor[numbers]]]
+    vectors = below.select_columns([TEACHER_COLUMN]).with_format(None).select(sources).flatten_indices()
+    key = hashlib.sha256(f"permuted {seed}".encode()).hexdigest()
+    return attach(dataset.remove_columns(TEACHER_COLUMN), vectors, key)
+
+
+def _distinct(dataset: datasets.Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of each distinct vector, and which of them each of `rows` has."""
+    table = dataset.select_columns([TEACHER_COLUMN]).with_format("numpy", dtype=np.float32)
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    numbers: list[int] = []
+    for start in range(0, len(rows), _ROWS_PER_READ):
+        read = rows[start : start + _ROWS_PER_READ]
+        for row, vector in zip(read, table[read][TEACHER_COLUMN], strict=True):
+            digest = hashlib.sha256(np.ascontiguousarray(vector).tobytes()).digest()
+            if digest not in known:
+                known[digest] = len(first)
+                first.append(row)
+            numbers.append(known[digest])
+    return np.asarray(first, dtype=np.int64), np.asarray(numbers, dtype=np.int64)
