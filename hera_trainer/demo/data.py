@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ ANSWER_HINT = " Answer with one word."
 COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 QUESTION_TYPES = ("yes/no", "color", "shape")
+_PERSONS = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|male|female|prince|princess|mr|mrs)\b")
 
 _Question = tuple[str, str, int]  # question, answer, image id
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -83,6 +86,17 @@ def _rasterize(path: Path, size: int) -> bytes:
     resvg_py = imported("resvg_py")
     svg = path.read_text(encoding="utf-8")
     return bytes(resvg_py.svg_to_bytes(svg, width=size, height=size, background="white", skip_system_fonts=True))
+
+
+def concept(name: str) -> str:
+    """What an emoji shows, whoever it is: "man rowing boat" and "woman rowing boat" are one concept."""
+    return " ".join(_PERSONS.sub("", name.lower()).split()) or name.lower()
+
+
+def is_reserved(concept: str) -> bool:
+    """Whether a concept is kept for held-out images. The projector that the demo begins with has seen none of these,
+    and neither demo nor study trains on them. It is half of all concepts, told by their names alone."""
+    return hashlib.sha256(concept.encode()).digest()[0] % 2 == 1
 
 
 def _caption(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
     AutoTokenizer,
@@ -47,6 +48,20 @@ CHAT_TEMPLATE = (
     "{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' }}"
     "{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# The format that the projector of stage 1 was trained in, as LLaVA's was: a caption follows its image and nothing else.
+# It spares 14 of 38 tokens.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{% set blocks = [{'type': 'text', 'text': message['content']}] %}"
+    "{% else %}{% set blocks = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{% for block in blocks %}{{ block['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{% for block in blocks %}{% if block['type'] == 'image' %}{{ '<image>' }}"
+    "{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}{% endfor %}{{ '\n' }}"
+    "{% endif %}{% endfor %}"
 )
 
 # ONNX keeps the names of parameters that are used as they are, but not of those of matrix products: these are found by
@@ -149,8 +164,10 @@ def save_teacher(path: str | Path) -> None:
     processor.save_pretrained(path)
 
 
-def build_llava(image_size: int = 56, seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Joins SmolLM2 and DINOv2 to a LLaVA whose projector is random: it has never seen an image.
+def build_llava(
+    image_size: int = 56, seed: int = 0, projector: str = "random"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Joins SmolLM2 and DINOv2 to a LLaVA.
 
     Both are saved and loaded in the ordinary way (`save_pretrained`, `AutoModelForImageTextToText`, `AutoProcessor`).
 
@@ -158,6 +175,9 @@ def build_llava(image_size: int = 56, seed: int = 0) -> tuple[LlavaForConditiona
         image_size (`int`, defaults to `56`):
             Height and width to which every image is brought, a multiple of 14. Each 14 x 14 patch is one token.
         seed (`int`, defaults to `0`): Seed of the projector's weights.
+        projector (`str`, defaults to `"random"`):
+            `"random"`, or `"stage1"`: trained on captions and questions, with everything else frozen. The processor's
+            chat template is then the plain one that it was trained with.
 
     Returns:
         `tuple[LlavaForConditionalGeneration, LlavaProcessor]`: The model in float32 and eval mode, and its processor.
@@ -199,8 +219,18 @@ def build_llava(image_size: int = 56, seed: int = 0) -> tuple[LlavaForConditiona
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_model.state_dict())
     model.model.language_model.load_state_dict(text_model.model.state_dict())
+    processor = _build_processor(tokenizer, image_size)
+    if projector == "stage1":
+        model.model.multi_modal_projector.load_state_dict(_read_projector())
+        processor.chat_template = PLAIN_TEMPLATE
     model.generation_config = GenerationConfig(**special_tokens)
-    return model.eval(), _build_processor(tokenizer, image_size)
+    return model.eval(), processor
+
+
+def _read_projector() -> dict[str, torch.Tensor]:
+    """Weights made by `examples/paper_study/projector.py`, bfloat16 on disk."""
+    weights = load_file(Path(__file__).with_name("projector.safetensors"))
+    return {name: weight.float() for name, weight in weights.items()}
 
 
 def _add_embedding(model: LlamaForCausalLM, token_id: int) -> None:
@@ -228,6 +258,11 @@ def _build_processor(tokenizer: PreTrainedTokenizerBase, image_size: int) -> Lla
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def computes_bf16() -> bool:
+    """Whether this machine computes in bfloat16. CPUs without AVX-512 emulate it, at a tenth of float32's speed."""
+    return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def four_bit_config(double_quant: bool = True) -> BitsAndBytesConfig:

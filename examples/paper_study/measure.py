@@ -1,0 +1,150 @@
+"""What the study measures of a model on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from hera_trainer import (
+    AttentionHead,
+    HeadCapture,
+    HeRALoss,
+    get_head_accessor,
+    mutual_knn,
+    mutual_knn_null,
+    nearest_neighbors,
+)
+from hera_trainer.evaluation.image_gain import other_rows
+from hera_trainer.heads.registry import unwrap_model
+
+NEIGHBORS = 10
+BATCH_SIZE = 50
+# One yardstick for all arms, whatever they were trained with.
+YARDSTICK = {"similarity": "centered_cosine", "temperature": 0.3}
+
+
+@dataclass
+class HeldOut:
+    """Held-out images and what the encoders make of them.
+
+    Args:
+        rows (`Dataset`): Columns `images`, `prompt` and `completion`.
+        vectors (`Mapping[str, Tensor]`): By name of the encoder, `[N, d]`.
+    """
+
+    rows: Dataset
+    vectors: Mapping[str, Tensor]
+
+    def references(self, seed: int = 0) -> dict[str, Any]:
+        """What scores are held against: what unrelated spaces score, and the two encoders each other."""
+        first, second = self.vectors.values()
+        neighbors = (nearest_neighbors(vectors, NEIGHBORS) for vectors in (first, second))
+        null = mutual_knn_null(*neighbors, seed=seed)
+        return {
+            "n": len(self.rows),
+            "k": NEIGHBORS,
+            "null": [null.mean, null.p95],
+            "ceiling": mutual_knn(first, second, NEIGHBORS),
+        }
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    processor: Any,
+    held_out: HeldOut,
+    aligned: Mapping[str, Sequence[AttentionHead]],
+    in_full: bool = True,
+) -> dict[str, Any]:
+    """Mutual k-NN of all heads with both encoders, with the image in context; the aligned heads' alignment loss and
+    spread; the language-model loss. In full, also mutual k-NN on text alone, and what the loss rises by when the images
+    are permuted.
+
+    Args:
+        model (`nn.Module`): A model, in whatever mode; it is put into eval mode.
+        processor (`Any`): Its processor.
+        held_out ([`HeldOut`]): What to measure on.
+        aligned (`Mapping[str, Sequence[AttentionHead]]`): By encoder, the heads that training with it aligns.
+        in_full (`bool`): Take three passes through the model instead of one.
+    """
+    training = model.training
+    model.eval()
+    accessor = get_head_accessor(model)
+    heads = accessor.heads()
+    capture = HeadCapture(accessor, heads, model.config.model_type)
+    rows = [{name: row[name] for name in ("images", "prompt", "completion")} for row in held_out.rows]
+    collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    read: dict[str, Tensor] = {}
+    read["image"], loss = _read(model, collate, rows, capture)
+    places = {name: [heads.index(head) for head in chosen] for name, chosen in aligned.items()}
+    measured: dict[str, Any] = {"lm_loss": loss, "alignment_loss": {}, "spread": {}}
+    for name, vectors in held_out.vectors.items():
+        z = read["image"][places[name]]
+        measured["alignment_loss"][name] = HeRALoss(NEIGHBORS, **YARDSTICK)(z, vectors).item()
+        measured["spread"][name] = _spread(z)
+    if in_full:
+        others = other_rows([1] * len(rows), range(len(rows)), seed=0)
+        permuted = [{**row, "images": rows[other]["images"]} for row, other in zip(rows, others, strict=True)]
+        measured["image_gain"] = _read(model, collate, permuted)[1] - loss
+        read["text"], _ = _read(model, partial(_captions_alone, processor), rows, capture)
+    measured["mknn"] = {
+        context: {
+            name: [round(mutual_knn(z, vectors, NEIGHBORS), 4) for z in heads_read]
+            for name, vectors in held_out.vectors.items()
+        }
+        for context, heads_read in read.items()
+    }
+    model.train(training)
+    return measured
+
+
+def _read(
+    model: nn.Module, collate: Callable, rows: Sequence[dict], capture: HeadCapture | None = None
+) -> tuple[Tensor, float]:
+    """Representations of the captured heads `[m, N, d_model]`, and the mean loss of the labelled tokens."""
+    vectors, total, tokens = [], 0.0, 0
+    for start in range(0, len(rows), BATCH_SIZE):
+        some = [dict(row) for row in rows[start : start + BATCH_SIZE]]  # TRL's collator writes into them
+        batch = {name: value.to(model.device) for name, value in collate(some).items()}
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        with nullcontext() if capture is None else capture.attached():
+            if capture is not None:
+                capture.start(batch["labels"] != -100, train=False)
+            total += _summed_loss(model, batch)
+            tokens += count
+            if capture is not None:
+                vectors.append(capture.vectors().cpu())
+    return torch.cat(vectors, dim=1) if vectors else torch.empty(0), total / tokens
+
+
+def _summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Language-model loss summed over the labelled tokens. Logits of other positions, most of them, are not made."""
+    inner = unwrap_model(model)
+    labels = batch["labels"][:, 1:]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    hidden = inner.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    labelled = labels != -100
+    return F.cross_entropy(inner.lm_head(hidden[labelled]).float(), labels[labelled], reduction="sum").item()
+
+
+def _captions_alone(processor: Any, rows: Sequence[dict]) -> dict[str, Tensor]:
+    """A batch of texts without template and image, as heads are ranked."""
+    texts = [row["completion"][0]["content"] for row in rows]
+    batch = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def _spread(z: Tensor) -> float:
+    """One minus the mean cosine between two samples, over heads."""
+    unit = F.normalize(z, dim=-1)
+    n = z.shape[1]
+    return float(1 - (unit.sum(1).square().sum(-1) - n).mean() / (n * (n - 1)))

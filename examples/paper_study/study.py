@@ -1,0 +1,50 @@
+"""The study of docs/results.md: `python examples/paper_study/study.py signature search ...`
+
+What is in `results/` is not run again, so the command may be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import EXPERIMENTS
+from train import Laboratory, train
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def read_results(experiment: str, folder: Path = RESULTS) -> Iterator[dict[str, Any]]:
+    """The records of an experiment."""
+    path = folder / f"{experiment}.jsonl"
+    if path.exists():
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
+    parser.add_argument("--folder", type=Path, default=Path("out/study"), help="for images, encoders and models")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that each finished run is written to")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after this time")
+    args = parser.parse_args(arguments)
+    begin, lab = time.monotonic(), Laboratory(args.folder, args.device)
+    for experiment in args.experiments:
+        done = {record["key"] for record in read_results(experiment, args.results)}
+        for run in EXPERIMENTS[experiment]():
+            if run.key in done or time.monotonic() - begin > args.seconds:
+                continue
+            record = train(lab, run)
+            args.results.mkdir(parents=True, exist_ok=True)
+            with (args.results / f"{experiment}.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(f"{experiment}: {run.arm}, seed {run.seed}, {record['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""One run of the study: a model is trained from the common start, and measured."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from encoders import ENCODERS, load_encoder
+from images import captions, load_images, split
+from measure import HeldOut, measure
+from peft import LoraConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainerState
+
+from hera_trainer import AttentionHead, HeadRanking, HeRAConfig, HeRATrainer, add_teacher_features, rank_heads
+from hera_trainer.demo.data import emoji_captions
+from hera_trainer.demo.parts import build_llava, computes_bf16
+from hera_trainer.demo.run import IMAGE_SIZE, LINEAR_LAYERS
+
+HELD_OUT, OPENMOJI_HELD_OUT = 360, 400
+RANKING_SAMPLES = 1000
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 4e-4,
+    "per_device_train_batch_size": 64,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "constant",
+}
+CHOICE = ("head_selection", "num_aligned_heads")  # settings by which a run's heads are chosen here
+LORA = {"r": 16, "lora_alpha": 32}
+LOGGED = ("loss", "lm_loss", "alignment_loss", "alignment_pull", "alignment_spread", "alignment_weight", "temperature")
+
+
+@dataclass
+class Run:
+    """What is run: everything that a result depends on.
+
+    Args:
+        arm (`str`): Its name.
+        seed (`int`): Seed of adapter, order of the data and dropout.
+        draw (`int`): Which concepts are held out.
+        steps (`int`): Optimizer steps.
+        teacher (`str`): The encoder that teaches, and by which heads are ranked.
+        settings (`dict`): What of `HeRAConfig` is set besides [`SETTINGS`].
+        adapter (`str`): `"lora"` or `"full"`.
+        images (`str`): `"emoji"`, by all artists with keywords, or `"openmoji"`, with their names alone.
+        start (`str`): The projector to begin with: `"stage1"`, or `"random"`, which has never seen an image.
+        every (`int`, *optional*): Steps between two measurements on the way, of the heads with the image in context.
+        in_full (`bool`): Measure all there is at the end.
+    """
+
+    arm: str
+    seed: int = 0
+    draw: int = 0
+    steps: int = 30
+    teacher: str = "efficientnet"
+    settings: dict[str, Any] = field(default_factory=dict)
+    adapter: str = "lora"
+    images: str = "emoji"
+    start: str = "stage1"
+    every: int | None = None
+    in_full: bool = True
+
+    @property
+    def key(self) -> str:
+        """What tells runs apart."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+class Laboratory:
+    """The parts that runs share, made once in a folder: images, encoders, the model to start from, rankings.
+
+    Args:
+        folder (`Path`): Where they are kept.
+        device (`str`): `"cpu"` or `"cuda"`.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
+        self._splits: dict[tuple[str, int], tuple[Dataset, Dataset]] = {}
+
+    def start(self, projector: str) -> str:
+        """Path of the model that runs begin with."""
+        path = self.folder / f"start-{projector}"
+        if not path.exists():
+            model, processor = build_llava(IMAGE_SIZE, projector=projector)
+            model.save_pretrained(path.with_suffix(".part"))
+            processor.save_pretrained(path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+        return str(path)
+
+    def rows(self, images: str, draw: int) -> tuple[Dataset, Dataset]:
+        """Rows to train on and held-out ones, with a column of vectors by each encoder."""
+        if (images, draw) not in self._splits:
+            self._splits[images, draw] = self._split(images, draw)
+        return self._splits[images, draw]
+
+    def _split(self, images: str, draw: int) -> tuple[Dataset, Dataset]:
+        if images == "emoji":
+            train, held_out = map(self._with_vectors, split(load_images(self.folder), draw, HELD_OUT))
+            return captions(train), captions(held_out)
+        rows = self._with_vectors(emoji_captions(seed=0))
+        order = random.Random(draw).sample(range(len(rows)), len(rows)) if draw else list(range(len(rows)))
+        return rows.select(order[OPENMOJI_HELD_OUT:]), rows.select(order[:OPENMOJI_HELD_OUT])
+
+    def _with_vectors(self, rows: Dataset) -> Dataset:
+        for name in ENCODERS:
+            encoder = load_encoder(self.folder, name)
+            rows = add_teacher_features(rows, encoder, desc=name).rename_column("teacher_features", name)
+        return rows
+
+    def held_out(self, run: Run) -> HeldOut:
+        """What a run is measured on."""
+        rows = self.rows(run.images, run.draw)[1]
+        return HeldOut(rows, {name: torch.tensor(rows.with_format(None)[name][:]) for name in ENCODERS})
+
+    def ranking(self, run: Run, teacher: str) -> HeadRanking:
+        """How the heads that runs begin with agree with an encoder, on captions to train on, text only."""
+        path = self.folder / f"ranking-{run.images}-{teacher}-{run.draw}.json"
+        if not path.exists():
+            rows = taught_by(self.rows(run.images, run.draw)[0], teacher)
+            model = AutoModelForImageTextToText.from_pretrained(self.start(run.start)).to(self.device)
+            processor = AutoProcessor.from_pretrained(self.start(run.start))
+            ranking = rank_heads(
+                model, processor, rows, num_samples=RANKING_SAMPLES, batch_size=64, teacher_name=teacher
+            )
+            ranking.save(path)
+        return HeadRanking.load(path)
+
+    def aligned(self, run: Run, teacher: str) -> list[AttentionHead]:
+        """The heads that a run with this teacher aligns."""
+        chosen = {name: run.settings[name] for name in CHOICE if name in run.settings}
+        return self.ranking(run, teacher).select(
+            chosen.get("head_selection", "worst"), chosen.get("num_aligned_heads", 5)
+        )
+
+
+def taught_by(rows: Dataset, teacher: str) -> Dataset:
+    """Rows with the vectors of one encoder as the teacher's."""
+    others = [name for name in ENCODERS if name != teacher]
+    return rows.remove_columns(others).rename_column(teacher, "teacher_features")
+
+
+def train(lab: Laboratory, run: Run) -> dict[str, Any]:
+    """Trains and measures. Returns the run's record."""
+    begin = time.perf_counter()
+    aligned = {name: lab.aligned(run, name) for name in ENCODERS}
+    held_out = lab.held_out(run)
+    processor = AutoProcessor.from_pretrained(lab.start(run.start))
+    model: Any = AutoModelForImageTextToText.from_pretrained(lab.start(run.start)).to(lab.device)
+    log: dict[str, list[float]] = {}
+    measured: dict[int, dict[str, Any]] = {}
+
+    def look(model: Any, step: int, in_full: bool) -> None:
+        measured[step] = measure(model, processor, held_out, aligned, in_full)
+
+    if run.steps:
+        with TemporaryDirectory() as output:
+            trainer = _trainer(lab, run, model, output, list(map(str, aligned[run.teacher])))
+            if run.every:
+                trainer.add_callback(_Look(run.every, run.steps, lambda step: look(trainer.model, step, False)))
+            trainer.train()
+            model = trainer.model
+            for entry in trainer.state.log_history:
+                for name in LOGGED:
+                    if name in entry:
+                        log.setdefault(name, []).append(round(entry[name], 5))
+    look(model, run.steps, run.in_full)
+    settings = {name: value for name, value in asdict(run).items() if name not in ("arm", "seed", "settings")}
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "config": {**settings, **SETTINGS, **run.settings, "bf16": computes_bf16()},
+        "versions": {name: version(name) for name in ("hera-trainer", "trl", "transformers", "peft", "torch")},
+        "commit": commit(),
+        "key": run.key,
+        "aligned_heads": {name: list(map(str, heads)) for name, heads in aligned.items()},
+        "references": held_out.references(),
+        "measured": measured,
+        "log": log,
+        "seconds": round(time.perf_counter() - begin),
+    }
+
+
+class _Look(TrainerCallback):
+    """Measures every so many steps, but for the last."""
+
+    def __init__(self, every: int, steps: int, look: Callable[[int], None]) -> None:
+        self.every, self.steps, self.look = every, steps, look
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < self.steps:
+            self.look(state.global_step)
+
+
+def _trainer(lab: Laboratory, run: Run, model: Any, output: str, heads: list[str]) -> HeRATrainer:
+    lora = LoraConfig(
+        **LORA, target_modules=LINEAR_LAYERS, modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM"
+    )
+    if run.adapter == "full":
+        model.model.vision_tower.requires_grad_(False)
+    args = HeRAConfig(
+        output_dir=output,
+        max_steps=run.steps,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=lab.device == "cpu",
+        bf16=computes_bf16(),
+        seed=run.seed,
+        aligned_heads=heads,
+        **SETTINGS | {name: value for name, value in run.settings.items() if name not in CHOICE},
+    )
+    rows = taught_by(lab.rows(run.images, run.draw)[0], run.teacher)
+    return HeRATrainer(model=model, args=args, train_dataset=rows, peft_config=lora if run.adapter == "lora" else None)
+
+
+def commit() -> str:
+    """The commit that runs."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()

