@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.results.mkdir(parents=True, exist_ok=True)
             with (args.results / f"{experiment}.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
+            lab.finished()
             print(f"{experiment}: {run.arm}, seed {run.seed}, {record['seconds']} s", flush=True)
 
 

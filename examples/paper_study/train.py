@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,14 +21,17 @@ from images import captions, load_images, split
 from measure import HeldOut, measure
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from hera_trainer import AttentionHead, HeadRanking, HeRAConfig, HeRATrainer, add_teacher_features, rank_heads
+from hera_trainer.common.files import write_atomically
 from hera_trainer.demo.data import emoji_captions
 from hera_trainer.demo.parts import build_llava, computes_bf16
 from hera_trainer.demo.run import IMAGE_SIZE, LINEAR_LAYERS
 
 HELD_OUT, OPENMOJI_HELD_OUT = 360, 400
 RANKING_SAMPLES = 1000
+SAVE_STEPS = 10
 SETTINGS: dict[str, Any] = {
     "learning_rate": 4e-4,
     "per_device_train_batch_size": 64,
@@ -143,6 +147,10 @@ class Laboratory:
             chosen.get("head_selection", "worst"), chosen.get("num_aligned_heads", 5)
         )
 
+    def finished(self) -> None:
+        """Removes what interrupted runs would go on from."""
+        shutil.rmtree(self.folder / "running", ignore_errors=True)
+
 
 def taught_by(rows: Dataset, teacher: str) -> Dataset:
     """Rows with the vectors of one encoder as the teacher's."""
@@ -157,23 +165,23 @@ def train(lab: Laboratory, run: Run) -> dict[str, Any]:
     held_out = lab.held_out(run)
     processor = AutoProcessor.from_pretrained(lab.start(run.start))
     model: Any = AutoModelForImageTextToText.from_pretrained(lab.start(run.start)).to(lab.device)
+    output = lab.folder / "running" / hashlib.sha256(run.key.encode()).hexdigest()[:16]
     log: dict[str, list[float]] = {}
-    measured: dict[int, dict[str, Any]] = {}
+    measured = _Measured(output / "measured.json")
 
     def look(model: Any, step: int, in_full: bool) -> None:
-        measured[step] = measure(model, processor, held_out, aligned, in_full)
+        measured.add(step, measure(model, processor, held_out, aligned, in_full))
 
     if run.steps:
-        with TemporaryDirectory() as output:
-            trainer = _trainer(lab, run, model, output, list(map(str, aligned[run.teacher])))
-            if run.every:
-                trainer.add_callback(_Look(run.every, run.steps, lambda step: look(trainer.model, step, False)))
-            trainer.train()
-            model = trainer.model
-            for entry in trainer.state.log_history:
-                for name in LOGGED:
-                    if name in entry:
-                        log.setdefault(name, []).append(round(entry[name], 5))
+        trainer = _trainer(lab, run, model, str(output), list(map(str, aligned[run.teacher])))
+        if run.every:
+            trainer.add_callback(_Look(run.every, run.steps, lambda step: look(trainer.model, step, False)))
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.exists() else None)
+        model = trainer.model
+        for entry in trainer.state.log_history:
+            for name in LOGGED:
+                if name in entry:
+                    log.setdefault(name, []).append(round(entry[name], 5))
     look(model, run.steps, run.in_full)
     settings = {name: value for name, value in asdict(run).items() if name not in ("arm", "seed", "settings")}
     return {
@@ -185,10 +193,23 @@ def train(lab: Laboratory, run: Run) -> dict[str, Any]:
         "key": run.key,
         "aligned_heads": {name: list(map(str, heads)) for name, heads in aligned.items()},
         "references": held_out.references(),
-        "measured": measured,
+        "measured": measured.found,
         "log": log,
         "seconds": round(time.perf_counter() - begin),
     }
+
+
+class _Measured:
+    """Measurements by step, kept in a file until the run is done: one that is stopped goes on from its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        self.found[str(step)] = values
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, lambda path: path.write_text(json.dumps(self.found)))
 
 
 class _Look(TrainerCallback):
@@ -213,7 +234,9 @@ def _trainer(lab: Laboratory, run: Run, model: Any, output: str, heads: list[str
         max_steps=run.steps,
         gradient_checkpointing=False,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=SAVE_STEPS,
+        save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
         use_cpu=lab.device == "cpu",

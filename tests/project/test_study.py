@@ -62,25 +62,53 @@ def test_a_run_and_its_control(modules: dict[str, ModuleType], lab: object) -> N
     train, experiments = modules["train"], modules["experiments"]
     runs = experiments.pair("aligned", {"similarity": "centered_cosine", "temperature": 0.3}, steps=2, every=1)
     start, aligned, control = (train.train(lab, run) for run in (train.Run("start", steps=0), *runs))
-    assert list(start["measured"]) == [0] and not start["log"]
-    assert list(aligned["measured"]) == [1, 2]
-    assert set(aligned["measured"][1]["mknn"]) == {"image"} and set(aligned["measured"][2]["mknn"]) == {"image", "text"}
+    assert list(start["measured"]) == ["0"] and not start["log"]
+    assert list(aligned["measured"]) == ["1", "2"]
+    assert set(aligned["measured"]["1"]["mknn"]) == {"image"} and set(aligned["measured"]["2"]["mknn"]) == {
+        "image",
+        "text",
+    }
     assert aligned["config"]["temperature"] == 0.3 and control["config"]["teacher_control"] == "permuted"
     assert aligned["key"] != control["key"]
     # Only the vectors differ: the same captions come in the same order.
     assert aligned["log"]["lm_loss"][0] == pytest.approx(control["log"]["lm_loss"][0], rel=1e-6)
     assert aligned["log"]["alignment_loss"][0] != control["log"]["alignment_loss"][0]
-    assert aligned["measured"][2]["lm_loss"] != start["measured"][0]["lm_loss"]
+    assert aligned["measured"]["2"]["lm_loss"] != start["measured"]["0"]["lm_loss"]
     sft = train.train(lab, train.Run("SFT", settings=experiments.SFT, steps=1, in_full=False))
-    assert list(sft["log"]) == ["loss"] and sft["measured"][1]["lm_loss"] != start["measured"][0]["lm_loss"]
+    assert list(sft["log"]) == ["loss"] and sft["measured"]["1"]["lm_loss"] != start["measured"]["0"]["lm_loss"]
     json.dumps([start, aligned, control, sft])
+
+
+def test_a_stopped_run_goes_on(modules: dict[str, ModuleType], lab: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after three of four steps, with a checkpoint of two, a run ends as one that was not stopped."""
+    train = modules["train"]
+    monkeypatch.setattr(train, "SAVE_STEPS", 2)
+    run = train.Run("aligned", settings={"similarity": "centered_cosine"}, steps=4, every=1)
+    whole = train.train(lab, run)
+    lab.finished()
+    look, seen = train.measure, []
+
+    def stopping(*args: object) -> dict:
+        seen.append(args)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return look(*args)
+
+    monkeypatch.setattr(train, "measure", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(lab, run)
+    monkeypatch.setattr(train, "measure", look)
+    resumed = train.train(lab, run)
+    assert list(resumed["measured"]) == ["1", "2", "3", "4"]
+    assert resumed["measured"] == whole["measured"]
+    assert resumed["log"] == whole["log"]
 
 
 def test_measured_as_the_library_does(modules: dict[str, ModuleType], lab: object) -> None:
     """Of the start, all numbers by the library's own functions, each from a pass of its own."""
     train = modules["train"]
     run = train.Run("start", steps=0)
-    measured = train.train(lab, run)["measured"][0]
+    measured = train.train(lab, run)["measured"]["0"]
     model = AutoModelForImageTextToText.from_pretrained(lab.start("stage1")).eval()
     processor = AutoProcessor.from_pretrained(lab.start("stage1"))
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
