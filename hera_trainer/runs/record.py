@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..common.files import write_atomically
 from ..common.redaction import public_name
 from ..evaluation.image_gain import ImageGain
 from ..heads.head import AlignedUnit, parse_unit
@@ -214,6 +217,27 @@ def forget_measurements(folder: str | os.PathLike, after: int) -> None:
     for step, _, path in list(measurements(folder)):
         if step > after:
             path.unlink(missing_ok=True)
+
+
+def go_on_with_measurements(folder: str | os.PathLike, checkpoint: str | os.PathLike | None, step: int) -> None:
+    """Leaves in a run's `output_dir` the measurements that led to the checkpoint from which it goes on, and no others.
+    They are those of the run that wrote it, which may be in another folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): The run's `output_dir`.
+        checkpoint (`str` or `os.PathLike`, *optional*): The checkpoint; `None` for a new run.
+        step (`int`): The step at which it was saved; -1 for a new run.
+    """
+    source = Path(folder if checkpoint is None else Path(checkpoint).parent)
+    if source.resolve() == Path(folder).resolve():
+        forget_measurements(folder, after=step)
+        return
+    forget_measurements(folder, after=-1)
+    for measured, kind, path in measurements(source):
+        if measured <= step:
+            target = measurement_path(folder, measured, kind)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, partial(shutil.copyfile, path))
 
 
 def public_ranking(ranking: HeadRanking) -> HeadRanking:

@@ -26,7 +26,7 @@ from hera_trainer import (
     rank_heads,
     read_run,
 )
-from hera_trainer.runs.record import measurements
+from hera_trainer.runs.record import measurement_path, measurements
 
 K = 3
 GROUPS = ("aligned", "top", "all")
@@ -395,6 +395,23 @@ class TestResuming:
             "image": [0, 1],
         }
         assert list(read_run(tmp_path).image_gains) == [0, 1]
+
+    def test_a_checkpoint_of_another_folder(self, tmp_path):
+        """Its run's measurements come along, and those of an earlier run in the own folder go."""
+        self.train(tmp_path / "first", max_steps=3)
+        for step, kind, path in list(measurements(tmp_path / "first")):
+            own = measurement_path(tmp_path / "second", step + 1, kind)
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(path.read_text())
+        checkpoint = str(tmp_path / "first" / "checkpoint-2")
+        resumed = self.train(tmp_path / "second", resume=checkpoint, max_steps=3, monitor_steps=3)
+        before, after = read_run(tmp_path / "first"), read_run(tmp_path / "second")
+        for context in ("text", "image"):
+            assert list(after.monitored[context]) == [0, 1, 2, 3]
+            for step in (0, 1, 2):
+                assert torch.equal(after.monitored[context][step].scores, before.monitored[context][step].scores)
+        assert monitored_steps(resumed) == [0, 1, 2, 3] == list(after.image_gains)
+        assert after.record["started"] == before.record["started"]
 
     def test_a_run_that_begins_anew_is_not_measured_again(self, tmp_path, monkeypatch):
         """After running out of memory (`auto_find_batch_size`), what was measured before the first step stands."""
