@@ -145,7 +145,7 @@ def _metric_arguments(given: Sequence[str], metrics: Sequence[str]) -> dict[str,
     for text in given:
         key, equals, value = text.partition("=")
         metric, dot, name = key.rpartition(".")
-        if not equals or not name:
+        if not equals or not name or (dot and not metric):
             raise ValueError(f"`--metric-arg` takes KEY=VALUE, got {text!r}.")
         if not dot and len(metrics) > 1:
             raise ValueError(f"Say which metric the argument {key!r} is for: `--metric-arg {metrics[0]}.{text}`.")

@@ -195,8 +195,9 @@ def main(arguments: Sequence[str]) -> None:
     from ..objectives.metrics import check_clip_quantile
     from ..teacher.encoder import teacher_identity
     from ..teacher.vectors import TEACHER_COLUMN, add_teacher_features, cached_teacher_features
-    from .loading import IMAGE_COLUMNS, check_model, load_model, load_rows, local_path
+    from .loading import IMAGE_COLUMNS, check_device, check_model, load_model, load_rows, local_path
 
+    check_device(args.device)
     check_model(args.model, args.revision, args.base_model)  # before the teacher works for long
     check_clip_quantile(args.clip_quantile, "--clip-quantile")
     teacher = local_path(args.teacher)

@@ -165,6 +165,8 @@ def test_what_encode_has_cached_is_not_encoded_again(parts, monkeypatch, tmp_pat
         (["rows", "--clip-quantile", "95"], "`--clip-quantile` must be above 0 and below 1"),
         (["nowhere.jsonl"], "no file or folder"),
         (["rows", "--base-model", "model"], "takes no base model"),
+        (["rows", "--device", "cuda:9"], "no device 'cuda:9' here (`--device`). There are cpu"),
+        (["rows", "--device", "gpu"], "no device 'gpu' here"),
     ],
 )
 def test_errors_are_one_line(parts, arguments, words, capsys, monkeypatch):
