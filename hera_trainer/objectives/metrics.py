@@ -58,30 +58,30 @@ def neighbors_of_each(stacks: Iterable[Tensor], k: int, normalize: bool) -> Iter
     Yields:
         `LongTensor` of shape `[N, k]` for each space.
     """
-    memory: Tensor | None = None
+    scratch: Tensor | None = None
     for stack in stacks:
         spaces, n = stack.detach(), stack.shape[1]
         side = min(n, math.isqrt(_MAX_SIMILARITIES))
         rows = min(n, max(1, _CACHED_SIMILARITIES // n))
-        if side == n and (memory is None or memory.numel() < len(spaces) * rows * n):
-            memory = spaces.new_empty(len(spaces) * rows * n)
+        if side == n and (scratch is None or scratch.numel() < len(spaces) * rows * n):
+            scratch = spaces.new_empty(len(spaces) * rows * n)
         # Under autocast, similarities would be rounded to 16 bit and neighbours with them.
         with torch.autocast(device_type=spaces.device.type, enabled=False):
             spaces = F.normalize(spaces, dim=-1) if normalize else spaces
-            if memory is None or side < n:
+            if scratch is None or side < n:
                 found = torch.stack([_top_neighbors_by_tiles(space, k, side) for space in spaces])
             else:
-                found = _top_neighbors_by_rows(spaces, k, rows, memory)
+                found = _top_neighbors_by_rows(spaces, k, rows, scratch)
         yield from found
 
 
-def _top_neighbors_by_rows(spaces: Tensor, k: int, rows: int, memory: Tensor) -> Tensor:
+def _top_neighbors_by_rows(spaces: Tensor, k: int, rows: int, scratch: Tensor) -> Tensor:
     """Neighbours `[S, N, k]` from some rows of the similarity matrix of each space at a time."""
     count, n, _ = spaces.shape
     neighbors = []
     for start in range(0, n, rows):
         part = spaces[:, start : start + rows]
-        out = memory[: count * part.shape[1] * n].view(count, part.shape[1], n)
+        out = scratch[: count * part.shape[1] * n].view(count, part.shape[1], n)
         similarity = torch.bmm(part, spaces.transpose(1, 2), out=out)
         similarity.diagonal(start, dim1=1, dim2=2).fill_(-torch.inf)
         neighbors.append(similarity.topk(k, dim=-1).indices)
