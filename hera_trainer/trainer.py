@@ -44,7 +44,7 @@ from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
-from .runs.record import forget_measurements, public_ranking
+from .runs.record import go_on_with_measurements, public_ranking
 from .runs.record_callback import RunRecordCallback
 from .runs.weights import kept_dtypes, load_weights
 from .runs.written_files import RANKING_FILE, written_by
@@ -373,7 +373,7 @@ class HeRATrainer(SFTTrainer):
         prepare_monitors(self, self._monitors)
         self._record.begin(self.train_dataset, self.aligned_heads or (), self.teacher_name, checkpoint)
         if self.is_world_process_zero():
-            forget_measurements(str(self.args.output_dir), after=saved_step(checkpoint))
+            go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         self.best_step = None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
+from .chatter import leave_out_chatter
 from .parser import Parser
 
 # Name -> what `hera --help` says of it. The module of the same name in this package has a `main(arguments)`.
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _parser().parse_args(arguments[:1]).command  # what follows belongs to the command
+    leave_out_chatter()
     try:
         import_module(f".{command}", __name__).main(arguments[1:])
     except (ValueError, ImportError, OSError) as error:

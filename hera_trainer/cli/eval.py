@@ -145,7 +145,7 @@ def _metric_arguments(given: Sequence[str], metrics: Sequence[str]) -> dict[str,
     for text in given:
         key, equals, value = text.partition("=")
         metric, dot, name = key.rpartition(".")
-        if not equals or not name:
+        if not equals or not name or (dot and not metric):
             raise ValueError(f"`--metric-arg` takes KEY=VALUE, got {text!r}.")
         if not dot and len(metrics) > 1:
             raise ValueError(f"Say which metric the argument {key!r} is for: `--metric-arg {metrics[0]}.{text}`.")
@@ -169,8 +169,8 @@ def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, An
     from ..evaluation.other_images import BlankQuestions, PermutedQuestions
 
     start = time.perf_counter()
-    split = args.split or _only_split(args.dataset)
-    questions = _questions(args, split)
+    dataset, split = (args.dataset, args.split) if args.split else _without_splits(args.dataset)
+    questions = _questions(args, dataset, split)
     team = Team(distributed=True)
     with team.together():
         if team.is_main:
@@ -208,7 +208,7 @@ def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, An
         "rows": len(entries),
         "model": args.model,
         "revision": args.revision,
-        "dataset": args.dataset,
+        "dataset": dataset,
         "dataset_config": args.dataset_config,
         "split": split,
         "system": args.system,
@@ -221,13 +221,13 @@ def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, An
     print(f"\nWritten to {folder}: {PREDICTIONS_FILE}, {RESULTS_FILE}")
 
 
-def _questions(args: argparse.Namespace, split: str) -> Questions:
+def _questions(args: argparse.Namespace, dataset: str, split: str) -> Questions:
     from ..evaluation.answer_scores import REFERENCE_COLUMNS
     from ..evaluation.questions import Questions
     from .loading import IMAGE_COLUMNS, load_rows
 
     rows = load_rows(
-        args.dataset,
+        dataset,
         config=args.dataset_config,
         split=split,
         limit=args.limit,
@@ -265,14 +265,17 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, processor
 
 
-def _only_split(dataset: str) -> str:
-    """The split of data without splits. Of data with splits nobody should score the training part by mistake."""
+def _without_splits(dataset: str) -> tuple[str, str]:
+    """Data without splits, such as the one data file of a folder, and what its rows are called as a split. Of data with
+    splits nobody should score the training part by mistake."""
     from .loading import FILE_FORMATS, local_path
 
     path = Path(local_path(dataset))
     if path.is_file() or (path.is_dir() and (path / "state.json").is_file()):
-        return "train"
+        return dataset, "train"
     files = sorted(str(file) for file in (path.iterdir() if path.is_dir() else ()) if file.suffix in FILE_FORMATS)
+    if len(files) == 1 and Path(files[0]).stem != "metadata":  # which names the images of a folder of images
+        return files[0], "train"
     named = f", or name one of its files: {', '.join(f'`--dataset {file}`' for file in files)}" if files else ""
     raise ValueError(f"Say which split of {dataset!r} to evaluate on, such as `--split test`{named}.")
 

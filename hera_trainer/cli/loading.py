@@ -45,6 +45,23 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def check_device(device: str | torch.device | None) -> None:
+    """Refuses a device that this machine does not have, in one line; torch has a page for it.
+
+    Args:
+        device (`str` or `torch.device`, *optional*): Such as `"cuda:1"`.
+
+    Raises:
+        `ValueError`: If there is no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    known = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
+    bare = [] if accelerator is None else [str(accelerator)]
+    if device is not None and str(device) not in (*known, *bare):
+        raise ValueError(f"There is no device {str(device)!r} here (`--device`). There are {', '.join(known)}.")
+
+
 def load_model(
     path: str | os.PathLike,
     *,
@@ -73,9 +90,10 @@ def load_model(
 
     Raises:
         `OSError`: If there is no such folder or repository.
-        `ValueError`: If `path` is no model, or the adapter does not fit its base model.
+        `ValueError`: If `path` is no model, the adapter does not fit its base model, or there is no such device.
         `ImportError`: If `load_in_4bit` is set and bitsandbytes is not installed.
     """
+    check_device(device)
     adapter, base, base_revision = _found(path, revision, base_model)
     if adapter is None:
         return _load_full(base, base_revision, dtype, load_in_4bit, device), load_processor(base, base_revision)

@@ -87,15 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(dataset: Dataset, image_column: str | None, caption_column: str | None, context: str) -> Dataset:
-    """The data set under the column names by which rankings look for images and texts.
+def with_image_column(dataset: Dataset, image_column: str | None, caption_column: str | None) -> Dataset:
+    """The data set with its images under a name by which they are looked for.
 
     Args:
         dataset ([`~datasets.Dataset`]): Images with texts.
         image_column (`str`, *optional*): Column of images. `image` or `images` if not given.
         caption_column (`str`, *optional*): Column of texts, or of lists of them. `completion`, `messages` or `text` if
             not given.
-        context (`str`): `"text"`, or `"image"`: then captions become answers.
 
     Raises:
         `ValueError`: If a column is missing.
@@ -111,8 +110,18 @@ def prepare(dataset: Dataset, image_column: str | None, caption_column: str | No
     if image_column not in (None, "image", "images"):
         dataset = dataset.remove_columns([name for name in ("image", "images") if name in names])
         dataset = dataset.rename_column(image_column, "image")
-    is_caption = caption_column is not None or not {"completion", "messages"} & set(names)
-    if not is_caption:
+    return dataset
+
+
+def with_text_column(dataset: Dataset, caption_column: str | None, context: str) -> Dataset:
+    """The data set with its texts under a name by which they are looked for.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Images with texts.
+        caption_column (`str`, *optional*): See [`with_image_column`].
+        context (`str`): `"text"`, or `"image"`: then captions become answers.
+    """
+    if caption_column is None and {"completion", "messages"} & set(dataset.column_names):
         return dataset
     column = caption_column or "text"
     others = [name for name in ("prompt", *_TEXT_COLUMNS) if name in dataset.column_names and name != column]
@@ -185,9 +194,10 @@ def main(arguments: Sequence[str]) -> None:
     from ..heads.ranking import rank_heads
     from ..objectives.metrics import check_clip_quantile
     from ..teacher.encoder import teacher_identity
-    from ..teacher.vectors import add_teacher_features
-    from .loading import IMAGE_COLUMNS, check_model, load_model, load_rows, local_path
+    from ..teacher.vectors import TEACHER_COLUMN, add_teacher_features, cached_teacher_features
+    from .loading import IMAGE_COLUMNS, check_device, check_model, load_model, load_rows, local_path
 
+    check_device(args.device)
     check_model(args.model, args.revision, args.base_model)  # before the teacher works for long
     check_clip_quantile(args.clip_quantile, "--clip-quantile")
     teacher = local_path(args.teacher)
@@ -196,8 +206,10 @@ def main(arguments: Sequence[str]) -> None:
         teacher_identity(ceiling)
     images = IMAGE_COLUMNS if args.image_column is None else (args.image_column,)
     rows = load_rows(args.dataset, config=args.dataset_config, split=args.split, image_columns=images)
-    rows = prepare(rows, args.image_column, args.caption_column, args.context)
-    rows = draw(rows, args.num_samples, args.seed)
+    rows = with_image_column(rows, args.image_column, args.caption_column)
+    if TEACHER_COLUMN not in rows.column_names:
+        rows = cached_teacher_features(rows, teacher) or rows  # of all rows, as `hera encode` leaves them
+    rows = with_text_column(draw(rows, args.num_samples, args.seed), args.caption_column, args.context)
     rows = add_teacher_features(rows, teacher, batch_size=args.teacher_batch_size)
     model, processor = load_model(
         args.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -221,24 +222,36 @@ def check_metrics(names: Sequence[str], arguments: Mapping[str, Mapping[str, Any
     unused = sorted(set(arguments) - set(names))
     if unused:
         raise ValueError(f"There are arguments for {', '.join(unused)}, which is not among the metrics.")
-    for given in arguments.values():
-        for key in ("annotations", "synonyms", "relation", "safe_words"):
-            for path in given[key] if isinstance(given.get(key), list) else [given.get(key)]:
-                if path is not None and not Path(path).exists():
-                    raise FileNotFoundError(f"The {key} {str(path)!r} are not there.")
     for name in names:
-        _check_arguments(name, arguments.get(name, {}))
+        _check_names(name, arguments.get(name, {}))
+        if name in metric_names():
+            _check_paths(name, arguments.get(name, {}))
 
 
-def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+def _check_names(name: str, arguments: Mapping[str, Any]) -> None:
     compute = BUILT_IN[name] if name in BUILT_IN else _loaded(name)._compute
-    signature = inspect.signature(compute)
-    try:
-        signature.bind(predictions=[], references=[], **arguments)
-    except TypeError as error:
-        known = [key for key in signature.parameters if key not in ("predictions", "references")]
-        takes = f"takes {', '.join(f'`{key}`' for key in known)}" if known else "takes no arguments"
-        raise ValueError(f"The metric {name!r} {takes} (`--metric-arg`): {error}.") from error
+    parameters = inspect.signature(compute).parameters
+    own = {key: parameter for key, parameter in parameters.items() if key not in ("predictions", "references")}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own.values())
+    named = [key for key, parameter in own.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    unknown = [key for key in arguments if key not in named and not (takes_any and key not in parameters)]
+    if unknown:
+        takes = ", ".join(f"`{key}`" for key in named) or "none"
+        raise ValueError(f"The metric {name!r} has no argument {unknown[0]!r} (`--metric-arg`). It takes {takes}.")
+    missing = [key for key in named if own[key].default is inspect.Parameter.empty and key not in arguments]
+    if missing:
+        raise ValueError(f"The metric {name!r} needs a value for `{missing[0]}`: `--metric-arg {missing[0]}=VALUE`.")
+
+
+def _check_paths(name: str, arguments: Mapping[str, Any]) -> None:
+    for key in ("annotations", "synonyms", "relation", "safe_words"):
+        given = arguments.get(key)
+        several = name == "chair" and key == "annotations" and isinstance(given, list)
+        for path in given if several else [] if given is None else [given]:
+            if not isinstance(path, (str, os.PathLike)):
+                raise ValueError(f"The {key} of the metric {name!r} (`--metric-arg`) are a path, not {path!r}.")
+            if not Path(path).exists():
+                raise FileNotFoundError(f"The {key} {str(path)!r} are not there.")
 
 
 def check_references(

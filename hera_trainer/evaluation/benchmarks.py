@@ -1,10 +1,10 @@
-"""The public benchmarks of the paper's kind, and the commands that run them in lmms-eval and VLMEvalKit."""
+"""The paper's benchmarks, the averages of its tables, and the commands that run them in lmms-eval and VLMEvalKit."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 # What the names and arguments below were checked against. The tests have the lists of names.
@@ -23,34 +23,38 @@ class Benchmark(NamedTuple):
 
     Args:
         name: Its name, with which `--benchmarks` chooses it.
-        group: Group of the paper's tables (see the documentation for how sure that is), or `"More"`.
-        lmms_eval: Its task in lmms-eval, or empty.
-        vlmevalkit: Its data set in VLMEvalKit, or empty.
-        vlmevalkit_class: Class of that data set.
+        group: Group of the paper's tables, or `"Hallucination"`, or `"More"`.
+        lmms_eval: Its tasks in lmms-eval, none if it has none.
+        vlmevalkit: Its data sets in VLMEvalKit, none if it has none.
+        vlmevalkit_class: Class of these data sets.
         metric: What is reported.
         judged: Harnesses in which a language model behind an API judges the answers.
         note: What to know; where there is no task, why not and what to do instead.
+        divisor: What is reported, divided by this, is the per cent that averages are made of.
     """
 
     name: str
     group: str
-    lmms_eval: str
-    vlmevalkit: str
+    lmms_eval: tuple[str, ...]
+    vlmevalkit: tuple[str, ...]
     vlmevalkit_class: str
     metric: str
     judged: tuple[str, ...] = ()
     note: str = ""
+    divisor: int = 1
 
 
 _MCQ, _YORN, _VQA = "ImageMCQDataset", "ImageYORNDataset", "ImageVQADataset"
 
 BENCHMARKS = (
-    Benchmark("MME", "General", "mme", "MME", _YORN, "perception score (of 2,000)"),
+    Benchmark("GQA", "General", ("gqa",), ("GQA_TestDev_Balanced",), _VQA, "exact match"),
+    Benchmark("POPE", "General", ("pope",), ("POPE",), _YORN, "accuracy; F1, yes ratio"),
+    Benchmark("MME", "General", ("mme",), ("MME",), _YORN, "perception score (of 2,000), divided by 20", divisor=20),
     Benchmark(
         "MMBench",
         "General",
-        "mmbench_en_dev_static",
-        "MMBench_DEV_EN",
+        ("mmbench_en_dev_static",),
+        ("MMBench_DEV_EN",),
         _MCQ,
         "circular accuracy",
         note="lmms-eval's mmbench_en_dev asks a language model to find the option; the static task does not.",
@@ -58,85 +62,93 @@ BENCHMARKS = (
     Benchmark(
         "SEED-Bench",
         "General",
-        "seedbench",
-        "SEEDBench_IMG",
+        ("seedbench",),
+        ("SEEDBench_IMG",),
         _MCQ,
         "accuracy on images",
         note="lmms-eval runs images and videos: report seed_image.",
     ),
-    Benchmark("GQA", "General", "gqa", "GQA_TestDev_Balanced", _VQA, "exact match"),
-    Benchmark("ScienceQA", "Knowledge", "scienceqa_img", "ScienceQA_TEST", _MCQ, "accuracy on questions with an image"),
-    Benchmark("MMMU", "Knowledge", "mmmu_val", "MMMU_DEV_VAL", "MMMUDataset", "accuracy on the validation split"),
+    Benchmark(
+        "ScienceQA", "Knowledge", ("scienceqa_img",), ("ScienceQA_TEST",), _MCQ, "accuracy on questions with an image"
+    ),
+    Benchmark("MMMU", "Knowledge", ("mmmu_val",), ("MMMU_DEV_VAL",), "MMMUDataset", "accuracy on the validation split"),
     Benchmark(
         "MathVista",
         "Knowledge",
-        "mathvista_testmini_format",
-        "MathVista_MINI",
+        ("mathvista_testmini_format",),
+        ("MathVista_MINI",),
         "MathVista",
         "accuracy on testmini",
         judged=HARNESSES,
     ),
-    Benchmark("AI2D", "Knowledge", "ai2d", "AI2D_TEST", _MCQ, "accuracy"),
-    Benchmark("MMStar", "Knowledge", "mmstar", "MMStar", _MCQ, "average accuracy"),
-    Benchmark("TextVQA", "OCR", "textvqa_val", "TextVQA_VAL", _VQA, "VQA accuracy"),
-    Benchmark("ChartQA", "OCR", "chartqa", "ChartQA_TEST", _VQA, "relaxed accuracy"),
-    Benchmark("OCRBench", "OCR", "ocrbench", "OCRBench", "OCRBench", "score (of 1,000)"),
+    Benchmark("AI2D", "Knowledge", ("ai2d",), ("AI2D_TEST",), _MCQ, "accuracy"),
+    Benchmark("ChartQA", "OCR", ("chartqa",), ("ChartQA_TEST",), _VQA, "relaxed accuracy"),
+    Benchmark(
+        "OCRBench", "OCR", ("ocrbench",), ("OCRBench",), "OCRBench", "score (of 1,000), divided by 10", divisor=10
+    ),
+    Benchmark("TextVQA", "OCR", ("textvqa_val",), ("TextVQA_VAL",), _VQA, "VQA accuracy"),
+    Benchmark("VizWiz", "OCR", ("vizwiz_vqa_val",), ("VizWiz",), "VizWiz", "VQA accuracy"),
     Benchmark(
         "MMVP",
         "Vision",
-        "mmvp",
-        "MMVP",
+        ("mmvp",),
+        ("MMVP",),
         _MCQ,
         "accuracy of pairs",
         note="lmms-eval's copy has two pairs of answers corrected.",
     ),
-    Benchmark("RealWorldQA", "Vision", "realworldqa", "RealWorldQA", _MCQ, "accuracy"),
-    Benchmark("CV-Bench-2D", "Vision", "cv_bench_2d", "CV-Bench-2D", "CVBench", "mean of ADE20K and COCO"),
-    Benchmark("CV-Bench-3D", "Vision", "cv_bench_3d", "CV-Bench-3D", "CVBench", "accuracy"),
-    Benchmark("BLINK", "Vision", "blink", "BLINK", _MCQ, "accuracy"),
-    Benchmark("VStar", "Vision", "vstar_bench", "VStarBench", _MCQ, "accuracy"),
+    Benchmark("RealWorldQA", "Vision", ("realworldqa",), ("RealWorldQA",), _MCQ, "accuracy"),
+    Benchmark("BLINK", "Vision", ("blink",), ("BLINK",), _MCQ, "accuracy"),
+    Benchmark("VStar", "Vision", ("vstar_bench",), ("VStarBench",), _MCQ, "accuracy"),
+    Benchmark(
+        "CV-Bench",
+        "Vision",
+        ("cv_bench_2d", "cv_bench_3d"),
+        ("CV-Bench-2D", "CV-Bench-3D"),
+        "CVBench",
+        "mean of 2D (itself the mean of ADE20K and COCO) and 3D",
+    ),
     Benchmark(
         "CHAIR",
         HALLUCINATION,
-        "coco_cap_chair",
-        "",
+        ("coco_cap_chair",),
+        (),
         "",
         "CHAIR-i, CHAIR-s",
         note="VLMEvalKit has no CHAIR (COCO_VAL scores captions by their wording): use hera eval --metric chair.",
     ),
-    Benchmark("POPE", HALLUCINATION, "pope", "POPE", _YORN, "accuracy, F1, yes ratio"),
     Benchmark(
         "AMBER",
         HALLUCINATION,
-        "amber_g",
-        "AMBER",
+        ("amber_g",),
+        ("AMBER",),
         _YORN,
-        "CHAIR, Cover, Hal, Cog; F1",
+        "CHAIR, Cover, Hal, Cog; accuracy, F1",
         note="lmms-eval has the generative part, VLMEvalKit the discriminative one; hera eval --metric amber has both.",
     ),
     Benchmark(
         "HallusionBench",
         HALLUCINATION,
-        "hallusion_bench_image",
-        "HallusionBench",
+        ("hallusion_bench_image",),
+        ("HallusionBench",),
         _YORN,
-        "aAcc, qAcc, fAcc",
+        "qAcc, easy, hard",
         judged=("lmms-eval",),
         note="lmms-eval asks a language model to judge; hera eval --metric hallusionbench needs none.",
     ),
-    Benchmark("DocVQA", MORE, "docvqa_val", "DocVQA_VAL", _VQA, "ANLS"),
-    Benchmark("InfoVQA", MORE, "infovqa_val", "InfoVQA_VAL", _VQA, "ANLS"),
-    Benchmark("VizWiz", MORE, "vizwiz_vqa_val", "VizWiz", "VizWiz", "VQA accuracy"),
+    Benchmark("MMStar", MORE, ("mmstar",), ("MMStar",), _MCQ, "average accuracy"),
+    Benchmark("DocVQA", MORE, ("docvqa_val",), ("DocVQA_VAL",), _VQA, "ANLS"),
+    Benchmark("InfoVQA", MORE, ("infovqa_val",), ("InfoVQA_VAL",), _VQA, "ANLS"),
     Benchmark(
         "MMBench-CN",
         MORE,
-        "mmbench_cn_dev",
-        "MMBench_DEV_CN",
+        ("mmbench_cn_dev",),
+        ("MMBench_DEV_CN",),
         _MCQ,
         "circular accuracy",
         judged=("lmms-eval",),
     ),
-    Benchmark("Q-Bench", MORE, "qbench_dev", "Q-Bench1_VAL", _MCQ, "accuracy"),
+    Benchmark("Q-Bench", MORE, ("qbench_dev",), ("Q-Bench1_VAL",), _MCQ, "accuracy"),
 )
 
 # Model types whose wrapper in lmms-eval loads a merged model, and its arguments. Any other goes through vLLM: the
@@ -185,6 +197,40 @@ def choose_benchmarks(names: Sequence[str] | None = None) -> list[Benchmark]:
     return [b for b in BENCHMARKS if b.name.lower() in wanted or b.group.lower() in wanted]
 
 
+def averages(scores: Mapping[str, float]) -> dict[str, float]:
+    """The averages of the paper's tables: the plain mean of each group, and `"All"`, that of the 18 benchmarks.
+
+    Args:
+        scores (`Mapping[str, float]`):
+            Of benchmarks by name, in any case, what the documentation's table says is reported: per cent, but for MME
+            and OCRBench, whose points are divided here.
+
+    Returns:
+        `dict[str, float]`: The groups of which every benchmark has a score; `"All"` where all of them have.
+
+    Raises:
+        `ValueError`: If a name is not one of the 18, or a score is more than all of it.
+    """
+    paper = {benchmark.name.lower(): benchmark for benchmark in BENCHMARKS if benchmark.group in PAPER_GROUPS}
+    shares: dict[str, float] = {}
+    for name, score in scores.items():
+        benchmark = paper.get(name.lower())
+        if benchmark is None:
+            raise ValueError(
+                f"{name!r} is none of the paper's benchmarks: {', '.join(b.name for b in paper.values())}."
+            )
+        shares[benchmark.name] = score / benchmark.divisor
+        if not 0 <= shares[benchmark.name] <= 100:
+            raise ValueError(f"{benchmark.name} can't be {score}: it is between 0 and {100 * benchmark.divisor:,}.")
+    groups = {group: [b.name for b in paper.values() if b.group == group] for group in PAPER_GROUPS}
+    groups["All"] = [benchmark.name for benchmark in paper.values()]
+    return {
+        group: sum(shares[name] for name in names) / len(names)
+        for group, names in groups.items()
+        if shares.keys() >= set(names)
+    }
+
+
 def export_commands(
     harness: str,
     model: str,
@@ -211,7 +257,7 @@ def export_commands(
     """
     if harness not in HARNESSES:
         raise ValueError(f"Commands can be written for {' and '.join(HARNESSES)}, not for {harness!r}.")
-    runnable = [benchmark for benchmark in benchmarks if _task(benchmark, harness)]
+    runnable = [benchmark for benchmark in benchmarks if _tasks(benchmark, harness)]
     if not runnable:
         raise ValueError(f"{harness} has none of {', '.join(b.name for b in benchmarks)}.")
     target = merged or model
@@ -235,7 +281,7 @@ def _concerns(benchmark: Benchmark, harness: str) -> bool:
     return own in benchmark.note or not any(other in benchmark.note for other in names.values())
 
 
-def _task(benchmark: Benchmark, harness: str) -> str:
+def _tasks(benchmark: Benchmark, harness: str) -> tuple[str, ...]:
     return benchmark.lmms_eval if harness == "lmms-eval" else benchmark.vlmevalkit
 
 
@@ -255,7 +301,7 @@ def _lmms_eval(model: str, model_type: str, benchmarks: Sequence[Benchmark], out
         if judged:
             lines.append("# A language model judges these answers: export OPENAI_API_KEY first.")
         arguments = ["--model", wrapper, "--model_args", pattern.format(model=model)]
-        arguments += ["--tasks", ",".join(benchmark.lmms_eval for benchmark in part)]
+        arguments += ["--tasks", ",".join(task for benchmark in part for task in benchmark.lmms_eval)]
         arguments += ["--batch_size", "1", "--output_path", output, "--log_samples"]
         lines += [shlex.join(["python", "-m", "lmms_eval", *arguments]), ""]
     return lines
@@ -277,7 +323,7 @@ def _vlmevalkit(model: str, model_type: str, benchmarks: Sequence[Benchmark], ou
             lines.append("# A language model judges these answers: export OPENAI_API_KEY first.")
         judge = [] if judged else ["--judge", "exact_matching"]
         if known is None:
-            names = [benchmark.vlmevalkit for benchmark in part]
+            names = [name for benchmark in part for name in benchmark.vlmevalkit]
             chosen = ["--model", "merged", "--base-url", "http://localhost:8000/v1", "--temperature", "0"]
             chosen += ["--data", *names]
         else:
@@ -289,7 +335,7 @@ def _vlmevalkit(model: str, model_type: str, benchmarks: Sequence[Benchmark], ou
 
 
 def _vlmevalkit_config(model: str, model_class: str, settings: dict, benchmarks: Sequence[Benchmark]) -> str:
-    data = {b.vlmevalkit: {"class": b.vlmevalkit_class, "dataset": b.vlmevalkit} for b in benchmarks}
+    data = {name: {"class": b.vlmevalkit_class, "dataset": name} for b in benchmarks for name in b.vlmevalkit}
     return json.dumps(
         {"model": {"merged": {"class": model_class, "model_path": model, **settings}}, "data": data}, indent=1
     )

@@ -27,7 +27,7 @@ from ..heads.samples import draw_samples
 from ..teacher.column import TEACHER_COLUMN
 from ..teacher.encoder import VisionTeacher
 from .plots import monitor_group
-from .record import CONTEXTS, measurement_path, measurements, public_ranking
+from .record import CONTEXTS, forget_measurements, measurement_path, measurements, public_ranking
 
 
 class AlignmentMonitorCallback(TrainerCallback):
@@ -115,6 +115,7 @@ class AlignmentMonitorCallback(TrainerCallback):
         self._rows: Dataset | None = None
         self._others: dict[int, int | None] = {}
         self._first: dict[str, HeadRanking] = {}
+        self._first_values: dict[str, float] = {}
         self._last_step = -1
 
     # Before training
@@ -188,6 +189,7 @@ class AlignmentMonitorCallback(TrainerCallback):
             batch_size = trainer.args.teacher_batch_size
             rows = with_teacher_features(rows, "the monitor's data set", self.teacher, batch_size)
         trainer.teacher_vectors.columns.required(rows.column_names)
+        self._first, self._first_values, self._last_step = {}, {}, -1
         self._rows = rows
         self._others = self._other_rows() if "image" in self.contexts else {}
 
@@ -222,7 +224,12 @@ class AlignmentMonitorCallback(TrainerCallback):
     ) -> None:
         if self._rows is None:
             raise ValueError("`AlignmentMonitorCallback` works with `HeRATrainer`; other trainers do not prepare it.")
-        self._first, self._last_step = {}, -1
+        if self._first_values:  # `auto_find_batch_size` begins anew: what was before training stays, the log does not
+            self._last_step = state.global_step
+            self._log(dict(self._first_values), control)
+            if state.is_world_process_zero:
+                forget_measurements(str(args.output_dir), after=state.global_step)
+            return
         earlier: dict[str, Path] = {}
         for _, kind, path in measurements(str(args.output_dir)):
             earlier.setdefault(kind, path)
@@ -232,7 +239,7 @@ class AlignmentMonitorCallback(TrainerCallback):
             self._first = {context: HeadRanking.load(path) for context, path in earlier.items() if context in CONTEXTS}
             self._last_step = state.global_step
         else:
-            self._measure(args, state, control)
+            self._first_values = self._measure(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = control.should_training_stop or state.global_step >= state.max_steps
@@ -246,12 +253,18 @@ class AlignmentMonitorCallback(TrainerCallback):
         if control.should_training_stop and self._last_step != state.global_step:
             self._measure(args, state, control)
 
-    def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        trainer = self._trainer
+    def _log(self, values: dict[str, float], control: TrainerControl) -> None:
         should_log = control.should_log
+        with evaluating(self._trainer.model):  # in training mode, it would take out what is summed up for the losses
+            self._trainer.log(values)
+        control.should_log = should_log  # logging answers the request, which is meant for the losses
+
+    def _measure(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> dict[str, float]:
+        """Measures, logs and keeps; returns what it has logged."""
+        trainer = self._trainer
+        values: dict[str, float] = {}
         with same_randomness(args.device), evaluating(trainer.model):
             rankings = {context: self._rank(context) for context in self.contexts or ()}
-            values = {}
             for context, ranking in rankings.items():
                 self._first.setdefault(context, ranking)
                 for name, heads in self._groups(context).items():
@@ -262,9 +275,7 @@ class AlignmentMonitorCallback(TrainerCallback):
             gain = self._image_gain()
             if gain is not None:
                 values["image_gain"] = gain.gain
-            # In eval mode still: in training mode, `log` would take out what the trainer has summed up for its own.
-            trainer.log(values)
-        control.should_log = should_log  # logging answers the request, which is meant for the losses
+        self._log(dict(values), control)
         self._last_step = state.global_step
         if state.is_world_process_zero:
             if gain is not None:
@@ -272,6 +283,7 @@ class AlignmentMonitorCallback(TrainerCallback):
             for context, ranking in rankings.items():
                 public_ranking(ranking).save(measurement_path(str(args.output_dir), state.global_step, context))
                 self._show(state, context, ranking)
+        return values
 
     def _rank(self, context: str) -> HeadRanking:
         trainer = self._trainer

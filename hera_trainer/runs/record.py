@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..common.files import write_atomically
 from ..common.redaction import public_name
 from ..evaluation.image_gain import ImageGain
 from ..heads.head import AlignedUnit, parse_unit
@@ -41,6 +44,8 @@ class RunRecord:
             What [`AlignmentMonitorCallback`] measured: context (`"text"` or `"image"`), then step, ascending.
         image_gains (`dict[int, ImageGain]`):
             Step, ascending, and by how much the held-out loss rose there when the images were permuted.
+        best_step (`int`, *optional*):
+            Step of the weights, where training ended with loading the best ones (`load_best_model_at_end`).
     """
 
     path: Path
@@ -49,26 +54,40 @@ class RunRecord:
     head_ranking: HeadRanking | None = None
     monitored: dict[str, dict[int, HeadRanking]] = field(default_factory=dict)
     image_gains: dict[int, ImageGain] = field(default_factory=dict)
+    best_step: int | None = None
 
     @property
     def aligned_heads(self) -> list[AlignedUnit]:
         """The heads or layers that were aligned, in the order of the run; empty if it is not known."""
         return [parse_unit(name) for name in self.record.get("aligned_heads") or ()]
 
+    def leads_to_result(self, step: int) -> bool:
+        """Whether the run's weights come from those of a step: they do not where better ones of before were loaded."""
+        return self.best_step is None or step <= self.best_step
+
+    def measured_steps(self, context: str) -> list[int]:
+        """The steps, ascending, of the measurements in a context that lead to the run's weights.
+
+        Args:
+            context (`str`): `"text"` or `"image"`.
+        """
+        return [step for step in self.monitored.get(context, {}) if self.leads_to_result(step)]
+
     def before_after(self, context: str) -> tuple[HeadRanking, HeadRanking] | None:
-        """The first and the last measurement in a context.
+        """The first and the last measurement in a context, without those of weights that were given up for better ones.
 
         Args:
             context (`str`): `"text"` or `"image"`.
 
         Returns:
-            `tuple` of two [`HeadRanking`], or `None` if fewer than two steps were measured in this context, or the two
-            with another k, N or `clip_quantile`, so that their scores cannot be compared.
+            `tuple` of two [`HeadRanking`], or `None` if fewer than two such steps were measured in this context, or the
+            two with another k, N or `clip_quantile`, so that their scores cannot be compared.
         """
-        steps = self.monitored.get(context, {})
-        if len(steps) < 2 or steps[min(steps)].scale != steps[max(steps)].scale:
+        steps = self.measured_steps(context)
+        if len(steps) < 2:
             return None
-        return steps[min(steps)], steps[max(steps)]
+        before, after = (self.monitored[context][step] for step in (steps[0], steps[-1]))
+        return (before, after) if before.scale == after.scale else None
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """The steps at which a value was logged, and the values.
@@ -97,13 +116,15 @@ def read_run(run_dir: str | os.PathLike) -> RunRecord:
         raise ValueError(f"{str(run_dir)!r} is not a folder. Name the `output_dir` of a training run.")
     run_file, ranking = folder / RUN_FILE, folder / RANKING_FILE
     state = _longest_state(folder)
+    record = _read_json(run_file) if run_file.is_file() else {}
     run = RunRecord(
         path=folder,
-        record=_read_json(run_file) if run_file.is_file() else {},
+        record=record,
         log_history=[] if state is None else state.get("log_history") or [],
         head_ranking=HeadRanking.load(ranking) if ranking.is_file() else None,
         monitored=read_rankings(folder),
         image_gains=read_image_gains(folder),
+        best_step=_best_step(record, state),
     )
     if state is None and not run.record and run.head_ranking is None and not run.monitored:
         raise ValueError(
@@ -111,6 +132,12 @@ def read_run(run_dir: str | os.PathLike) -> RunRecord:
             "Name the `output_dir` of a run of HeRATrainer."
         )
     return run
+
+
+def _best_step(record: dict[str, Any], state: dict[str, Any] | None) -> int | None:
+    """The step of the weights that a finished run has loaded in the end, if it has loaded any."""
+    loads = record.get("finished") and (record.get("config") or {}).get("load_best_model_at_end")
+    return state.get("best_global_step") if loads and state is not None else None
 
 
 def measurement_path(folder: str | os.PathLike, step: int, kind: str) -> Path:
@@ -190,6 +217,27 @@ def forget_measurements(folder: str | os.PathLike, after: int) -> None:
     for step, _, path in list(measurements(folder)):
         if step > after:
             path.unlink(missing_ok=True)
+
+
+def go_on_with_measurements(folder: str | os.PathLike, checkpoint: str | os.PathLike | None, step: int) -> None:
+    """Leaves in a run's `output_dir` the measurements that led to the checkpoint from which it goes on, and no others.
+    They are those of the run that wrote it, which may be in another folder.
+
+    Args:
+        folder (`str` or `os.PathLike`): The run's `output_dir`.
+        checkpoint (`str` or `os.PathLike`, *optional*): The checkpoint; `None` for a new run.
+        step (`int`): The step at which it was saved; -1 for a new run.
+    """
+    source = Path(folder if checkpoint is None else Path(checkpoint).parent)
+    if source.resolve() == Path(folder).resolve():
+        forget_measurements(folder, after=step)
+        return
+    forget_measurements(folder, after=-1)
+    for measured, kind, path in measurements(source):
+        if measured <= step:
+            target = measurement_path(folder, measured, kind)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, partial(shutil.copyfile, path))
 
 
 def public_ranking(ranking: HeadRanking) -> HeadRanking:

@@ -79,7 +79,7 @@ class RunRecordCallback(TrainerCallback):
         self._record = {
             **describe_run(args, model, self.dataset, self.aligned_heads),
             "teacher": public_name(self.teacher) if self.teacher else None,
-            "started": self._started(args),
+            "started": self._started(),
             "finished": None,
             "resumed_from": None if self.resumed_from is None else Path(self.resumed_from).name,
             "files": _files(model, kwargs.get("processing_class")),
@@ -105,8 +105,8 @@ class RunRecordCallback(TrainerCallback):
             self._write_state(args, state)
             self._record = {}  # what a later `evaluate` logs is not of this run
 
-    def _started(self, args: TrainingArguments) -> str:
-        earlier = None if self.resumed_from is None else _read_if_whole(Path(str(args.output_dir), RUN_FILE))
+    def _started(self) -> str:
+        earlier = None if self.resumed_from is None else _read_if_whole(Path(self.resumed_from).parent / RUN_FILE)
         return (earlier or {}).get("started") or _now()
 
     def _write_record(self, args: TrainingArguments) -> None:

@@ -20,7 +20,7 @@ from .column import TEACHER_COLUMN, check_teacher_features
 from .encoder import VisionTeacher, teacher_identity
 from .images import ImageColumn, Images, underlying
 
-__all__ = ["TEACHER_COLUMN", "add_teacher_features", "cache_root", "check_teacher_features"]
+__all__ = ["TEACHER_COLUMN", "add_teacher_features", "cache_root", "cached_teacher_features", "check_teacher_features"]
 
 
 def cache_root() -> Path:
@@ -96,16 +96,13 @@ def add_teacher_features(
 
     column = ImageColumn(dataset)
     source = _TeacherSource(teacher)
-    directory = Path(cache_dir or cache_root() / "teacher_features")
+    directory = Path(cache_dir or _vectors_root())
     directory.mkdir(parents=True, exist_ok=True)
 
     team = Team(distributed)
     sharers = team.sharers(directory)
     with team.together():
-        fast_key = column.fast_key(source.identity)
-        alias = directory / f"{fast_key}.key" if fast_key else None
-        key = alias.read_text(errors="replace") if alias and alias.exists() else ""
-        vectors = Entry(directory, key, len(column)).load() if is_key(key) else None
+        alias, key, vectors = _known(directory, column, source.identity)
     if team.any(vectors is None):
         with team.together():
             images = column.scan(desc)
@@ -122,6 +119,31 @@ def add_teacher_features(
             write_atomically(alias, lambda path: path.write_text(key))
     assert vectors is not None
     return attach(dataset, vectors, key)
+
+
+def cached_teacher_features(dataset: datasets.Dataset, teacher: str | os.PathLike) -> datasets.Dataset | None:
+    """What [`add_teacher_features`] returns, where it needs to read no image for it: the vectors of all rows are in the
+    cache, and files and their times are those of before. `None` otherwise.
+
+    Args:
+        dataset (`datasets.Dataset`): The data set.
+        teacher (`str` or `os.PathLike`): Name or path of a teacher.
+    """
+    _, key, vectors = _known(_vectors_root(), ImageColumn(dataset), teacher_identity(teacher))
+    return None if vectors is None else attach(dataset, vectors, key)
+
+
+def _vectors_root() -> Path:
+    return cache_root() / "teacher_features"
+
+
+def _known(directory: Path, column: ImageColumn, teacher: str) -> tuple[Path | None, str, datasets.Dataset | None]:
+    """What can be known of a column's cached vectors without reading an image: the file that names their key, if there
+    can be one; the key, if it is there; and the vectors, if they are."""
+    fast_key = column.fast_key(teacher)
+    alias = directory / f"{fast_key}.key" if fast_key else None
+    key = alias.read_text(errors="replace") if alias and alias.exists() else ""
+    return alias, key, Entry(directory, key, len(column)).load() if is_key(key) else None
 
 
 def attach(dataset: datasets.Dataset, vectors: datasets.Dataset, key: str) -> datasets.Dataset:

@@ -273,9 +273,15 @@ def test_chat_template(folder, tmp_path, capsys):
         (["--metric", "accuracy"], ["no metric 'accuracy'", "exact_match"]),
         (["--metric", "mutual_knn"], ["hera rank"]),
         (["--metric", "amber"], ["--metric-arg annotations=AMBER/data", "https://github.com"]),
-        (["--metric", "exact_match", "--metric-arg", "a=1"], ["takes no arguments", "'a'"]),
-        (["--metric", "pope", "--metric-arg", "anotations=x"], ["takes `annotations`", "'anotations'"]),
-        (["--metric", "chair", "--metric-arg", "synonym=x"], ["takes `annotations`, `synonyms`", "'synonym'"]),
+        (["--metric", "exact_match", "--metric-arg", "a=1"], ["has no argument 'a'", "It takes none."]),
+        (["--metric", "pope", "--metric-arg", "anotations=x"], ["no argument 'anotations'", "It takes `annotations`."]),
+        (["--metric", "chair", "--metric-arg", "synonym=x"], ["'synonym'", "It takes `annotations`, `synonyms`."]),
+        (["--metric", "pope", "--metric-arg", "predictions=x"], ["'predictions'", "It takes `annotations`."]),
+        (["--metric", "pope", "--metric-arg", "annotations=5"], ["annotations of the metric 'pope'", "path, not 5"]),
+        (["--metric", "pope", "--metric-arg", 'annotations=["a"]'], ["are a path, not ['a']"]),
+        (["--metric", "chair", "--metric-arg", "annotations=[1]"], ["are a path, not 1"]),
+        (["--metric", "chair", "--metric-arg", 'annotations=["a.json"]'], ["annotations 'a.json' are not there"]),
+        (["--metric", "pope", "--metric-arg", ".annotations=x"], ["takes KEY=VALUE"]),
         (
             ["--metric", "exact_match", "--answer-column", "answer,id"],
             ["Row 0", "record of answer, id", "--answer-column"],
@@ -402,7 +408,7 @@ def test_labels_in_lists_have_their_names():
     assert Questions(rows, answer_column="label").references() == ["cat", "dog", None]  # -1: not labelled
 
 
-def test_easy_vqa_example(tmp_path, capsys):
+def test_easy_vqa_example(folder, tmp_path, capsys):
     """The example's file has the demo's questions and images."""
     pytest.importorskip("easy_vqa")
     from hera_trainer.cli.loading import load_rows
@@ -420,6 +426,14 @@ def test_easy_vqa_example(tmp_path, capsys):
     # Its folder, which `datasets` takes for one of images alone.
     assert load_rows(tmp_path, split="test")["answer"][:] == load_rows(tmp_path, split="test[:6]")["answer"][:]
     assert Questions(load_rows(tmp_path, split="test")).messages(4)[0]["content"][1] == first[1]
+    output = ["--metric", "exact_match", "--max-new-tokens", "2", "--output", str(tmp_path / "out")]
+    assert main(["eval", str(folder / "base"), "--dataset", str(tmp_path), *output]) == 0
+    entries = lines_of(tmp_path / "out" / "predictions.jsonl")
+    assert [entry["reference"] for entry in entries] == original["answer"][:]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["dataset"] == str(tmp_path / "test.jsonl")
+    # Of two files, one is named.
+    example.main([str(tmp_path), "--questions", "6", "--split", "train"])
+    capsys.readouterr()
     assert main(["eval", "model", "--dataset", str(tmp_path), "--metric", "exact_match"]) == 1
     error = capsys.readouterr().err
     assert "--split test" in error and f"--dataset {tmp_path / 'test.jsonl'}" in error

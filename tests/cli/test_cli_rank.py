@@ -132,6 +132,25 @@ def test_only_as_many_images_as_needed_are_encoded(parts, monkeypatch, tmp_path)
     assert ranking.num_samples == 15 and 15 <= count["images"] < 40
 
 
+@pytest.mark.parametrize("columns", [[], ["--caption-column", "caption"]])
+def test_what_encode_has_cached_is_not_encoded_again(parts, monkeypatch, tmp_path, columns):
+    """Also where only some of the rows are ranked, and where captions are put into another column first."""
+    rows = image_dataset(n=24, seed=8 + len(columns))
+    if columns:
+        captions = [row["completion"][0]["content"] for row in rows]
+        rows = rows.select_columns(["images"]).add_column("caption", captions)
+    rows.save_to_disk(tmp_path / "rows")
+    count = count_work(monkeypatch)
+    arguments = [parts / "model", tmp_path / "rows", "--num-samples", 15, "--no-plot", *columns]
+    before = run(parts, *arguments)
+    encoded = count["images"]
+    assert main(["encode", str(tmp_path / "rows"), "--teacher", str(parts / "teacher")]) == 0
+    assert (encoded, count["images"]) == (15, 15 + 24)
+    after = run(parts, *arguments, "--seed", 1)
+    assert count["images"] == 15 + 24 and not torch.equal(after.scores, before.scores)
+    assert_same(run(parts, *arguments), before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -146,6 +165,8 @@ def test_only_as_many_images_as_needed_are_encoded(parts, monkeypatch, tmp_path)
         (["rows", "--clip-quantile", "95"], "`--clip-quantile` must be above 0 and below 1"),
         (["nowhere.jsonl"], "no file or folder"),
         (["rows", "--base-model", "model"], "takes no base model"),
+        (["rows", "--device", "cuda:9"], "no device 'cuda:9' here (`--device`). There are cpu"),
+        (["rows", "--device", "gpu"], "no device 'gpu' here"),
     ],
 )
 def test_errors_are_one_line(parts, arguments, words, capsys, monkeypatch):

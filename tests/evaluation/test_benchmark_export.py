@@ -17,6 +17,7 @@ from hera_trainer.evaluation.benchmarks import (
     BENCHMARKS,
     HALLUCINATION,
     PAPER_GROUPS,
+    averages,
     choose_benchmarks,
     export_commands,
 )
@@ -40,12 +41,19 @@ def datasets():
     return dict(line.split("\t") for line in lines)
 
 
-def test_eighteen_benchmarks_in_four_groups():
-    paper = [benchmark for benchmark in BENCHMARKS if benchmark.group in PAPER_GROUPS]
-    assert len(paper) == 18
-    assert {benchmark.group for benchmark in paper} == set(PAPER_GROUPS)
-    hallucination = {benchmark.name for benchmark in BENCHMARKS if benchmark.group == HALLUCINATION}
-    assert {"CHAIR", "AMBER", "HallusionBench"} <= hallucination
+# Appendix B of the paper.
+APPENDIX = {
+    "General": ["GQA", "POPE", "MME", "MMBench", "SEED-Bench"],
+    "Knowledge": ["ScienceQA", "MMMU", "MathVista", "AI2D"],
+    "OCR": ["ChartQA", "OCRBench", "TextVQA", "VizWiz"],
+    "Vision": ["MMVP", "RealWorldQA", "BLINK", "VStar", "CV-Bench"],
+    "Hallucination": ["CHAIR", "AMBER", "HallusionBench"],
+}
+
+
+def test_the_papers_benchmarks_in_its_groups():
+    groups = {group: [b.name for b in BENCHMARKS if b.group == group] for group in (*PAPER_GROUPS, HALLUCINATION)}
+    assert groups == APPENDIX and sum(len(groups[group]) for group in PAPER_GROUPS) == 18
     names = [benchmark.name.lower() for benchmark in BENCHMARKS]
     assert len(set(names)) == len(names)
 
@@ -54,11 +62,11 @@ def test_eighteen_benchmarks_in_four_groups():
 def test_names_are_those_of_the_harnesses(benchmark, tasks, datasets):
     """Each has a task in both, or a note that names the one without and says what to do."""
     if benchmark.lmms_eval:
-        assert benchmark.lmms_eval in tasks
+        assert tasks.issuperset(benchmark.lmms_eval)
     else:
         assert "lmms-eval" in benchmark.note and "hera eval" in benchmark.note
     if benchmark.vlmevalkit:
-        assert datasets[benchmark.vlmevalkit] == benchmark.vlmevalkit_class
+        assert {datasets[name] for name in benchmark.vlmevalkit} == {benchmark.vlmevalkit_class}
     else:
         assert "VLMEvalKit" in benchmark.note and "hera eval" in benchmark.note
 
@@ -82,9 +90,10 @@ def test_lmms_eval_runs_every_benchmark_on_the_merged_adapter():
         assert options["--model_args"] == "pretrained=run-merged,attn_implementation=sdpa"
         assert options["--output_path"] == "out"
         found += options["--tasks"].split(",")
-    assert sorted(found) == sorted(benchmark.lmms_eval for benchmark in chosen)
+    assert sorted(found) == sorted(task for benchmark in chosen for task in benchmark.lmms_eval)
+    assert len(chosen) == 18 + 3 and {"cv_bench_2d", "cv_bench_3d", "vizwiz_vqa_val"} <= set(found)
     # What needs a judge is a command of its own, after the words on the key.
-    judged = [benchmark.lmms_eval for benchmark in chosen if "lmms-eval" in benchmark.judged]
+    judged = [task for benchmark in chosen if "lmms-eval" in benchmark.judged for task in benchmark.lmms_eval]
     assert script.index("OPENAI_API_KEY") < script.index(",".join(judged))
 
 
@@ -118,9 +127,9 @@ def test_vlmevalkit_config(datasets):
         judged = {"MathVista_MINI"} >= set(config["data"])
         assert ("--judge" in run) != judged
     assert found == {
-        benchmark.vlmevalkit: {"class": benchmark.vlmevalkit_class, "dataset": benchmark.vlmevalkit}
+        name: {"class": benchmark.vlmevalkit_class, "dataset": name}
         for benchmark in chosen
-        if benchmark.vlmevalkit
+        for name in benchmark.vlmevalkit
     }
     assert "# CHAIR: VLMEvalKit has no CHAIR" in script
 
@@ -131,21 +140,47 @@ def test_vlmevalkit_asks_a_server_for_other_models():
     run = next(command for command in commands(script) if command[0] == "python")
     assert run[run.index("--base-url") + 1] == "http://localhost:8000/v1"
     assert run[run.index("--data") + 1 : run.index("--judge")] == [
-        benchmark.vlmevalkit for benchmark in BENCHMARKS if benchmark.group == "Vision"
+        *("MMVP", "RealWorldQA", "BLINK", "VStarBench", "CV-Bench-2D", "CV-Bench-3D")
     ]
 
 
 def test_choice_of_benchmarks():
     assert [benchmark.name for benchmark in choose_benchmarks(["mme", "ocr"])] == [
         "MME",
-        "TextVQA",
         "ChartQA",
         "OCRBench",
+        "TextVQA",
+        "VizWiz",
     ]
     with pytest.raises(ValueError, match="no benchmark nothing"):
         choose_benchmarks(["nothing"])
     with pytest.raises(ValueError, match="vlmevalkit has none of CHAIR"):
         export_commands("vlmevalkit", "model", "llava", choose_benchmarks(["chair"]))
+
+
+def test_averages_are_plain_means():
+    """Of any scores, MME's points divided by 20 and OCRBench's by 10: in the paper's arithmetic, written out."""
+    general = {"GQA": 64.0, "POPE": 86.0, "MME": 1500.0, "MMBench": 70.0, "SEED-Bench": 71.0}
+    knowledge = {"ScienceQA": 75.0, "MMMU": 40.0, "MathVista": 30.0, "AI2D": 60.0}
+    ocr = {"ChartQA": 20.0, "OCRBench": 400.0, "TextVQA": 60.0, "VizWiz": 50.0}
+    vision = {"MMVP": 40.0, "RealWorldQA": 55.0, "BLINK": 45.0, "V*": 50.0, "CV-Bench": 65.0}
+    vision["vstar"] = vision.pop("V*")
+    means = {
+        "General": (64 + 86 + 75 + 70 + 71) / 5,
+        "Knowledge": (75 + 40 + 30 + 60) / 4,
+        "OCR": (20 + 40 + 60 + 50) / 4,
+        "Vision": (40 + 55 + 45 + 50 + 65) / 5,
+    }
+    found = averages(general | knowledge | ocr | vision)
+    assert found == pytest.approx({**means, "All": (366 + 205 + 170 + 255) / 18})
+    assert averages(general) == pytest.approx({"General": means["General"]})
+    assert averages({**ocr, "GQA": 64.0}) == pytest.approx({"OCR": means["OCR"]})
+    with pytest.raises(ValueError, match="'CHAIR' is none of the paper's benchmarks: GQA, POPE"):
+        averages({"CHAIR": 10.0})
+    with pytest.raises(ValueError, match="GQA can't be 640: it is between 0 and 100"):
+        averages({"GQA": 640})
+    with pytest.raises(ValueError, match="MME can't be 2100: it is between 0 and 2,000"):
+        averages({"MME": 2100})
 
 
 def test_command_line_reads_the_type_of_an_adapter(tmp_path, capsys):
@@ -169,8 +204,10 @@ def test_documentation_has_the_same_names(benchmark):
     lines = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().splitlines()
     row = next(line for line in lines if line.startswith(f"| {benchmark.group} | {benchmark.name} |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    for harness, cell, name in zip(
+    for harness, cell, names in zip(
         benchmarks.HARNESSES, cells[2:4], (benchmark.lmms_eval, benchmark.vlmevalkit), strict=True
     ):
-        assert cell == (f"`{name}`" + " (judge)" * (harness in benchmark.judged) if name else "none")
+        shown = ", ".join(f"`{name}`" for name in names)
+        assert cell == (shown + " (judge)" * (harness in benchmark.judged) if names else "none")
+    assert cells[4] == benchmark.metric
     assert not benchmark.note or f"- {benchmark.name}: {benchmark.note}" in lines

@@ -21,7 +21,7 @@ from trl import SFTTrainer
 
 from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.evaluation.image_gain import ImageGain
-from hera_trainer.runs.record import measurement_path
+from hera_trainer.runs.record import measurement_path, read_run
 
 
 def lora_run(folder, **kwargs):
@@ -270,6 +270,7 @@ class TestText:
             tmp_path, max_steps=3, learning_rate=0.0, load_best_model_at_end=True, eval_dataset=rows, **saving
         )
         run.train()  # nothing changes, so the first remains the best
+        assert read_run(tmp_path).best_step == run.best_step == 1
         first = run.head_ranking
         for step in (0, 1, 3):
             measured = type(first)(first.scores + step, first.layer_scores, 3, 20)

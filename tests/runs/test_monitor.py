@@ -26,6 +26,7 @@ from hera_trainer import (
     rank_heads,
     read_run,
 )
+from hera_trainer.runs.record import measurement_path, measurements
 
 K = 3
 GROUPS = ("aligned", "top", "all")
@@ -394,6 +395,60 @@ class TestResuming:
             "image": [0, 1],
         }
         assert list(read_run(tmp_path).image_gains) == [0, 1]
+
+    def test_a_checkpoint_of_another_folder(self, tmp_path):
+        """Its run's measurements come along, and those of an earlier run in the own folder go."""
+        self.train(tmp_path / "first", max_steps=3)
+        for step, kind, path in list(measurements(tmp_path / "first")):
+            own = measurement_path(tmp_path / "second", step + 1, kind)
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(path.read_text())
+        checkpoint = str(tmp_path / "first" / "checkpoint-2")
+        resumed = self.train(tmp_path / "second", resume=checkpoint, max_steps=3, monitor_steps=3)
+        before, after = read_run(tmp_path / "first"), read_run(tmp_path / "second")
+        for context in ("text", "image"):
+            assert list(after.monitored[context]) == [0, 1, 2, 3]
+            for step in (0, 1, 2):
+                assert torch.equal(after.monitored[context][step].scores, before.monitored[context][step].scores)
+        assert monitored_steps(resumed) == [0, 1, 2, 3] == list(after.image_gains)
+        assert after.record["started"] == before.record["started"]
+
+    def test_a_run_that_begins_anew_is_not_measured_again(self, tmp_path, monkeypatch):
+        """After running out of memory (`auto_find_batch_size`), what was measured before the first step stands."""
+
+        class OutOfMemory(TrainerCallback):
+            raised = False
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 2 and not self.raised:  # once this step has been measured
+                    self.raised = True
+                    raise RuntimeError("CUDA out of memory.")
+
+        steps, kept_before = [], []
+        measure = AlignmentMonitorCallback._measure
+
+        def counted(self, args, state, control):
+            steps.append(state.global_step)
+            kept_before.append([step for step, kind, _ in measurements(args.output_dir) if kind == "text"])
+            return measure(self, args, state, control)
+
+        monkeypatch.setattr(AlignmentMonitorCallback, "_measure", counted)
+        settings = {"auto_find_batch_size": True, "save_strategy": "no", "monitor_steps": 2, "max_steps": 3}
+        settings |= {"dataset": image_dataset(n=40, with_features=8)}
+        watch = OutOfMemory()
+        run = trainer(tmp_path, eval_dataset=held_out(), **{**self.SETTINGS, **settings}, callbacks=[watch])
+        run.train()
+        assert watch.raised and run._train_batch_size == 5
+        assert steps == [0, 2, 2, 3] and monitored_steps(run) == [0, 2, 3]
+        assert kept_before == [[], [0], [0], [0, 2]]
+        kept = read_run(tmp_path)
+        for context, group in (("text", "alignment_mknn"), ("image", "alignment_mknn_image")):
+            assert list(kept.monitored[context]) == [0, 2, 3]
+            means = [kept.monitored[context][step].scores.mean().item() for step in (0, 2, 3)]
+            assert logged(run, f"{group}/all") == pytest.approx(means, abs=1e-6)
+            assert monitored_steps(run, f"{group}/null_p95") == [0]
+        run.train()  # a second run of the trainer is one of its own
+        assert steps == [0, 2, 2, 3, 0, 2, 3]
 
     def test_added_in_the_middle(self, tmp_path):
         self.train(tmp_path, monitor_steps=None)

@@ -119,6 +119,34 @@ def test_measured_otherwise_after_a_while(tmp_path):
     assert table[0] == ["Head", "Score in the ranking"]
 
 
+def test_best_weights(tmp_path):
+    """What was measured after the step of the weights that were loaded in the end is in the curves only."""
+    settings = {**record()["config"], "load_best_model_at_end": True}
+    write_run(tmp_path, config=settings)
+    state = {"global_step": STEPS, "log_history": log_entries(), "best_global_step": 30}
+    write_json(tmp_path / "trainer_state.json", state)
+    page = rendered(tmp_path)
+    before, after = ranking(1), ranking(30 + 1)
+    table = page.tables["Text only, after (step 30): score of each head"]
+    assert table[1][1] == f"{after.scores[0, 0]:.4f}"
+    rows = page.tables["The 2 aligned heads and their mutual k-NN with the teacher"]
+    a, b = (each.scores[ALIGNED[0]].item() for each in (before, after))
+    assert rows[1][2:5] == [f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"]
+    assert "loading the weights of step 30, the best in evaluation" in page.text
+    assert "Steps 60 epoch 1, weights of step 30" in page.text
+    assert "Image gain 0.25 \N{RIGHTWARDS ARROW} 0.5 nats a token" in page.text
+    assert [row[0] for row in page.tables["Image gain"][1:]] == ["0", "30", "60"]
+    # Still going on, its weights are the last ones.
+    write_run(tmp_path, config=settings, finished=None)
+    write_json(tmp_path / "trainer_state.json", state)
+    assert "Text only, after (step 60): score of each head" in rendered(tmp_path).tables
+    write_run(tmp_path, config=settings)
+    write_json(tmp_path / "trainer_state.json", {**state, "best_global_step": 20})
+    page = rendered(tmp_path)
+    assert "Up to step 20, the weights of which were loaded in the end, nothing was measured but once." in page.text
+    assert not any("difference" in name for name in page.figures)
+
+
 def test_aligned_layers(tmp_path):
     """Their own scores in the table, and their whole rows outlined in the maps."""
     page = rendered(write_run(tmp_path, aligned_heads=["L3", "L0"]))

@@ -301,6 +301,24 @@ def test_scores_of_other_k_or_n_stand_apart(tmp_path, folders):
     assert lines == [["aligned (aligned-0)"], ["control (other)"]]
 
 
+def test_last_is_of_the_weights_that_were_loaded(tmp_path, folders):
+    """Of a run that ended with the weights of step 30, what was measured at step 60 is left out."""
+    best = write(tmp_path / "best", 1, seed=0, load_best_model_at_end=True)
+    control = write(tmp_path / "best-control", 5, seed=0, load_best_model_at_end=True, teacher_control="permuted")
+    content = json.loads((best / "trainer_state.json").read_text())
+    write_json(best / "trainer_state.json", {**content, "best_global_step": 30})
+    page = rendered([best, control])
+    change = page.figures["change-text-0"]["data"][0]["z"][0][0]
+    assert change == pytest.approx((scores(1, 30, 1).scores - scores(1, 0, 1).scores)[0, 0].item(), abs=1e-6)
+    added = page.figures["teacher-text-0"]["data"][0]["z"][0][0]
+    assert added == pytest.approx((scores(1, 30, 1).scores - scores(5, STEPS, 1).scores)[0, 0].item(), abs=1e-6)
+    assert "step 30 less step 60" in page.text
+    rows = {row[0]: row for row in page.tables["Text only: first and last mutual k-NN"][1:]}
+    assert rows["aligned (best)"][2:4] == ["0.0600", "0.0750"]  # 0.05 + 1 / 100, and 30 / 2000 more
+    last = [scores(shift, step, 1).null_p95 for shift, step in ((1, 30), (5, STEPS))]
+    assert rows["95th percentile of chance, k = 5, N = 101"][3].startswith(f"{sum(last) / 2:.4f}")
+
+
 def test_a_run_measured_in_two_ways_is_left_out(tmp_path, folders):
     mixed = write(tmp_path / "mixed", 5)
     scores(5, STEPS, 1, num_samples=51).save(mixed / "alignment_monitor" / f"step-{STEPS:08d}-text.json")

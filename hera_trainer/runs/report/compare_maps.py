@@ -54,10 +54,13 @@ def compared_heads_section(runs: Sequence[NamedRun]) -> Section:
                 section.plots[title] = _maps(f"change-{context}{i or ''}", f"{title}, change", changes, lines)
     if section.plots:
         section.notes.append(
-            "The last measurement less the first, under each subheading on one scale of colours. Aligned heads are "
-            "outlined. Blank: the layer has no such head. Point at a cell for its values."
+            "The last measurement less the first, under each subheading on one scale of colours; where the best "
+            "weights were loaded in the end, the last up to their step. Aligned heads are outlined. Blank: the layer "
+            "has no such head. Point at a cell for its values."
         )
-    without = [run.name for run in runs if not any(len(steps) > 1 for steps in run.record.monitored.values())]
+    without = [
+        run.name for run in runs if all(len(run.record.measured_steps(context)) < 2 for context in CONTEXT_NAMES)
+    ]
     if without:
         cure = "Set monitor_steps and give the trainer held-out data."
         section.missing.append(Missing(f"The heads were not measured before and after: {', '.join(without)}.", cure))
@@ -107,11 +110,14 @@ def _outlined(run: NamedRun) -> list[AlignedUnit]:
 
 def _added(run: NamedRun, control: NamedRun, context: str) -> _Difference | None:
     first, second = (each.record.monitored[context] for each in (control, run))
-    last = max(first), max(second)
+    steps = [each.record.measured_steps(context) for each in (control, run)]
+    if not all(steps):
+        return None
+    last = steps[0][-1], steps[1][-1]
     if first[last[0]].scores.shape != second[last[1]].scores.shape:
         return None
-    steps = "" if last[0] == last[1] else f", step {last[1]:,} less step {last[0]:,}"
-    title = f"{run.name} less {control.title}{steps}"
+    apart = "" if last[0] == last[1] else f", step {last[1]:,} less step {last[0]:,}"
+    title = f"{run.name} less {control.title}{apart}"
     return _Difference(title, first[last[0]], second[last[1]], _outlined(run))
 
 

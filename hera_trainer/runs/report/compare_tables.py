@@ -83,10 +83,12 @@ def _scores(title: str, context: str, scale: str, runs: Sequence[NamedRun], grou
             row.append(summary_text([scalar.last(run) for run in group.runs], score_text))
         rows.append(row)
     footer = []
-    steps = [run.record.monitored[context] for run in runs] if scale != UNKNOWN else []
-    for name, field in _REFERENCES if steps else ():
-        first = summary_text([getattr(each[min(each)], field) for each in steps], score_text)
-        last = summary_text([getattr(each[max(each)], field) for each in steps], score_text)
+    known = [run.record for run in runs] if scale != UNKNOWN else []
+    measured = [[each.monitored[context][step] for step in each.measured_steps(context)] for each in known]
+    measured = [rankings for rankings in measured if rankings]
+    for name, field in _REFERENCES if measured else ():
+        first = summary_text([getattr(rankings[0], field) for rankings in measured], score_text)
+        last = summary_text([getattr(rankings[-1], field) for rankings in measured], score_text)
         footer.append([f"{name}, {scale}", "", *([first, last] * len(scalars))])
     return Table(title, columns, rows, numeric=True, footer=footer)
 

@@ -31,8 +31,8 @@ def heads_section(run: RunRecord) -> Section:
     for context in CONTEXTS:
         pair = run.before_after(context)
         if pair is not None:
-            steps = run.monitored[context]
-            section.plots[CONTEXT_NAMES[context]] = _three_maps(context, *pair, (min(steps), max(steps)), aligned)
+            steps = run.measured_steps(context)
+            section.plots[CONTEXT_NAMES[context]] = _three_maps(context, *pair, (steps[0], steps[-1]), aligned)
         elif run.monitored.get(context):
             step, ranking = next(iter(run.monitored[context].items()))
             section.plots[CONTEXT_NAMES[context]] = [_single_map(context, f"at step {step:,}", ranking, aligned)]
@@ -43,6 +43,11 @@ def heads_section(run: RunRecord) -> Section:
     rankings = _rankings(run)
     if rankings:
         section.notes.append(_about(rankings, granularity_of(aligned)))
+    if run.best_step is not None and run.monitored:
+        section.notes.append(
+            f"Training ended with loading the weights of step {run.best_step:,}, the best in evaluation. What was "
+            "measured later is not theirs: it is in the curves only."
+        )
     section.missing += _missing(run)
     return section
 
@@ -293,13 +298,19 @@ def map_plot(
 
 
 def _missing(run: RunRecord) -> list[Missing]:
+    if run.best_step is not None and any(len(run.measured_steps(context)) < 2 for context in run.monitored):
+        what = (
+            f"Up to step {run.best_step:,}, the weights of which were loaded in the end, nothing was measured but once."
+        )
+        cure = "Set monitor_steps to the steps between two evaluations."
+        return [Missing(what, cure)]
     if any(len(steps) == 1 for steps in run.monitored.values()):
         cure = "The difference appears with the next one, or at the end of training."
         return [Missing("The heads have been measured only once so far.", cure)]
     changed = [context for context in run.monitored if run.before_after(context) is None]
     if changed:
-        steps = run.monitored[changed[0]]
-        scales = f"{steps[min(steps)].scale} at first, {steps[max(steps)].scale} at last"
+        measured, steps = run.monitored[changed[0]], run.measured_steps(changed[0])
+        scales = f"{measured[steps[0]].scale} at first, {measured[steps[-1]].scale} at last"
         cure = "Resume a run with the settings of the monitor that it began with."
         return [Missing(f"Before and after cannot be compared, since they were measured otherwise: {scales}.", cure)]
     if run.monitored:

@@ -211,7 +211,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     if run.log_history:
         step = max(entry.get("step", 0) for entry in run.log_history)
         epochs = [entry["epoch"] for entry in run.log_history if entry.get("epoch") is not None]
-        tiles.append(("Steps", f"{step:,}", f"epoch {number_text(epochs[-1])}" if epochs else ""))
+        detail = [f"epoch {number_text(epochs[-1])}"] if epochs else []
+        detail += [f"weights of step {run.best_step:,}"] if run.best_step is not None else []
+        tiles.append(("Steps", f"{step:,}", ", ".join(detail)))
     if duration(run):
         tiles.append(("Duration", duration(run), ""))
     for name, keys in (("Language-model loss", ("lm_loss", "loss")), ("Alignment loss", ("alignment_loss",))):
@@ -227,7 +229,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
             name = f"Aligned {granularity_of(run.aligned_heads)}s, {CONTEXTS[context]}"
             detail = f"mean mutual k-NN, chance {score_text(pair[1].chance)}"
             tiles.append((name, _from_to(score_text(before), score_text(after)), detail))
-    gains = [gain.gain for _, gain in sorted(run.image_gains.items())]
+    gains = [gain.gain for step, gain in sorted(run.image_gains.items()) if run.leads_to_result(step)]
     if gains:
         text = _from_to(number_text(gains[0]), number_text(gains[-1])) if len(gains) > 1 else number_text(gains[0])
         tiles.append(("Image gain", text, "nats a token"))

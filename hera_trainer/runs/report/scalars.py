@@ -19,12 +19,15 @@ class Scalar:
         title (`str`): What it is called.
         keys (sequence of `str`): Its names in the log; the first that a run has counts.
         noisy (`bool`, *optional*, defaults to `False`): Whether running means are drawn of long curves.
+        measured (`bool`, *optional*, defaults to `False`):
+            Whether it is a measurement of the weights, which in the end may be those of an earlier step.
     """
 
     name: str
     title: str
     keys: Sequence[str]
     noisy: bool = False
+    measured: bool = False
 
     def curve(self, run: NamedRun) -> tuple[list[int], list[float]]:
         """Steps and values of a run, empty if it did not log it."""
@@ -36,14 +39,16 @@ class Scalar:
         return next(iter(self.curve(run)[1]), None)
 
     def last(self, run: NamedRun) -> float | None:
-        """The last value of a run, `None` if it did not log it."""
-        return next(reversed(self.curve(run)[1]), None)
+        """The last value of a run, of a measurement the last that leads to its weights; `None` if there is none."""
+        points = zip(*self.curve(run), strict=True)
+        values = [value for step, value in points if not self.measured or run.record.leads_to_result(step)]
+        return values[-1] if values else None
 
 
 LOSS = Scalar("loss", "Language-model loss", ("lm_loss", "loss"), noisy=True)  # SFT logs the latter only
 ALIGNMENT_LOSS = Scalar("alignment-loss", "Alignment loss", ("alignment_loss",), noisy=True)
 _OTHERS = (
-    Scalar("image-gain", "Image gain", ("image_gain",)),
+    Scalar("image-gain", "Image gain", ("image_gain",), measured=True),
     Scalar("pull", "Pull at the aligned heads", ("alignment_pull",)),
     Scalar("spread", "Spread of the aligned heads", ("alignment_spread",)),
     Scalar("temperature", "Temperature", ("temperature",)),
@@ -74,4 +79,5 @@ def head_scalars(context: str, ending: str = "") -> list[Scalar]:
     """
     titles = (("aligned", "Aligned heads"), ("top", "Top heads"), ("all", "All heads"))
     prefix = monitor_group(context)
-    return [Scalar(f"mknn-{context}{ending}-{key}", title, (f"{prefix}/{key}",)) for key, title in titles]
+    names = {key: f"mknn-{context}{ending}-{key}" for key, _ in titles}
+    return [Scalar(names[key], title, (f"{prefix}/{key}",), measured=True) for key, title in titles]
