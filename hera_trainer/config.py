@@ -63,6 +63,10 @@ class HeRAConfig(SFTConfig):
             micro-batch and every process, so that the loss does not depend on how the batch is cut; with gradient
             accumulation, each micro-batch runs once more, without gradient and up to the deepest aligned head.
             `"micro_batch"`: the samples of one micro-batch on all processes.
+        feature_memory (`float`, *optional*, defaults to `1.0`):
+            GiB of image features that a process keeps on its device between the two passes of an optimizer step: what a
+            frozen vision tower and projector make of the images is computed once for both. Beyond that, features wait
+            in main memory, up to four times as much, and then they are computed again; `0` keeps none.
         queue_size (`int`, *optional*, defaults to `0`):
             Number of past samples that join the candidates of either scope, without gradient.
         neighbor_group_size (`int`, *optional*, defaults to `0`):
@@ -216,6 +220,14 @@ class HeRAConfig(SFTConfig):
             "choices": list(CONTRAST_SCOPES),
         },
     )
+    feature_memory: float = field(
+        default=1.0,
+        metadata={
+            "help": "GiB of image features, of a frozen vision tower and projector, that a process keeps on its device "
+            "between the two passes of an optimizer step; beyond, they wait in main memory, up to four times as much, "
+            "or are computed again. 0: all are computed again."
+        },
+    )
     queue_size: int = field(
         default=0, metadata={"help": "Number of past samples that join the candidates, without gradient."}
     )
@@ -310,7 +322,8 @@ class HeRAConfig(SFTConfig):
         super().__post_init__()
         self._check_at_least("alignment_weight", 0)
         self._check_objective()
-        self._check_at_least("queue_size", 0)
+        for name in ("queue_size", "feature_memory"):
+            self._check_at_least(name, 0)
         self._check_at_least("neighbor_group_size", 0)
         if self.neighbor_group_size == 1:
             raise ValueError(

@@ -188,6 +188,7 @@ class HeRATrainer(SFTTrainer):
             processing_class=self.processing_class,
             args=args,
             seed=args.seed,
+            feature_memory=args.feature_memory,
         )
         accessor = self.alignment.accessor
         units = accessor.units(args.alignment_granularity)
