@@ -8,13 +8,13 @@ import pytest
 import torch
 from datasets import Image, List
 from forms import chat, of_rows, photos, settle
-from model_zoo import build
+from model_zoo import tiny_config
 from peft import LoraConfig
 from test_window import CHECKPOINTING, make_trainer
 from tiny import FAMILIES, build_vlm
 from tiny_teachers import noise_image
 from torch import nn
-from transformers import TrainerCallback
+from transformers import FastVlmForConditionalGeneration, TrainerCallback
 
 from hera_trainer import Alignment, AttentionHead, HeRALoss
 from hera_trainer.alignment.features import ImageFeatures
@@ -170,28 +170,36 @@ def test_buffers_move_once(tmp_path, trained):
     assert max(value.item() for name, value in ours.buffers.items() if "num_batches" in name) == 8
 
 
-def test_batch_normalization_of_a_real_tower():
-    """FastVLM's, in a training loop of one's own: 44 buffers of it are as they were after the first pass, and after the
-    step as without one."""
-    model = build("fast_vlm").train()
+def fast_vlm():
+    """FastVLM with a tower that is full of batch normalization, and two micro-batches for it."""
+    config = tiny_config("fast_vlm")
+    config.vision_config.architecture = "fastvit_t8"
+    config.vision_config.model_args = {"layers": (1, 1, 1, 1), "embed_dims": (8, 8, 8, 16)}
+    torch.manual_seed(0)
+    model = FastVlmForConditionalGeneration(config).train()
     model.requires_grad_(False).get_decoder().requires_grad_(True)
-    pixels = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        count = len(copy.deepcopy(model).model.get_image_features(pixels[:1]).pooler_output[0])
-    ids = torch.arange(8 * 6).reshape(8, 6) % 32 + 8
-    ids = torch.cat([torch.full((8, count), model.config.image_token_id), ids], dim=1)
-    labels = ids.masked_fill(ids == model.config.image_token_id, -100)
-    batches = [
-        {"input_ids": ids[i : i + 4], "labels": labels[i : i + 4], "pixel_values": pixels[i : i + 4]} for i in (0, 4)
-    ]
-    plain = copy.deepcopy(model)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    image = torch.full((8, 4), config.image_token_id)
+    text = torch.arange(8 * 6).reshape(8, 6) % 32 + 8
+    whole = {
+        "input_ids": torch.cat([image, text], dim=1),
+        "labels": torch.cat([torch.full_like(image, -100), text], dim=1),
+        "pixel_values": torch.randn(8, 3, 64, 64),
+        TEACHER_COLUMN: torch.randn(8, 5),
+    }
+    return model, [{name: value[i : i + 4] for name, value in whole.items()} for i in (0, 4)]
+
+
+def test_batch_normalization_of_a_tower_in_a_loop_of_ones_own():
+    """It is as it was after the first pass, and after the step as without one."""
+    model, batches = fast_vlm()
+    plain, before = copy.deepcopy(model), {name: buffer.clone() for name, buffer in model.named_buffers()}
     alignment = Alignment(model, HeRALoss(num_neighbors=2), [AttentionHead(0, 1)])
     towers = []
-    model.model.vision_tower.register_forward_hook(lambda module, args, out: towers.append(out))
+    model.model.vision_tower.timm_model.stem.register_forward_hook(lambda *args: towers.append(args))
 
     def forward(batch):
-        alignment.observe(batch := {**batch, TEACHER_COLUMN: torch.eye(8)[: len(batch["labels"])]})
+        batch = dict(batch)
+        alignment.observe(batch)
         return model(**batch).loss
 
     with alignment.attached():
@@ -203,11 +211,10 @@ def test_batch_normalization_of_a_real_tower():
                 alignment.add_to(forward(batch)).backward()
             alignment.end_micro_batch()
     for batch in batches:
-        plain(**batch)
+        plain(**{name: value for name, value in batch.items() if name != TEACHER_COLUMN})
     assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
     moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
-    assert len(moved) == 44
-    print(len(towers))
+    assert len(moved) > 100 and len(towers) == 2
 
 
 def test_what_is_kept(tmp_path):
@@ -238,16 +245,16 @@ def test_limit(tmp_path):
 def test_compiled(tmp_path, how):
     torch.compiler.reset()
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"} if how == "torch_compile=True" else {}
-    trainer = make_trainer(tmp_path, "llava", (8, 2), lora(), max_steps=2, **compiled)
+    trainer = make_trainer(tmp_path, "llava", (8, 2), lora(), max_steps=1, **compiled)
     if not compiled:
         trainer.model.get_base_model().model.vision_tower.compile(backend="eager")
     trainer.train()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    eager = make_trainer(tmp_path, "llava", (8, 2), lora(), max_steps=2, feature_memory=0)
+    eager = make_trainer(tmp_path, "llava", (8, 2), lora(), max_steps=1, feature_memory=0)
     eager.train()
-    for ours, theirs in zip(trainer.state.log_history[:2], eager.state.log_history[:2], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    ours, theirs = trainer.state.log_history[0], eager.state.log_history[0]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
     torch.compiler.reset()
 
 
