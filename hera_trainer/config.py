@@ -63,7 +63,7 @@ class HeRAConfig(SFTConfig):
             micro-batch and every process, so that the loss does not depend on how the batch is cut; with gradient
             accumulation, each micro-batch runs once more, without gradient and up to the deepest aligned head.
             `"micro_batch"`: the samples of one micro-batch on all processes.
-        feature_memory (`float`, *optional*, defaults to `1.0`):
+        image_feature_gib (`float`, *optional*, defaults to `1.0`):
             GiB of image features that a process keeps on its device between the two passes of an optimizer step: what a
             frozen vision tower and projector make of the images is computed once for both. Beyond that, features wait
             in main memory, up to four times as much, and then they are computed again; `0` keeps none.
@@ -220,7 +220,7 @@ class HeRAConfig(SFTConfig):
             "choices": list(CONTRAST_SCOPES),
         },
     )
-    feature_memory: float = field(
+    image_feature_gib: float = field(
         default=1.0,
         metadata={
             "help": "GiB of image features, of a frozen vision tower and projector, that a process keeps on its device "
@@ -322,7 +322,7 @@ class HeRAConfig(SFTConfig):
         super().__post_init__()
         self._check_at_least("alignment_weight", 0)
         self._check_objective()
-        for name in ("queue_size", "feature_memory"):
+        for name in ("queue_size", "image_feature_gib"):
             self._check_at_least(name, 0)
         self._check_at_least("neighbor_group_size", 0)
         if self.neighbor_group_size == 1:

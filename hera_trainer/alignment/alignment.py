@@ -65,7 +65,7 @@ class Alignment:
         teacher_width (`int`, *optional*, defaults to `0`):
             Width of the teacher vectors, for objectives with parameters as wide.
         seed (`int`, *optional*, defaults to `42`): Seed for parameters that are drawn.
-        feature_memory (`float`, *optional*, defaults to `1.0`):
+        image_feature_gib (`float`, *optional*, defaults to `1.0`):
             GiB of image features that may be kept on the device between the two passes of a step.
 
     Attributes:
@@ -93,13 +93,13 @@ class Alignment:
         args: TrainingArguments | None = None,
         teacher_width: int = 0,
         seed: int = 42,
-        feature_memory: float = 1.0,
+        image_feature_gib: float = 1.0,
     ) -> None:
         base = unwrap_model(model)
         config: Any = base.config
         self.accessor: HeadAccessor = get_head_accessor(model)
         compiled = accelerator is not None and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-        self.features = ImageFeatures(base, self.accessor.layers, feature_memory * 2**30, compiled)
+        self.features = ImageFeatures(base, self.accessor.layers, image_feature_gib * 2**30, compiled)
         self.criterion = criterion
         self.pull = Pull(weight, target_pull, accelerator)
         self.scope = scope
@@ -207,8 +207,8 @@ class Alignment:
 
     @contextmanager
     def same_randomness(self) -> Iterator[None]:
-        """Context of a micro-batch's training forward, so that it draws what the first pass drew, and is given the image
-        features that the first pass computed."""
+        """Context of a micro-batch's training forward, so that it draws what the first pass drew, and is given the
+        image features that the first pass computed."""
         if self.window is None:
             yield
             return

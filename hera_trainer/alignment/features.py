@@ -29,7 +29,7 @@ class _Touched(TorchFunctionMode):
         self.ids: set[int] = set()
 
     def note(self, *values: Any) -> None:
-        self.ids.update(id(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+        self.ids.update(map(id, _tensors(values)))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.note(args, kwargs)
@@ -43,6 +43,7 @@ class _Call:
     Args:
         module (`nn.Module`): The module.
         signature (`object`): Of what shapes and values its arguments were.
+        given (`list[Tensor]`): Tensors among its arguments.
         random_states (`list[Tensor]`): The random states before it.
         leaves (`list`, *optional*): What it returned, flattened; `None` where it must be computed again.
         spec (`TreeSpec`, *optional*): How that is put together.
@@ -53,6 +54,7 @@ class _Call:
 
     module: nn.Module
     signature: object
+    given: list[Tensor]
     random_states: list[Tensor]
     leaves: list[Any] | None = None
     spec: TreeSpec | None = None
@@ -73,14 +75,7 @@ class _Call:
         self.buffers = [(buffer, buffer.clone()) for buffer in _state(self.module)]
 
     def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in self.leaves or [] if isinstance(leaf, Tensor)]
-
-    def drop_untouched(self, touched: set[int]) -> None:
-        """Tensors that nothing looked at (most of a tower's hidden states) become empty ones of their shape."""
-        self.leaves = [
-            leaf if not isinstance(leaf, Tensor) or id(leaf) in touched else torch.empty_like(leaf, device="meta")
-            for leaf in self.leaves or []
-        ]
+        return _tensors(self.leaves)
 
     def move(self, device: str) -> None:
         """Moves what is kept to another device."""
@@ -129,8 +124,9 @@ class ImageFeatures:
         self._model, self._layers, self._compiled = model, list(layers), compiled
         self._forwards: dict[nn.Module, Callable[..., Any]] = {}
         self._stand_ins: dict[nn.Module, Callable[..., Any]] = {}
-        # Those that are given features, down to the first layer.
-        self._way = [m for m in model.modules() if m is not model and not set(self._layers).isdisjoint(m.modules())]
+        # What is given the features: the modules around the first layer, down to it.
+        around = (m for m in model.modules() if any(part is self._layers[0] for part in m.modules()))
+        self._way = [m for m in around if m is not model and not isinstance(m, nn.ModuleList)]
         self._modules: list[nn.Module] = []  # that may be given again what they return
         self._recorded: list[_Call] | None = None  # of the micro-batch whose first pass is under way
         self._touched: _Touched | None = None
@@ -171,7 +167,7 @@ class ImageFeatures:
         self._recorded = calls
         compiled = self._compiled or any(m._compiled_call_impl is not None for m in self._model.modules())
         self._touched = None if compiled else _Touched()
-        way = [] if compiled else self._way
+        way = [] if compiled or not self._modules else self._way
         try:
             with self._standing_in([*self._modules, *way]):
                 yield
@@ -195,8 +191,8 @@ class ImageFeatures:
         for call in calls:
             if [tensor._version for tensor in call.tensors()] != call.versions:
                 call.leaves = None  # written to since
-            elif touched is not None and call.leaves is not None:
-                call.drop_untouched(touched.ids)
+        if touched is not None:
+            _drop_untouched(calls, touched.ids)
         size = _storage_bytes(tensor for call in calls for tensor in call.tensors())
         if self.device_bytes + size <= self.limit:
             self.device_bytes += size
@@ -263,16 +259,16 @@ class ImageFeatures:
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> _Call | None:
         """The call to be recorded, or the one of the first pass that this one repeats."""
-        if self._touched is not None:
-            self._touched.note(args, kwargs)
-        if module is self._layers[0]:  # what a model does with features, it has done by now
-            self._stop_recording()
         if module in self._way:
+            if self._touched is not None:
+                self._touched.note(args, kwargs)
+            if module is self._layers[0]:  # what a model does with features, it has done by now
+                self._stop_recording()
             return None
         if self._recorded is None:
             return self._answer(module, args, kwargs)
         self._watch(False)
-        return _Call(module, _signature(args, kwargs), _random_states(module))
+        return _Call(module, _signature(args, kwargs), _tensors((args, kwargs)), _random_states(module))
 
     @torch.compiler.disable
     def _end(self, call: _Call, out: Any) -> None:
@@ -290,10 +286,35 @@ class ImageFeatures:
             self._answers.clear()  # the passes went different ways
             return None
         del self._answers[0]
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+        if any(tensor.requires_grad for tensor in _tensors((args, kwargs))):
             self._before_trained.add(module)  # a gradient must flow through it
             return None
         return None if call.leaves is None else call
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _drop_untouched(calls: list[_Call], touched: set[int]) -> None:
+    """Tensors that nothing looked at (most of a tower's hidden states) become empty ones of their shape."""
+    returned: set[int] = set()
+    looked_at = set(touched)
+    for call in calls:
+        # A call that is given nothing but what is given again is itself not computed again.
+        numbers = [tensor for tensor in call.given if tensor.is_floating_point()]
+        if call.leaves is None or not returned.issuperset(map(id, numbers)):
+            looked_at.update(map(id, call.given))
+        returned.update(map(id, call.tensors()))
+    for call in calls:
+        call.given = []
+        if call.leaves is not None:
+            call.leaves = [
+                torch.empty_like(leaf, device="meta")
+                if isinstance(leaf, Tensor) and id(leaf) not in looked_at
+                else leaf
+                for leaf in call.leaves
+            ]
 
 
 def _beside(model: nn.Module, layers: set[nn.Module]) -> Iterator[nn.Module]:
@@ -337,7 +358,7 @@ def _signature(args: Any, kwargs: Any) -> object:
 
     def of(leaf: Any) -> object:
         if isinstance(leaf, Tensor):
-            return leaf.shape, leaf.dtype, leaf.device
+            return leaf.shape, leaf.dtype
         return leaf if isinstance(leaf, _PLAIN) else type(leaf)
 
     return spec, [of(leaf) for leaf in leaves]

@@ -70,7 +70,7 @@ def both(tmp_path, family="llava", cut=(2, 8), change=None, adapter=None, **kwar
             lora() if adapter is None else adapter(),
             model=model,
             processor=processor,
-            feature_memory=memory,
+            image_feature_gib=memory,
             **{"aligned_heads": ["L3H3", "L3H0"]} if family == "qwen3_5" else {},
             **kwargs,
         )
@@ -235,7 +235,7 @@ def test_what_is_kept(tmp_path):
 def test_limit(tmp_path):
     """Room for one micro-batch on the device and four in main memory; the other three are computed again."""
     of_one = 2 * 19 * 32 * 4 / 2**30
-    limited = make_trainer(tmp_path / "a", "llava", (2, 8), lora(), feature_memory=of_one)
+    limited = make_trainer(tmp_path / "a", "llava", (2, 8), lora(), image_feature_gib=of_one)
     step = Step(limited)
     assert step.towers == 8 + 3
     assert_same(step.gradients, Step(make_trainer(tmp_path / "b", "llava", (2, 8), lora())).gradients)
@@ -250,7 +250,7 @@ def test_compiled(tmp_path, how):
         trainer.model.get_base_model().model.vision_tower.compile(backend="eager")
     trainer.train()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    eager = make_trainer(tmp_path, "llava", (8, 2), lora(), max_steps=1, feature_memory=0)
+    eager = make_trainer(tmp_path, "llava", (8, 2), lora(), max_steps=1, image_feature_gib=0)
     eager.train()
     ours, theirs = trainer.state.log_history[0], eager.state.log_history[0]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
@@ -343,6 +343,24 @@ def test_what_is_computed_again(name):
     assert calls == 3
     torch.manual_seed(0)
     assert all(torch.equal(a, model(batch)) for a, batch in zip(outputs, BATCHES, strict=True))
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_module_that_runs_again_is_given_what_it_was_given(opaque):
+    """Though nothing else looks at it. The output of the first of two modules that both rest is not kept."""
+    model = Model()
+    behind = Tower(Opaque if opaque else lambda h: h).requires_grad_(False)
+    model.towers.append(behind)
+    model.read = lambda h: behind(h).h if opaque else behind(h)
+    expected = [model(batch) for batch in BATCHES]
+    model.towers[0].calls = behind.calls = 0
+    outputs, calls = two_passes(model, BATCHES)
+    assert (calls, behind.calls) == (0, 6 if opaque else 3)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    features = ImageFeatures(model, model.layers, 2**20)
+    with torch.no_grad(), features.first_pass(), features.recorded():
+        model(BATCHES[0])
+    assert features.device_bytes == 3 * 4 * 4
 
 
 @pytest.mark.parametrize(
