@@ -64,9 +64,8 @@ class HeRAConfig(SFTConfig):
             accumulation, each micro-batch runs once more, without gradient and up to the deepest aligned head.
             `"micro_batch"`: the samples of one micro-batch on all processes.
         image_feature_gib (`float`, *optional*, defaults to `1.0`):
-            GiB of image features that a process keeps on its device between the two passes of an optimizer step: what a
-            frozen vision tower and projector make of the images is computed once for both. Beyond that, features wait
-            in main memory, up to four times as much, and then they are computed again; `0` keeps none.
+            GiB of image features, what a frozen vision tower and projector compute, that a process keeps on its device
+            between the two passes of a step. More waits in main memory, up to four times as much, or is computed again.
         queue_size (`int`, *optional*, defaults to `0`):
             Number of past samples that join the candidates of either scope, without gradient.
         neighbor_group_size (`int`, *optional*, defaults to `0`):
@@ -104,7 +103,6 @@ class HeRAConfig(SFTConfig):
             `teacher_features` column.
         teacher_batch_size (`int`, *optional*, defaults to `32`):
             Number of images the teacher encodes at a time, before training or, for a stream, before each step.
-
         teacher_control (`str`, *optional*, defaults to `"none"`):
             `"permuted"` makes a control run: each distinct image of the training data has another image's teacher
             vector, the same one all through the run (drawn by `seed`). Ranking, evaluation and monitor keep the right
@@ -223,9 +221,8 @@ class HeRAConfig(SFTConfig):
     image_feature_gib: float = field(
         default=1.0,
         metadata={
-            "help": "GiB of image features, of a frozen vision tower and projector, that a process keeps on its device "
-            "between the two passes of an optimizer step; beyond, they wait in main memory, up to four times as much, "
-            "or are computed again. 0: all are computed again."
+            "help": "GiB of image features, what a frozen vision tower and projector compute, that a process keeps on "
+            "its device between the two passes of a step. More waits in main memory, or is computed again."
         },
     )
     queue_size: int = field(
@@ -322,9 +319,8 @@ class HeRAConfig(SFTConfig):
         super().__post_init__()
         self._check_at_least("alignment_weight", 0)
         self._check_objective()
-        for name in ("queue_size", "image_feature_gib"):
+        for name in ("image_feature_gib", "queue_size", "neighbor_group_size"):
             self._check_at_least(name, 0)
-        self._check_at_least("neighbor_group_size", 0)
         if self.neighbor_group_size == 1:
             raise ValueError(
                 "`neighbor_group_size` must be at least 2, a sample and its nearest, or 0 to draw samples at random; "

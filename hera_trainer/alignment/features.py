@@ -128,6 +128,7 @@ class ImageFeatures:
         around = (m for m in model.modules() if any(part is self._layers[0] for part in m.modules()))
         self._way = [m for m in around if m is not model and not isinstance(m, nn.ModuleList)]
         self._modules: list[nn.Module] = []  # that may be given again what they return
+        self._looks = True  # notes what looks at which tensors
         self._recorded: list[_Call] | None = None  # of the micro-batch whose first pass is under way
         self._touched: _Touched | None = None
         self._watching = False
@@ -153,6 +154,8 @@ class ImageFeatures:
         if self.limit:
             found = _beside(self._model, set(self._layers))
             self._modules = [m for m in found if m not in self._before_trained and not _must_run(m)]
+        in_place = (m._compiled_call_impl is not None for m in self._model.modules())
+        self._looks = not self._compiled and not any(in_place)
         buffers = [(buffer, buffer.clone()) for buffer in _state(self._model)]
         try:
             yield
@@ -165,9 +168,8 @@ class ImageFeatures:
         """Context of the next micro-batch's forward in the first pass, also if it is left by an exception."""
         calls: list[_Call] = []
         self._recorded = calls
-        compiled = self._compiled or any(m._compiled_call_impl is not None for m in self._model.modules())
-        self._touched = None if compiled else _Touched()
-        way = [] if compiled or not self._modules else self._way
+        self._touched = _Touched() if self._looks else None
+        way = self._way if self._looks and self._modules else []
         try:
             with self._standing_in([*self._modules, *way]):
                 yield
@@ -302,7 +304,7 @@ def _drop_untouched(calls: list[_Call], touched: set[int]) -> None:
     looked_at = set(touched)
     for call in calls:
         # A call that is given nothing but what is given again is itself not computed again.
-        numbers = [tensor for tensor in call.given if tensor.is_floating_point()]
+        numbers = [tensor for tensor in call.given if tensor.is_floating_point() or tensor.is_complex()]
         if call.leaves is None or not returned.issuperset(map(id, numbers)):
             looked_at.update(map(id, call.given))
         returned.update(map(id, call.tensors()))
