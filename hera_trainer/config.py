@@ -63,6 +63,9 @@ class HeRAConfig(SFTConfig):
             micro-batch and every process, so that the loss does not depend on how the batch is cut; with gradient
             accumulation, each micro-batch runs once more, without gradient and up to the deepest aligned head.
             `"micro_batch"`: the samples of one micro-batch on all processes.
+        image_feature_gib (`float`, *optional*, defaults to `1.0`):
+            GiB of image features, what a frozen vision tower and projector compute, that a process keeps on its device
+            between the two passes of a step. More waits in main memory, up to four times as much, or is computed again.
         queue_size (`int`, *optional*, defaults to `0`):
             Number of past samples that join the candidates of either scope, without gradient.
         neighbor_group_size (`int`, *optional*, defaults to `0`):
@@ -100,7 +103,6 @@ class HeRAConfig(SFTConfig):
             `teacher_features` column.
         teacher_batch_size (`int`, *optional*, defaults to `32`):
             Number of images the teacher encodes at a time, before training or, for a stream, before each step.
-
         teacher_control (`str`, *optional*, defaults to `"none"`):
             `"permuted"` makes a control run: each distinct image of the training data has another image's teacher
             vector, the same one all through the run (drawn by `seed`). Ranking, evaluation and monitor keep the right
@@ -216,6 +218,13 @@ class HeRAConfig(SFTConfig):
             "choices": list(CONTRAST_SCOPES),
         },
     )
+    image_feature_gib: float = field(
+        default=1.0,
+        metadata={
+            "help": "GiB of image features, what a frozen vision tower and projector compute, that a process keeps on "
+            "its device between the two passes of a step. More waits in main memory, or is computed again."
+        },
+    )
     queue_size: int = field(
         default=0, metadata={"help": "Number of past samples that join the candidates, without gradient."}
     )
@@ -310,8 +319,8 @@ class HeRAConfig(SFTConfig):
         super().__post_init__()
         self._check_at_least("alignment_weight", 0)
         self._check_objective()
-        self._check_at_least("queue_size", 0)
-        self._check_at_least("neighbor_group_size", 0)
+        for name in ("image_feature_gib", "queue_size", "neighbor_group_size"):
+            self._check_at_least(name, 0)
         if self.neighbor_group_size == 1:
             raise ValueError(
                 "`neighbor_group_size` must be at least 2, a sample and its nearest, or 0 to draw samples at random; "

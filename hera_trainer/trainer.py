@@ -188,6 +188,7 @@ class HeRATrainer(SFTTrainer):
             processing_class=self.processing_class,
             args=args,
             seed=args.seed,
+            image_feature_gib=args.image_feature_gib,
         )
         accessor = self.alignment.accessor
         units = accessor.units(args.alignment_granularity)

@@ -23,6 +23,8 @@ BENCHMARKS = {
     "training_step_four_bit": "Training step, 4-bit",
     "training_step_cuda": "Training step on a GPU",
     "training_step_four_bit_cuda": "Training step, 4-bit, on a GPU",
+    "vision_tower": "Training step, heavy vision tower",
+    "vision_tower_cuda": "Training step, heavy vision tower, on a GPU",
     "ranking": "Head ranking",
     "neighbors": "Nearest neighbours",
     "teacher": "Teacher vectors",

@@ -42,6 +42,8 @@ class Setting:
         num_neighbors (`int`): The alignment loss's k.
         device (`str`): `"cpu"` or `"cuda"`.
         four_bit (`bool`): Whether the decoder's linear layers are quantized to nf4.
+        trains_projector (`bool`): Whether the projector is trained beside the adapters.
+        image_feature_gib (`float`): GiB of image features that HeRATrainer keeps between the two passes of a step.
     """
 
     folder: str
@@ -52,6 +54,8 @@ class Setting:
     num_neighbors: int
     device: str = "cpu"
     four_bit: bool = False
+    trains_projector: bool = True
+    image_feature_gib: float = 1.0
 
 
 def build(folder: Path, small: bool) -> None:
@@ -141,7 +145,7 @@ def make_trainer(kind: str, setting: Setting) -> SFTTrainer:
             r=16,
             lora_alpha=32,
             target_modules=LINEAR_LAYERS,
-            modules_to_save=["multi_modal_projector"],
+            modules_to_save=["multi_modal_projector"] if setting.trains_projector else None,
             task_type="CAUSAL_LM",
         ),
     }
@@ -153,6 +157,7 @@ def make_trainer(kind: str, setting: Setting) -> SFTTrainer:
         from hera_trainer import HeRAConfig, HeRATrainer
 
         ours = {"alignment_weight": WEIGHT, "num_neighbors": setting.num_neighbors, "aligned_heads": setting.heads}
+        ours["image_feature_gib"] = setting.image_feature_gib
         trainer = HeRATrainer(args=HeRAConfig(**shared, **ours), train_dataset=data, **objects)
         trainer.prepare_alignment()
     else:

@@ -6,13 +6,14 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -26,6 +27,7 @@ from ..heads.registry import get_head_accessor, unwrap_model
 from ..objectives.objective import AlignmentObjective
 from ..objectives.queue import SampleQueue
 from .contrast import Contrast
+from .features import ImageFeatures
 from .meter import AlignmentMeter
 from .optimizer import ObjectiveOptimizer
 from .pull import Pull
@@ -63,9 +65,12 @@ class Alignment:
         teacher_width (`int`, *optional*, defaults to `0`):
             Width of the teacher vectors, for objectives with parameters as wide.
         seed (`int`, *optional*, defaults to `42`): Seed for parameters that are drawn.
+        image_feature_gib (`float`, *optional*, defaults to `1.0`):
+            GiB of image features that may be kept on the device between the two passes of a step.
 
     Attributes:
         capture ([`HeadCapture`] or `None`): Reads the heads, once they are named.
+        features ([`~alignment.features.ImageFeatures`]): What frozen vision modules compute once for both passes.
         meter ([`~alignment.meter.AlignmentMeter`]): Sums up what is logged.
         optimizer ([`~alignment.optimizer.ObjectiveOptimizer`]): Trains the objective's parameters.
         pull ([`~alignment.pull.Pull`]): How strongly the loss pulls at the heads, and its weight.
@@ -88,9 +93,13 @@ class Alignment:
         args: TrainingArguments | None = None,
         teacher_width: int = 0,
         seed: int = 42,
+        image_feature_gib: float = 1.0,
     ) -> None:
-        config = unwrap_model(model).config
+        base = unwrap_model(model)
+        config: Any = base.config
         self.accessor: HeadAccessor = get_head_accessor(model)
+        compiled = accelerator is not None and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        self.features = ImageFeatures(base, self.accessor.layers, image_feature_gib * 2**30, compiled)
         self.criterion = criterion
         self.pull = Pull(weight, target_pull, accelerator)
         self.scope = scope
@@ -146,6 +155,7 @@ class Alignment:
     def reset(self) -> None:
         """Forgets a run, also one that broke off within a step. The temperature and its optimizer stay as they are."""
         self.window, self._count = None, 1
+        self.features.reset()
         self.meter = AlignmentMeter()
         self.pull.reset()
         self.contrast.reset()
@@ -161,6 +171,7 @@ class Alignment:
     def begin_step(self, num_micro_batches: int) -> None:
         """An optimizer step of so many micro-batches begins."""
         self.window, self._count = None, num_micro_batches
+        self.features.clear()
 
     @property
     def needs_first_pass(self) -> bool:
@@ -171,7 +182,7 @@ class Alignment:
     def first_pass(
         self, batches: Sequence[Any], forward: Callable[[Any], object], whole: nn.Module | None = None
     ) -> None:
-        """Reads all micro-batches of a step and compares them.
+        """Reads all micro-batches of a step and compares them. The model's buffers are afterwards as they were.
 
         Args:
             batches (sequence): The micro-batches.
@@ -184,18 +195,25 @@ class Alignment:
         device = self.device
         seeds = torch.randint(2**31, (len(batches),)).tolist()
         first = []
-        with torch.no_grad(), self.capture.reading(stop_early=whole is None), done_after(whole):
+        reading = self.capture.reading(stop_early=whole is None)
+        with torch.no_grad(), reading, done_after(whole), self.features.first_pass():
             for batch, seed in zip(batches, seeds, strict=True):
-                with seeded(seed, device), suppress(ForwardDone):
+                with seeded(seed, device), suppress(ForwardDone), self.features.recorded():
                     forward(batch)
                 first.append(self.take())
                 self.end_micro_batch()
         self.window = StepWindow(self.contrast, first, seeds, device)
         self.meter.add_pool(self.window.pool)
 
-    def same_randomness(self) -> AbstractContextManager:
-        """Context of a micro-batch's training forward, so that it draws what the first pass drew."""
-        return nullcontext() if self.window is None else self.window.same_randomness()
+    @contextmanager
+    def same_randomness(self) -> Iterator[None]:
+        """Context of a micro-batch's training forward, so that it draws what the first pass drew, and is given the
+        image features that the first pass computed."""
+        if self.window is None:
+            yield
+            return
+        with self.window.same_randomness(), self.features.reused(self.window.position):
+            yield
 
     def observe(self, inputs: dict[str, Any], train: bool = True) -> bool:
         """The next forward pass of the model is read. Takes the teacher vectors out of its inputs.

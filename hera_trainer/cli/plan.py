@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--k", type=int, help="number of neighbours (10)")
     add("--teacher-dim", type=int, help="width of the teacher's vectors (1024, DINOv2-large)")
     add("--scope", choices=["step", "micro_batch"], help="which samples are compared (step)")
+    add("--image-feature-gib", type=float, help="image features kept between the two passes of a step (1)")
     add("--queue-size", type=int, help="past samples that join the pool (0)")
     out = parser.add_argument_group("output")
     out.add_argument(
@@ -227,6 +228,8 @@ def _alignment_lines(plan: RunPlan) -> list[str]:
     rows = [(name.replace("_", " "), _gib(size)) for name, size in plan.alignment.items() if size]
     heads = f"{settings.num_heads} {settings.alignment_granularity}s"
     lines = ["", f"head alignment, {heads}, pool of {plan.pool}", *_table(rows)]
+    if plan.features.host:
+        lines.append(f"  {_gib(plan.features.host).strip()} of image features wait in main memory.")
     if any(plan.first_pass.values()):
         lines.append("  the first pass adds to the operations of a step:")
         lines += [f"    {share:6.1%}  {name}" for name, share in plan.first_pass.items()]

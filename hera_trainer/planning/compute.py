@@ -106,11 +106,19 @@ class Operations:
     attentions: list[float]
     lm_head: float
 
-    def first_pass(self, deepest: int, whole: bool = False) -> float:
+    def first_pass(self, deepest: int, whole: bool = False, vision: float = 1.0, projector: float = 1.0) -> float:
         """A forward pass that ends with the attention of layer `deepest` or with all of it, in a loop with its first
-        time."""
+        time.
+
+        Args:
+            deepest (`int`): The layer.
+            whole (`bool`, *optional*, defaults to `False`): Whether all of it runs.
+            vision, projector (`float`, *optional*, defaults to `1.0`):
+                Shares of what vision tower and projector compute that the training pass computes again.
+        """
         before = sum(self.layers[:deepest]) if self.passes[deepest] > 1 else self._language(deepest)
-        return self.vision + self.projector + before + (self.layers if whole else self.attentions)[deepest]
+        images = vision * self.vision + projector * self.projector
+        return images + before + (self.layers if whole else self.attentions)[deepest]
 
     def _language(self, layers: int | None = None) -> float:
         """The first `layers` layers, all by default, in all their passes."""

@@ -16,6 +16,8 @@ from .model import ModelParts
 from .settings import RunSettings
 
 _FLOAT = 4  # bytes of a float32
+HOST_SHARE = 4  # main memory for image features as a multiple of the device's, as alignment has it
+GIB = 2**30
 _TILE_TOKENS, _TILE_VOCABULARY = 4096, 32768  # TRL's fused LM head: logits that are held at a time
 
 # Of bitsandbytes: smaller tensors keep float32 states; numbers that share a scale; smaller tensors are never paged.
@@ -193,6 +195,21 @@ def forward_bytes(block: nn.Module, element_size: int) -> int:
     return 3 * (layers[0].reads + max(layer.writes for layer in layers)) * element_size if layers else 0
 
 
+@dataclass(frozen=True)
+class FeatureMemory:
+    """Where the image features of a step wait between its two passes.
+
+    Args:
+        device, host (`int`): Bytes on the device and in main memory.
+        vision, projector (`float`): Shares of what vision tower and projector compute that is computed again.
+    """
+
+    device: int = 0
+    host: int = 0
+    vision: float = 1.0
+    projector: float = 1.0
+
+
 @dataclass
 class StepMemory:
     """A model with its adapters, to be asked for the memory of any micro-batch.
@@ -202,7 +219,8 @@ class StepMemory:
         settings ([`~planning.settings.RunSettings`]): The run.
         image ([`~planning.compute.ImageShape`]): What an image becomes.
         fixed (`dict[str, int]`): Bytes that do not depend on the micro-batch.
-        vision_trained (`bool`): Whether the vision tower has trained weights.
+        trained (`dict[str, bool]`): Whether vision tower, projector and language model have trained weights.
+        outside (`bool`): Whether anything with weights lies between vision tower and language model, beside both.
         stream_size (`int`): Bytes of an element of the residual stream, which has the dtype of the weights.
         read (`int`): Largest width of what is read from one layer: the heads' slices, or the residual stream.
     """
@@ -211,7 +229,8 @@ class StepMemory:
     settings: RunSettings
     image: ImageShape
     fixed: dict[str, int]
-    vision_trained: bool
+    trained: dict[str, bool]
+    outside: bool
     stream_size: int
     read: int
 
@@ -223,7 +242,7 @@ class StepMemory:
         layers = [layer for i, layer in enumerate(parts.accessor.layers) for _ in range(parts.accessor.passes(i))]
         blocks = parts.vision_blocks
         kept, stage = activation_bytes(layers, tokens, parts.d_model, element, checkpointing)
-        if self.vision_trained and blocks:
+        if self.trained["vision"] and blocks:
             width = linears(blocks[0])[0].reads
             vision = activation_bytes(blocks, vision_tokens, width, element, checkpointing)
             kept, stage = kept + vision[0], max(stage, vision[1])
@@ -250,12 +269,37 @@ class StepMemory:
         """Tokens of a sample."""
         return self.image.tokens + self.settings.text_tokens
 
+    def features(self, size: int) -> FeatureMemory:
+        """Image features of a step with micro-batches of `size` samples: what a frozen vision tower, and a projector
+        that is frozen like it, compute once for both passes."""
+        settings, blocks = self.settings, self.parts.vision_blocks
+        if not settings.has_first_pass or not blocks or self.trained["vision"]:
+            return FeatureMemory()
+        config: Any = self.parts.model.config
+        numbers = 0
+        # What the projector is given: for one that is trained, or where the model takes a layer's output and cuts it.
+        if self.trained["projector"] or (self.outside and hasattr(config, "vision_feature_layer")):
+            numbers += self.image.vision_tokens * linears(blocks[0])[0].reads
+        if not self.trained["projector"]:
+            vision = config.vision_config
+            levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
+            numbers += self.image.tokens * self.parts.d_model * levels
+        if not numbers:
+            return FeatureMemory()
+        each, batches = size * numbers * self.stream_size, settings.gradient_accumulation_steps
+        limit = settings.image_feature_gib * GIB
+        on_device = batches if each * batches <= limit else int(limit // each)
+        on_host = min(batches - on_device, int(HOST_SHARE * limit // each))
+        again = 1 - (on_device + on_host) / batches
+        return FeatureMemory(on_device * each, on_host * each, again, 1.0 if self.trained["projector"] else again)
+
     def alignment(self, size: int) -> dict[str, int]:
         """Device memory that head alignment adds, with micro-batches of `size` samples."""
         settings = self.settings
         if not settings.alignment_weight:
             return {}
-        return alignment_bytes(
+        features = {"image_features": self.features(size).device}
+        return features | alignment_bytes(
             heads=settings.num_heads,
             pool=settings.pool_size(size) - settings.queue_size,
             width=self.parts.d_model,

@@ -13,11 +13,9 @@ from ..heads.accessor import HeadAccessor
 from ..heads.head import AlignedUnit, parse_units
 from ..heads.ranking import HeadRanking
 from .compute import ImageShape, Operations, image_shape, operations
-from .memory import StepMemory, optimizer_bytes, pageable_bytes
+from .memory import GIB, FeatureMemory, StepMemory, optimizer_bytes, pageable_bytes
 from .model import ModelParts, WeightSizes, attach_lora, find_parts, meta_model, weight_sizes
 from .settings import RunSettings
-
-GIB = 2**30
 
 # Of a GPU's memory: what CUDA and its libraries take for themselves, and what is lost between tensors. Guesses.
 CUDA_GIB = 0.75
@@ -39,6 +37,7 @@ class RunPlan:
         fixed (`dict[str, int]`): Device memory that does not depend on the batch.
         batch (`dict[str, int]`): Device memory that does, for the settings' micro-batch.
         alignment (`dict[str, int]`): The part of it that head alignment adds.
+        features ([`~planning.memory.FeatureMemory`]): Where image features wait between the two passes of a step.
         pageable (`int`): Optimizer state that a paged optimizer may move to the host.
         first_pass (`dict[str, float]`): Share that the first pass adds to the operations of a step, by heads.
     """
@@ -53,6 +52,7 @@ class RunPlan:
     fixed: dict[str, int]
     batch: dict[str, int]
     alignment: dict[str, int]
+    features: FeatureMemory
     pageable: int
     first_pass: dict[str, float]
     _memory: StepMemory = field(repr=False)
@@ -82,7 +82,7 @@ class RunPlan:
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
         content = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        content |= {name: asdict(content[name]) for name in ("settings", "weights", "image")}
+        content |= {name: asdict(content[name]) for name in ("settings", "weights", "image", "features")}
         return {**content, "pool": self.pool, "total": self.total, "estimate": True}
 
 
@@ -165,7 +165,8 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
         settings,
         image,
         fixed,
-        vision_trained=trained["vision"],
+        trained=trained,
+        outside=counts["projector_and_other"] > 0,
         stream_size=getattr(torch, settings.dtype).itemsize,
         read=_read_width(parts, settings, heads),
     )
@@ -181,8 +182,9 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
         fixed=fixed,
         batch=memory.batch(batch),
         alignment=memory.alignment(batch),
+        features=memory.features(batch),
         pageable=pageable_bytes(numbers, settings.optim),
-        first_pass=_first_pass(settings, work, parts.accessor, heads, trained),
+        first_pass=_first_pass(memory, work, heads, batch),
         _memory=memory,
     )
 
@@ -214,13 +216,10 @@ def _read_width(parts: ModelParts, settings: RunSettings, heads: Sequence[Aligne
 
 
 def _first_pass(
-    settings: RunSettings,
-    work: Operations,
-    accessor: HeadAccessor,
-    heads: Sequence[AlignedUnit] | None,
-    trained: dict[str, bool],
+    memory: StepMemory, work: Operations, heads: Sequence[AlignedUnit] | None, batch: int
 ) -> dict[str, float]:
     """Share that the first pass adds, for the aligned heads or, where they are not known, for two guesses."""
+    settings, accessor, features = memory.settings, memory.parts.accessor, memory.features(batch)
     whole = settings.alignment_granularity == "layer"
     there = list(range(accessor.num_layers)) if whole else accessor.layers_with_heads
     if heads is not None:
@@ -232,6 +231,7 @@ def _first_pass(
             f"{'layers' if whole else 'heads'} in the first third (layer {third})": third,
             f"{'' if whole else 'a head in '}the last layer ({there[-1]})": there[-1],
         }
-    step = work.step(trained, settings.use_peft, settings.gradient_checkpointing)
+    step = work.step(memory.trained, settings.use_peft, settings.gradient_checkpointing)
     share = 1 / step if settings.has_first_pass else 0.0
-    return {name: share * work.first_pass(layer, whole) for name, layer in deepest.items()}
+    again = features.vision, features.projector
+    return {name: share * work.first_pass(layer, whole, *again) for name, layer in deepest.items()}

@@ -30,6 +30,7 @@ class RunSettings:
         gradient_checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are recomputed.
         alignment_weight (`float`, *optional*, defaults to `0.01`): Weight of the alignment loss; 0 plans SFTTrainer.
         contrast_scope (`str`, *optional*, defaults to `"step"`): Which samples are compared.
+        image_feature_gib (`float`, *optional*, defaults to `1.0`): GiB of image features kept between the two passes.
         queue_size (`int`, *optional*, defaults to `0`): Past samples that join.
         num_neighbors (`int`, *optional*, defaults to `10`): Neighbours k.
         alignment_granularity (`str`, *optional*, defaults to `"head"`): Whether heads or whole layers are aligned.
@@ -56,6 +57,7 @@ class RunSettings:
     gradient_checkpointing: bool = True
     alignment_weight: float = 0.01
     contrast_scope: str = "step"
+    image_feature_gib: float = 1.0
     queue_size: int = 0
     num_neighbors: int = 10
     alignment_granularity: str = "head"
@@ -76,6 +78,8 @@ class RunSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < bound:
                 raise ValueError(f"`{name}` must be a whole number of at least {bound}, got {value!r}.")
+        if not self.image_feature_gib >= 0:
+            raise ValueError(f"`image_feature_gib` must be at least 0, got {self.image_feature_gib!r}.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"`dtype` must be 'bfloat16', 'float16' or 'float32', got {self.dtype!r}.")
         if self.load_in_4bit and not self.use_peft:

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from hera_trainer import AttentionHead, HeadCapture, HeRALoss, get_head_accessor
+from hera_trainer.alignment.features import HOST_SHARE, ImageFeatures
 from hera_trainer.objectives.queue import SampleQueue
+from hera_trainer.planning import memory
 from hera_trainer.planning.compute import image_shape, operations
 from hera_trainer.planning.memory import activation_bytes, alignment_bytes, optimizer_bytes
 from hera_trainer.planning.model import find_parts, meta_model, read_config
@@ -177,6 +179,36 @@ def test_operations_are_those_that_torch_counts(family):
     assert counter.get_total_flops() == pytest.approx(first, rel=1e-2)  # and the vectors of the head
 
 
+@pytest.mark.parametrize("projector", ["frozen", "trained"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_features_are_those_that_a_first_pass_keeps(family, projector):
+    """And of the limit: on the device, in main memory, computed again."""
+    model, inputs = run_inputs(family)
+    text = r".*(language_model|text_model)\.layers\..*_proj"
+    targets = text if projector == "frozen" else rf"{text}|.*(multi_modal_projector\.linear_1|connector\..*\.proj)"
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    features = ImageFeatures(model, get_head_accessor(model).layers, 2**30)
+    with torch.no_grad(), features.first_pass(), features.recorded():
+        adapted(**inputs)
+    image_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    settings = {"per_device_train_batch_size": 1, "lora_target_modules": targets, "lora_r": 4, "dtype": "float32"}
+    settings |= {"image_tokens": image_tokens, "text_tokens": inputs["input_ids"].shape[1] - image_tokens}
+    settings["gradient_accumulation_steps"] = 8
+    plan = plan_run(model.config, RunSettings(**settings))
+    assert plan.features.device == plan.alignment["image_features"] == 8 * features.device_bytes > 0
+    assert memory.HOST_SHARE == HOST_SHARE
+    assert plan.features.host == plan.features.vision == 0
+
+    limited = plan_run(model.config, RunSettings(**settings, image_feature_gib=features.device_bytes / 2**30))
+    assert (limited.features.device, limited.features.host) == (features.device_bytes, 4 * features.device_bytes)
+    assert limited.features.vision == 3 / 8
+    none = plan_run(model.config, RunSettings(**settings, image_feature_gib=0))
+    assert none.features.vision == none.features.projector == 1 and none.alignment["image_features"] == 0
+    shares = [next(iter(each.first_pass.values())) for each in (plan, limited, none)]
+    assert shares[0] < shares[1] < shares[2]
+    assert (shares[1] - shares[0]) / (shares[2] - shares[0]) == pytest.approx(3 / 8)
+
+
 def test_the_layers_of_the_vision_tower():
     model = build("qwen3_vl")  # so small that its deepstack mergers are larger
     assert find_parts(model).vision_blocks == list(model.model.visual.blocks)
@@ -211,13 +243,13 @@ def test_memory_of_the_alignment_loss(heads, pool, queue):
     """The peak of the real loss with its gradient is within the estimate, and not far below it."""
     width, teacher_width, k = 256, 128, 10
     sizes = alignment_bytes(heads, pool, width, teacher_width, queue, k, tokens=0, read=0)
-    memory = SampleQueue(queue) if queue else None
+    past = SampleQueue(queue) if queue else None
     criterion = HeRALoss(k)
     with Peak() as measured:
-        if memory is not None:
-            memory.push(torch.randn(heads, queue, width), torch.randn(queue, teacher_width))
+        if past is not None:
+            past.push(torch.randn(heads, queue, width), torch.randn(queue, teacher_width))
         z = torch.randn(heads, pool, width).requires_grad_()
-        loss = criterion(z, torch.randn(pool, teacher_width), None, memory)
+        loss = criterion(z, torch.randn(pool, teacher_width), None, past)
         torch.autograd.grad(loss, [z, criterion.log_temperature])
     assert 0.4 * sum(sizes.values()) <= measured.peak <= sum(sizes.values())
 

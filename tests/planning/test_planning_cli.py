@@ -123,6 +123,20 @@ def test_the_first_pass_of_real_heads(folder, capsys, tmp_path):
     assert set(alone.values()) == {0.0}
 
 
+def test_image_features_of_a_frozen_tower(folder, capsys):
+    """One micro-batch on the device, the others in main memory."""
+    options = [folder, "--target-modules", r".*language_model.*_proj", "--accumulation", "3", "--image-size", "24"]
+    options += ["--batch-size", "4096"]
+    kept = as_json(options, capsys)["alignment"]["image_features"]
+    assert main(["plan", *options, "--image-feature-gib", str(kept / 3 / 2**30)]) == 0
+    text = capsys.readouterr().out
+    assert f"{2 * kept / 3 / 2**30:.3f} GiB of image features wait in main memory" in text
+    assert main(["plan", *options]) == 0
+    assert "main memory" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", *options, "--image-feature-gib", "much"])
+
+
 def test_training_all_weights(folder, capsys):
     found = as_json([folder, "--full", "--dtype", "float32", "--optim", "adamw_torch"], capsys)
     everything = sum(found["parameters"].values())

@@ -49,6 +49,20 @@ def test_small_run_writes_all_rows_of_time(benchmark: Any, folder: Path, tmp_pat
     assert fixed["ratio"] == first_third["ratio"] and fixed["met"] == (fixed["ratio"] <= 1.2)
 
 
+def test_small_run_with_a_heavy_vision_tower(benchmark: Any, tmp_path: Path) -> None:
+    import vision_tower
+
+    vision_tower.main(["--small", "--pairs", "1"])
+
+    written = json.loads((tmp_path / "results" / "vision_tower_small.json").read_text())
+    assert written["command"] == "python examples/benchmarks/vision_tower.py --pairs 1 --small --device cpu"
+    once, twice, weigh = written["rows"]
+    assert (once["bar"], twice["bar"], weigh["bar"]) == ("<= 1.12", "", "")
+    assert once["against"] == twice["against"] == "SFTTrainer"
+    assert all(row["ratio"] > 0 and math.isfinite(row["ratio"]) for row in written["rows"])
+    assert once["met"] == (once["ratio"] <= 1.12)
+
+
 def test_peak_memory_of_each_trainer(benchmark: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import training_step_parts as parts
 

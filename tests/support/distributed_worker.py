@@ -21,6 +21,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
 from tiny_teachers import count_work, encoded, noise_image, vectors_of
+from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -41,6 +42,8 @@ class Case:
     """A training run that is compared between one process and two.
 
     Args:
+        lora: Train adapters alone.
+        targets: Where they are.
         cuts: Batch and accumulation steps in each of two processes.
         single: Batch and accumulation steps in one process.
         without: Rows of each step that have no image.
@@ -50,6 +53,7 @@ class Case:
 
     family: str = "llava"
     lora: bool = False
+    targets: str = "all-linear"
     cuts: tuple[tuple[int, int], ...] = ((4, 1), (2, 2))
     single: tuple[int, int] = (STEP, 1)
     without: tuple[int, ...] = ()
@@ -70,6 +74,7 @@ CASES = {
         cuts=((2, 2),),
         settings={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ),
+    "frozen tower": Case(lora=True, targets=r".*language_model.*\.(q_proj|o_proj)", cuts=((2, 2),)),
     "queue of a step": Case(settings={"queue_size": 8, "max_steps": 2}),
     "centered": Case(settings={"similarity": "centered_cosine", "queue_size": 8, "max_steps": 2}),
     "queue of less": Case(settings={"queue_size": 3, "max_steps": 2}, without=(6,)),
@@ -134,14 +139,18 @@ def train(case: Case, cut: tuple[int, int], folder: Path) -> tuple[dict[str, tor
     args = HeRAConfig(
         **sft_args(folder, per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1], **settings)
     )
-    lora = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False) if case.lora else None
+    lora = LoraConfig(target_modules=case.targets, r=4, init_lora_weights=False) if case.lora else None
     rows = training_rows(case)
     trainer = HeRATrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=lora)
     trainer._get_train_sampler = lambda *args: SequentialSampler(rows)
     keep = Keep(trainer)
     trainer.add_callback(keep)
+    trainer.prepare_alignment()
+    towers: list[Any] = []
+    patches = next(m for m in trainer.model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+    patches.register_forward_hook(lambda *args: towers.append(args))
     trainer.train()
-    known: dict[str, Any] = {"logs": trainer.state.log_history[: args.max_steps]}
+    known: dict[str, Any] = {"logs": trainer.state.log_history[: args.max_steps], "towers": len(towers)}
     if trainer.criterion is not None:
         known["log_temperature"] = trainer.criterion.log_temperature.item()
         known["temperature_gradients"] = keep.temperature_gradients

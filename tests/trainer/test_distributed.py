@@ -119,6 +119,11 @@ def test_processes_may_contribute_differently(ranks, pool, first):
     assert sum(rank["pools"][pool]["left_out"] for rank in ranks) == expected["left_out"] == 1
 
 
+def test_a_frozen_tower_runs_once_a_micro_batch(ranks):
+    assert [rank["frozen tower 2x2"]["towers"] for rank in ranks] == [2, 2]
+    assert [rank["llava lora 2x2"]["towers"] for rank in ranks] == [4, 4]  # trained, so that it runs in both passes
+
+
 # Ranking
 
 
