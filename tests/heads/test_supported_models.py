@@ -12,13 +12,16 @@ from datasets import Dataset
 from model_zoo import (
     ADDED,
     ALL_TYPES,
+    SIDE_BY_SIDE,
     TRANSFORMERS,
     build,
     expected_heads,
     known_types,
+    layers_without_output,
     projections,
     text_inputs,
 )
+from model_zoo_configs import FIRST_SPECIAL_TOKEN
 from packaging.version import Version
 from supported_models import NOT_TRAINED, page_rows, page_version, row, uses
 from torch import Tensor, nn
@@ -27,10 +30,11 @@ from transformers import PreTrainedTokenizerBase
 from hera_trainer.heads.accessor import HeadAccessor
 from hera_trainer.heads.capture import HeadCapture
 from hera_trainer.heads.checks import check_decoder, check_projections
-from hera_trainer.heads.head import AttentionHead
+from hera_trainer.heads.head import AttentionHead, DecoderLayer
 from hera_trainer.heads.projection import project_heads, projection_offset
-from hera_trainer.heads.ranking import rank_heads
+from hera_trainer.heads.ranking import rank_heads, rank_samples
 from hera_trainer.heads.registry import get_head_accessor
+from hera_trainer.heads.samples import Samples
 
 LANGUAGE_MODELS = """
     CohereForCausalLM Cohere2ForCausalLM DeepseekV3ForCausalLM Ernie4_5ForCausalLM Exaone4ForCausalLM GemmaForCausalLM
@@ -105,6 +109,32 @@ def test_the_decoder_runs_on_text_alone_unless_it_says_not(model_type: str) -> N
         check_projections(model, accessor, accessor.layers_with_heads)
 
 
+def test_every_head_is_ranked_on_text(model_type: str) -> None:
+    model = model_of(model_type)
+    if get_head_accessor(model).needs:
+        return
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(8, FIRST_SPECIAL_TOKEN, (6, 5), generator=random)
+    texts = [(row[: 3 + i % 3], torch.ones(3 + i % 3).bool()) for i, row in enumerate(ids)]
+    samples = Samples(list(range(6)), texts, torch.randn(6, 4, generator=random), 0)
+    ranking = rank_samples(
+        model,
+        PreTrainedTokenizerBase(),
+        Dataset.from_dict({}),
+        samples,
+        k=2,
+        batch_size=4,
+        normalize=True,
+        teacher_name="",
+        progress=False,
+        distributed=False,
+    )
+    scored = {layer: int(row.isfinite().sum()) for layer, row in enumerate(ranking.scores) if row.isfinite().any()}
+    assert scored == {layer: count for layer, (count, _) in expected_heads(model_type).items()}
+    unscored = (~ranking.layer_scores.isfinite()).nonzero().flatten().tolist()
+    assert unscored == layers_without_output(model_type, model)
+
+
 def test_the_decoder_by_itself_has_the_same_heads(model_type: str) -> None:
     model = model_of(model_type)
     whole = get_head_accessor(model)
@@ -171,6 +201,16 @@ def test_the_loss_on_captured_heads_has_the_gradient_of_one_without_hooks(model_
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("type_", SIDE_BY_SIDE)
+def test_layers_with_several_outputs_are_refused(type_: str) -> None:
+    model = build(type_)
+    inputs = text_inputs(type_, model)
+    capture = HeadCapture(get_head_accessor(model), [DecoderLayer(0)], type_)
+    with capture.attached(), pytest.raises(ValueError, match="put out several residual streams side by side"):
+        capture.start(inputs["attention_mask"].bool())
+        model(**inputs)
 
 
 def test_the_page_has_a_row_for_every_type() -> None:
