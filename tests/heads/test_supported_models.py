@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from families import ALL_FAMILIES
 from model_zoo import (
     ADDED,
     ALL_TYPES,
@@ -23,7 +24,7 @@ from model_zoo import (
 )
 from model_zoo_configs import FIRST_SPECIAL_TOKEN
 from packaging.version import Version
-from supported_models import NOT_TRAINED, page_rows, page_version, row, uses
+from supported_models import NOT_TRAINED, PAGE, page_rows, page_version, row, uses
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -222,6 +223,13 @@ def test_the_page_has_a_row_for_every_type() -> None:
 @pytest.mark.skipif(TRANSFORMERS < page_version(), reason="the page is that of a newer transformers")
 def test_the_page_says_what_the_models_are(model_type: str) -> None:
     assert page_rows()[model_type] == row(model_type), "run `python tests/support/supported_models.py`"
+
+
+def test_what_is_said_of_the_trainer() -> None:
+    """On the page and in the README: as many types as run through it in `tests/trainer/test_families.py`."""
+    assert [name for name, cells in page_rows().items() if cells[3] == "trainer"] == list(ALL_FAMILIES)
+    readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
+    assert f" {len(ALL_FAMILIES)} of them run from images to a published adapter" in readme
 
 
 def test_a_causal_model_around_a_multimodal_models_decoder() -> None:
