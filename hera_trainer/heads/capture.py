@@ -19,6 +19,11 @@ from .projection import project_heads
 
 def check_positions(x: Tensor, mask: Tensor) -> None:
     """Raises a `ValueError` unless hidden states `[B, T, d]` belong to the positions of `mask`, `[B, T]`."""
+    if x.ndim > 3:
+        raise ValueError(
+            f"The layers of this language model put out several residual streams side by side, {list(x.shape)}, so "
+            'that none of them is the layer\'s representation. Align heads (`alignment_granularity="head"`).'
+        )
     if x.ndim != 3 or x.shape[:2] != mask.shape:
         raise ValueError(
             f"The language model runs on hidden states of shape {list(x.shape)}, but the batch has labels of shape "

@@ -60,8 +60,10 @@ class Observer:
 
     def _hidden_hook(self, layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            if len(self._hidden[layer]) < self._observed:
-                self._hidden[layer].append(self._pool(hidden_states_of(out)))
+            hidden = hidden_states_of(out)
+            # Residual streams side by side (Gemma 3n, hyper-connections) are no one representation of a layer.
+            if hidden.ndim == 3 and len(self._hidden[layer]) < self._observed:
+                self._hidden[layer].append(self._pool(hidden))
 
         return hook
 
@@ -108,24 +110,28 @@ class Observer:
             seen = [sample for sample, any_token in zip(batch, pooled, strict=True) if any_token]
             self._samples += seen if number < len(batches) else [-1] * len(seen)
 
-    def gather(self) -> tuple[list[int], Iterator[tuple[int, Tensor, Tensor | None]]]:
+    def gather(self) -> tuple[list[int], Iterator[tuple[int, Tensor | None, Tensor | None]]]:
         """What all processes observed, the same in each of them.
 
         Returns:
             The samples that had a position to pool, ascending; and, layer by layer, its number, the hidden states of
-            these samples `[N, d_model]`, and their pooled heads `[N, H, d_head]` or `None` where it has none.
+            these samples `[N, d_model]`, or `None` where the layer has several residual streams or was left out
+            (cross-attention, without an image), and their pooled heads `[N, H, d_head]` or `None` where it has none.
         """
         samples = self.team.gather_rows(torch.tensor(self._samples, dtype=torch.long)).cpu()
         # In the order of samples, not of batches, which depends on the number of processes.
         places = samples.argsort(stable=True)[(samples < 0).sum() :]
+        complete = torch.tensor([[int(len(parts) == self._observed) for parts in self._hidden]])
+        observed = self.team.gather_rows(complete).all(0).tolist()
 
         def rows(parts: list[Tensor]) -> Tensor:
             gathered = self.team.gather_rows(torch.cat(parts))
             return gathered[places.to(gathered.device)].to(self.device)
 
-        def layers() -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        def layers() -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
             for layer in range(self.accessor.num_layers):
-                yield (layer, rows(self._hidden[layer]), rows(self._pooled[layer]) if layer in self._pooled else None)
+                hidden = rows(self._hidden[layer]) if observed[layer] else None
+                yield layer, hidden, rows(self._pooled[layer]) if layer in self._pooled else None
 
         return samples[places].tolist(), layers()
 

@@ -52,7 +52,8 @@ class HeadRanking:
         scores (`Tensor` of shape `[L, largest H]`):
             Mutual k-NN score of each head, float32; NaN where a layer has no such softmax-attention head.
         layer_scores (`Tensor` of shape `[L]`):
-            The same for the pooled hidden states that leave each layer, by which layers are chosen.
+            The same for the pooled hidden states that leave each layer, by which layers are chosen; NaN where text
+            alone does not go through a layer (cross-attention to images), or several residual streams leave it.
         k (`int`): Number of neighbours.
         num_samples (`int`): Number N of samples scored.
         seed (`int`): Seed of the choice of samples.

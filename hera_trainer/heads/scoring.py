@@ -25,7 +25,7 @@ _PERMUTATIONS = 500
 
 def score_layers(
     accessor: HeadAccessor,
-    layers: Iterable[tuple[int, Tensor, Tensor | None]],
+    layers: Iterable[tuple[int, Tensor | None, Tensor | None]],
     targets: Tensor,
     normalize: bool,
     clip_quantile: float | None,
@@ -53,7 +53,7 @@ def score_layers(
     permuted: list[Tensor] = []
     generator = torch.Generator().manual_seed(seed)
     for layer, hidden, pooled in layers:
-        if hidden.isfinite().all():
+        if hidden is not None and hidden.isfinite().all():
             neighbors = nearest_neighbors(hidden, k, normalize, clip_quantile, center)
             layer_scores[layer] = neighbor_overlap(neighbors, targets)
         if pooled is None:

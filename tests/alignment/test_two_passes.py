@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import config, logged, trainer
+from runs import config, logged, trainer, watch_passes
 from test_window import make_trainer, run
 from tiny import build_vlm, image_dataset
 
@@ -16,17 +16,7 @@ from hera_trainer.alignment.window import StepWindow
 @pytest.fixture
 def checks(monkeypatch):
     """The relative differences between the passes that were looked at."""
-    seen = []
-    original = StepWindow.check
-
-    def check(self, heads, dtype):
-        start = self.starts[self.position]
-        first = self.heads[:, start : start + heads.shape[1]]
-        seen.append(((first - heads.detach()).norm() / first.norm()).item())
-        return original(self, heads, dtype)
-
-    monkeypatch.setattr(StepWindow, "check", check)
-    return seen
+    return watch_passes(monkeypatch)
 
 
 class Averaging(torch.optim.SGD):

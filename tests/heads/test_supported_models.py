@@ -9,28 +9,33 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from families import ALL_FAMILIES
 from model_zoo import (
     ADDED,
     ALL_TYPES,
+    SIDE_BY_SIDE,
     TRANSFORMERS,
     build,
     expected_heads,
     known_types,
+    layers_without_output,
     projections,
     text_inputs,
 )
+from model_zoo_configs import FIRST_SPECIAL_TOKEN
 from packaging.version import Version
-from supported_models import NOT_TRAINED, page_rows, page_version, row, uses
+from supported_models import NOT_TRAINED, PAGE, page_rows, page_version, row, uses
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hera_trainer.heads.accessor import HeadAccessor
 from hera_trainer.heads.capture import HeadCapture
 from hera_trainer.heads.checks import check_decoder, check_projections
-from hera_trainer.heads.head import AttentionHead
+from hera_trainer.heads.head import AttentionHead, DecoderLayer
 from hera_trainer.heads.projection import project_heads, projection_offset
-from hera_trainer.heads.ranking import rank_heads
+from hera_trainer.heads.ranking import rank_heads, rank_samples
 from hera_trainer.heads.registry import get_head_accessor
+from hera_trainer.heads.samples import Samples
 
 LANGUAGE_MODELS = """
     CohereForCausalLM Cohere2ForCausalLM DeepseekV3ForCausalLM Ernie4_5ForCausalLM Exaone4ForCausalLM GemmaForCausalLM
@@ -105,6 +110,32 @@ def test_the_decoder_runs_on_text_alone_unless_it_says_not(model_type: str) -> N
         check_projections(model, accessor, accessor.layers_with_heads)
 
 
+def test_every_head_is_ranked_on_text(model_type: str) -> None:
+    model = model_of(model_type)
+    if get_head_accessor(model).needs:
+        return
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(8, FIRST_SPECIAL_TOKEN, (6, 5), generator=random)
+    texts = [(row[: 3 + i % 3], torch.ones(3 + i % 3).bool()) for i, row in enumerate(ids)]
+    samples = Samples(list(range(6)), texts, torch.randn(6, 4, generator=random), 0)
+    ranking = rank_samples(
+        model,
+        PreTrainedTokenizerBase(),
+        Dataset.from_dict({}),
+        samples,
+        k=2,
+        batch_size=4,
+        normalize=True,
+        teacher_name="",
+        progress=False,
+        distributed=False,
+    )
+    scored = {layer: int(row.isfinite().sum()) for layer, row in enumerate(ranking.scores) if row.isfinite().any()}
+    assert scored == {layer: count for layer, (count, _) in expected_heads(model_type).items()}
+    unscored = (~ranking.layer_scores.isfinite()).nonzero().flatten().tolist()
+    assert unscored == layers_without_output(model_type, model)
+
+
 def test_the_decoder_by_itself_has_the_same_heads(model_type: str) -> None:
     model = model_of(model_type)
     whole = get_head_accessor(model)
@@ -173,6 +204,16 @@ def test_the_loss_on_captured_heads_has_the_gradient_of_one_without_hooks(model_
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("type_", SIDE_BY_SIDE)
+def test_layers_with_several_outputs_are_refused(type_: str) -> None:
+    model = build(type_)
+    inputs = text_inputs(type_, model)
+    capture = HeadCapture(get_head_accessor(model), [DecoderLayer(0)], type_)
+    with capture.attached(), pytest.raises(ValueError, match="put out several residual streams side by side"):
+        capture.start(inputs["attention_mask"].bool())
+        model(**inputs)
+
+
 def test_the_page_has_a_row_for_every_type() -> None:
     """None may vanish: not from the package, and not from transformers in a version that had it."""
     not_yet = {name for name, version in ADDED.items() if TRANSFORMERS < Version(version)}
@@ -182,6 +223,13 @@ def test_the_page_has_a_row_for_every_type() -> None:
 @pytest.mark.skipif(TRANSFORMERS < page_version(), reason="the page is that of a newer transformers")
 def test_the_page_says_what_the_models_are(model_type: str) -> None:
     assert page_rows()[model_type] == row(model_type), "run `python tests/support/supported_models.py`"
+
+
+def test_what_is_said_of_the_trainer() -> None:
+    """On the page and in the README: as many types as run through it in `tests/trainer/test_families.py`."""
+    assert [name for name, cells in page_rows().items() if cells[3] == "trainer"] == list(ALL_FAMILIES)
+    readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
+    assert f" {len(ALL_FAMILIES)} of them run from images to a published adapter" in readme
 
 
 def test_a_causal_model_around_a_multimodal_models_decoder() -> None:

@@ -19,8 +19,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from hera_trainer.heads.registry import unknown_model_types
 
 __all__ = [
-    *("ADDED", "ALL_TYPES", "MAPPING", "TRANSFORMERS", "UPSTREAM_FAULTS", "build", "expected_heads"),
-    *("known_types", "projection_path", "projections", "text_inputs", "tiny_config"),
+    *("ADDED", "ALL_TYPES", "MAPPING", "SIDE_BY_SIDE", "TRANSFORMERS", "UPSTREAM_FAULTS", "build", "expected_heads"),
+    *(
+        "known_types",
+        "layers_without_output",
+        "projection_path",
+        "projections",
+        "randomize",
+        "text_inputs",
+        "tiny_config",
+    ),
 ]
 
 Inputs = dict[str, Tensor]
@@ -67,14 +75,19 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class._from_config(tiny_config(model_type), dtype=torch.float32)
-        for name, parameter in model.named_parameters():
-            if bool((parameter == 1).all()):  # a scale, mostly of a norm
-                continue
-            if name.endswith("bias"):
-                nn.init.normal_(parameter, std=0.1)
-            elif parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.15)
+        randomize(model)
     return model.eval()
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights and biases as `build` says."""
+    for name, parameter in model.named_parameters():
+        if bool((parameter == 1).all()):  # a scale, mostly of a norm
+            continue
+        if name.endswith(("bias", "attn_gate", "mlp_gate")):
+            nn.init.normal_(parameter, std=0.1)
+        elif parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.15)
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------
@@ -193,12 +206,25 @@ OTHER_HEADS: dict[str, Heads] = {
 }
 
 
+# Several residual streams leave the layers of these, side by side.
+SIDE_BY_SIDE = ("gemma3n", "glm5_next", "hy_v4_vl")
+
+
 def expected_heads(model_type: str) -> Heads:
     """Layer -> number and size of its heads, for the layers of the text decoder with softmax self-attention.
 
     The size is the width of a head's slice of what the layer's output projection reads.
     """
     return dict(OTHER_HEADS.get(model_type, HEADS))
+
+
+def layers_without_output(model_type: str, model: nn.Module) -> list[int]:
+    """Layers whose output text alone does not give: those that attend to images, and those of models with several
+    residual streams side by side."""
+    text = model.config.get_text_config(decoder=True)
+    if model_type == "mllama":
+        return list(text.cross_attention_layers)
+    return list(range(text.num_hidden_layers)) if model_type in SIDE_BY_SIDE else []
 
 
 def projection_path(model_type: str) -> str:

@@ -78,14 +78,16 @@ def recorded_projections(model: nn.Module) -> Iterator[dict[int, _Recording]]:
     layers = base_model(model).get_decoder().layers
     recordings = {}
     attentions = [layer.self_attn if hasattr(layer, "self_attn") else None for layer in layers]
+    names = ["out_proj" if hasattr(attention, "out_proj") else "o_proj" for attention in attentions]
     for i, attention in enumerate(attentions):
         if attention is not None:
-            attention.o_proj = recordings[i] = _Recording(attention.o_proj)
+            recordings[i] = _Recording(getattr(attention, names[i]))
+            setattr(attention, names[i], recordings[i])
     try:
         yield recordings
     finally:
         for i, recording in recordings.items():
-            attentions[i].o_proj = recording.projection
+            setattr(attentions[i], names[i], recording.projection)
 
 
 def effective_weight(projection: nn.Module) -> Tensor:
@@ -102,11 +104,11 @@ def effective_weight(projection: nn.Module) -> Tensor:
     return base + projection.scaling[name] * update
 
 
-def pooled_positions(batch: dict[str, Any], model: nn.Module) -> Tensor:
-    config = model.config
-    image_ids = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
+def pooled_positions(batch: dict[str, Any], model: nn.Module, processor: Any = None) -> Tensor:
+    """Positions with a label that are no placeholders, as the model's config or its processor name them."""
+    names = ("image_token_id", "image_token_index", "video_token_id")
     mask = batch["labels"] != -100
-    for token in image_ids:
+    for token in [getattr(owner, name, None) for owner in (model.config, processor) for name in names]:
         if token is not None:
             mask = mask & (batch["input_ids"] != token)
     return mask
@@ -124,34 +126,44 @@ def recorded_stream(model: nn.Module) -> Iterator[_Recording]:
 
 
 def layer_vectors(model: nn.Module, batch: dict[str, Any], layers: list[int]) -> Any:
-    """Logits of a forward pass and the representations z `[m, B, d_model]` of whole layers, by the definition."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", TEACHER_COLUMN)}
+    """Output of a forward pass, and what leaves whole layers: `[T, d_model]` of each sample, by the definition."""
     with recorded_stream(model) as final:
-        out = model(**inputs, use_cache=False, output_hidden_states=True)
+        out = model(**batch, use_cache=False, output_hidden_states=True)
     leaving = [*out.hidden_states[1:-1], final.x]  # the first is what the embeddings give
-    mask = pooled_positions(batch, model)
-    vectors = [torch.stack([leaving[i][b][mask[b]].mean(0) for b in range(len(mask))]) for i in layers]
-    return out.logits, torch.stack(vectors)
+    return out, [leaving[layer] for layer in layers]
+
+
+def outputs_and_vectors(
+    model: nn.Module,
+    batch: dict[str, Any],
+    heads: list[tuple[int, ...]],
+    num_heads: int,
+    processor: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Tensor]:
+    """All that a forward pass puts out, and the head representations z `[m, B, d_model]`, by the definition. A layer is
+    given as `(layer,)`."""
+    inputs = {**{k: v for k, v in batch.items() if k not in ("labels", TEACHER_COLUMN)}, **kwargs}
+    if all(len(head) == 1 for head in heads):
+        out, written = layer_vectors(model, inputs, [layer for (layer,) in heads])
+    else:
+        with recorded_projections(model) as recordings:
+            out = model(**inputs, use_cache=False)
+        written = []
+        for layer, head in heads:
+            x = recordings[layer].x  # [B, T, H * d]
+            width = x.shape[-1] // num_heads
+            columns = slice(head * width, (head + 1) * width)
+            written.append(x[..., columns] @ effective_weight(recordings[layer].projection)[:, columns].T)
+    mask = pooled_positions(batch, model, processor)
+    means = [[w[mask[b]].mean(0) if mask[b].any() else w.sum(0) * 0 for b, w in enumerate(each)] for each in written]
+    return out, torch.stack([torch.stack(samples) for samples in means])
 
 
 def head_vectors(model: nn.Module, batch: dict[str, Any], heads: list[tuple[int, ...]], num_heads: int) -> Any:
-    """Logits of a forward pass and the head representations z `[m, B, d_model]`, by the definition. A layer is given
-    as `(layer,)`."""
-    if all(len(head) == 1 for head in heads):
-        return layer_vectors(model, batch, [layer for (layer,) in heads])
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", TEACHER_COLUMN)}
-    with recorded_projections(model) as recordings:
-        logits = model(**inputs, use_cache=False).logits
-    mask = pooled_positions(batch, model)
-    vectors = []
-    for layer, head in heads:
-        x = recordings[layer].x  # [B, T, H * d]
-        width = x.shape[-1] // num_heads
-        columns = slice(head * width, (head + 1) * width)
-        written = x[..., columns] @ effective_weight(recordings[layer].projection)[:, columns].T  # [B, T, d_model]
-        means = [written[b][mask[b]].mean(0) if mask[b].any() else written[b].sum(0) * 0 for b in range(len(x))]
-        vectors.append(torch.stack(means))
-    return logits, torch.stack(vectors)
+    """Logits of a forward pass and the head representations."""
+    out, vectors = outputs_and_vectors(model, batch, heads, num_heads)
+    return out.logits, vectors
 
 
 def made_similar(x: Tensor, similarity: str) -> Tensor:
@@ -263,23 +275,31 @@ def assert_gradients_equal(actual: dict[str, Tensor], expected: dict[str, Tensor
     return worst
 
 
-def step_gradients(recorder: Recorder, weight: float, scope: str, seeds: list[int], num_heads: int = 4) -> Any:
-    """Gradients of one optimizer step: the language-model loss as SFTTrainer scales it, plus the alignment loss over
-    all samples of the step or, with scope "micro_batch", each micro-batch's with its share of the weight."""
+def step_gradients(
+    recorder: Recorder, weight: float, scope: str, seeds: list[int], num_heads: int = 4, logit_scale: float = 1.0
+) -> Any:
+    """Gradients of one optimizer step: the language-model loss as SFTTrainer scales it, with the router's share in a
+    mixture of experts, plus the alignment loss over all samples of the step or, with scope "micro_batch", each
+    micro-batch's with its share of the weight."""
     trainer, model = recorder.trainer, recorder.model
     heads = [tuple(head) for head in trainer.aligned_heads]
     parameters = {name: value.requires_grad_() for name, value in recorder.parameters.items()}
     total_labels = sum(num_labels(batch) for batch in recorder.batches)
     model.train()
+    processor = trainer.processing_class
+    router = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
     loss, vectors, teachers = 0.0, [], []
     for batch, seed in zip(recorder.batches, seeds, strict=True):
         torch.manual_seed(seed)
-        logits, z = head_vectors(model, batch, heads, num_heads)
+        out, z = outputs_and_vectors(model, batch, heads, num_heads, processor, **router)
+        logits = logit_scale * out.logits
+        if router:
+            loss = loss + trainer.router_aux_loss_coef * out.aux_loss / len(recorder.batches)
         if trainer.model_accepts_loss_kwargs:
             loss = loss + language_model_loss(logits, batch["labels"], "sum") / total_labels
         else:
             loss = loss + language_model_loss(logits, batch["labels"], "mean") / len(recorder.batches)
-        present = ~batch[TEACHER_COLUMN].isnan().any(-1) & pooled_positions(batch, model).any(1)
+        present = ~batch[TEACHER_COLUMN].isnan().any(-1) & pooled_positions(batch, model, processor).any(1)
         vectors.append(z[:, present])
         teachers.append(batch[TEACHER_COLUMN][present])
     if scope == "step":

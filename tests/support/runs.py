@@ -7,6 +7,7 @@ from tiny import build_vlm, image_dataset, sft_args
 from transformers import TrainerCallback
 
 from hera_trainer import HeRAConfig, HeRATrainer
+from hera_trainer.alignment.window import StepWindow
 
 
 class NoStep(TrainerCallback):
@@ -73,6 +74,22 @@ class HookWatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.counts.append(len(our_hooks_of(model)))
+
+
+def watch_passes(monkeypatch):
+    """A list that the relative difference between the first pass and the training pass is added to, whenever a run
+    looks at it."""
+    seen = []
+    original = StepWindow.check
+
+    def check(self, heads, dtype):
+        start = self.starts[self.position]
+        first = self.heads[:, start : start + heads.shape[1]]
+        seen.append(((first - heads.detach()).norm() / first.norm()).item())
+        return original(self, heads, dtype)
+
+    monkeypatch.setattr(StepWindow, "check", check)
+    return seen
 
 
 def logged(trainer, name):

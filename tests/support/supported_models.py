@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from model_zoo import ALL_TYPES, MAPPING, TRANSFORMERS, UPSTREAM_FAULTS, build
+import trl
+from families import ALL_FAMILIES, FAULTS, REFUSED
+from model_zoo import ALL_TYPES, MAPPING, SIDE_BY_SIDE, TRANSFORMERS, UPSTREAM_FAULTS, build
 from packaging.version import Version
 from torch import nn
 
@@ -19,6 +21,7 @@ from hera_trainer.heads.registry import get_head_accessor
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported_models.md"
 _VERSION = r"(?<=model type of transformers )\d+[.]\d+"
+_CHECKED = r"(?<=checked with )transformers \d+[.]\d+ and TRL \d+[.]\d+"
 
 # Types that take part in no next-token training, though they are no encoder-decoders.
 NOT_TRAINED = {
@@ -26,6 +29,17 @@ NOT_TRAINED = {
     "git": "its hidden states begin with those of the image, which have no labels",
     "pi0": "predicts a robot's actions, not text; the heads are those of its vision-language model",
 }
+
+
+# What else must be known of a type that the whole trainer runs with.
+LOGITS = "SFTTrainer scales the logits by the text model's `logit_scale`, the model's own forward does not"
+NOTES = {
+    "aya_vision": LOGITS,
+    "cohere2_vision": LOGITS,
+    "paligemma": "with `messages` it trains, but every token sees the whole answer",
+    "fast_vlm": "the statistics of its tower's BatchNorm move in training, and no adapter holds them",
+}
+FORMS = {"prompt_completion": "`prompt` and `completion`", "messages": "`messages`"}
 
 
 def uses(model: nn.Module, accessor: HeadAccessor) -> str:
@@ -44,16 +58,37 @@ def path_of_projections(model: nn.Module, accessor: HeadAccessor) -> str:
     return f"{layers}[i]." + re.sub(r"[.](\d+)[.]", r"[\1].", within)
 
 
+def proven(model_type: str) -> str:
+    """How much of the way from a type's heads to a trained adapter the tests go."""
+    if model_type in UPSTREAM_FAULTS:
+        return "heads"
+    return "trainer" if model_type in ALL_FAMILIES else "model"
+
+
 def note(model: nn.Module, accessor: HeadAccessor) -> str:
     """Why the heads of a model can't be used for everything, and what else must be known of them."""
+    model_type = model.config.model_type
     if accessor.needs:
         return f"the decoder needs {accessor.needs}"
-    if model.config.model_type in UPSTREAM_FAULTS:
-        version, error, what = UPSTREAM_FAULTS[model.config.model_type]
+    if model_type in UPSTREAM_FAULTS:
+        version, error, what = UPSTREAM_FAULTS[model_type]
         return f"cannot be run: since transformers {version}, its forward raises {error.__name__}, as it {what}"
     if any(accessor.passes(layer) > 1 for layer in accessor.layers_with_heads):
         return "looped: heads of layers that are gone through several times are read in the first pass"
-    return NOT_TRAINED.get(model.config.model_type, "encoder-decoder" if model.config.is_encoder_decoder else "")
+    if model_type in SIDE_BY_SIDE:
+        return "heads only: whole layers, which put out several residual streams, can't be aligned"
+    stops = [
+        f'at {FORMS[form]}, SFTTrainer stops: `{error.__name__}`, "{message}"; '
+        "[a collator that can](data.md#types-that-need-a-collator-of-their-own)"
+        for (name, form), (error, message) in REFUSED.items()
+        if name == model_type
+    ]
+    if model_type in FAULTS:
+        error, message, cure = FAULTS[model_type]
+        stops.append(f'SFTTrainer stops: `{error.__name__}`, "{message}", unless `{cure}`')
+    if stops or model_type in NOTES:
+        return "; ".join([*stops, *([NOTES[model_type]] if model_type in NOTES else [])])
+    return NOT_TRAINED.get(model_type, "encoder-decoder" if model.config.is_encoder_decoder else "")
 
 
 def default_model(model_type: str) -> nn.Module | None:
@@ -87,7 +122,7 @@ def page_rows() -> dict[str, list[str]]:
     """Of each type on the page, the columns that `row` gives."""
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
-    return {cells[0].strip("`"): [*cells[:3], cells[-1]] for cells in rows}
+    return {cells[0].strip("`"): [*cells[:3], *cells[-2:]] for cells in rows}
 
 
 def page_version() -> Version:
@@ -101,17 +136,19 @@ def row(model_type: str) -> list[str]:
     model = build(model_type)
     accessor = get_head_accessor(model)
     path = path_of_projections(model, accessor)
-    return [f"`{model_type}`", uses(model, accessor), f"`{path}`", note(model, accessor)]
+    return [f"`{model_type}`", uses(model, accessor), f"`{path}`", proven(model_type), note(model, accessor)]
 
 
 def main() -> None:
     rows = []
     for model_type in ALL_TYPES:
-        name, use, path, why = row(model_type)
-        rows.append([name, use, path, *default_sizes(model_type), why])
-    head = ["Type", "Heads for", "Output projection", "Layers with heads", "Heads x size", "Note"]
+        name, use, path, *last = row(model_type)
+        rows.append([name, use, path, *default_sizes(model_type), *last])
+    head = ["Type", "Heads for", "Output projection", "Layers with heads", "Heads x size", "Proven", "Note"]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
-    text = re.sub(_VERSION, f"{TRANSFORMERS.major}.{TRANSFORMERS.minor}", PAGE.read_text())
+    version, trls = f"{TRANSFORMERS.major}.{TRANSFORMERS.minor}", Version(trl.__version__)
+    text = re.sub(_VERSION, version, PAGE.read_text())
+    text = re.sub(_CHECKED, f"transformers {version} and TRL {trls.major}.{trls.minor}", text)
     start, end = text.index("<!-- table -->") + len("<!-- table -->"), text.index("<!-- end of table -->")
     PAGE.write_text(f"{text[:start]}\n\n{table}\n\n{text[end:]}")
 
