@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..common.sharded import gathered
-from ..objectives.metrics import MutualKNNNull, nearest_neighbors, neighbor_overlap, permuted_overlaps
+from ..objectives.metrics import (
+    MutualKNNNull,
+    nearest_neighbors,
+    neighbor_overlap,
+    neighbors_of_each,
+    permuted_overlaps,
+    spaces_at_a_time,
+)
 from .accessor import HeadAccessor
 from .projection import projection_blocks
 
@@ -80,9 +87,19 @@ def head_neighbors(
     Yields:
         `LongTensor` of shape `[N, k]`, H times.
     """
-    factors = _gram_factors(blocks) if clip_quantile is None else blocks.float()
-    for head, factor in enumerate(factors):
-        yield nearest_neighbors(pooled[:, head] @ factor, k, normalize, clip_quantile, center)
+    if clip_quantile is not None:
+        for head, block in enumerate(blocks.float()):
+            yield nearest_neighbors(pooled[:, head] @ block, k, normalize, clip_quantile, center)
+        return
+    factors = _gram_factors(blocks)
+    groups = torch.arange(len(factors)).split(spaces_at_a_time(len(pooled)))
+    yield from neighbors_of_each((_spaces(pooled, factors, group.tolist(), center) for group in groups), k, normalize)
+
+
+def _spaces(pooled: Tensor, factors: Tensor, heads: Sequence[int], center: bool) -> Tensor:
+    """The spaces `[S, N, d_head]` of some heads."""
+    spaces = [pooled[:, head] @ factors[head] for head in heads]
+    return torch.stack([space - space.mean(0) for space in spaces] if center else spaces)
 
 
 def _gram_factors(blocks: Tensor) -> Tensor:

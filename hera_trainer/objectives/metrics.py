@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ _MAX_SIMILARITIES = 2**24
 
 # Similarities of one matrix product where N is small: 4 MiB, still in the cache when the neighbours are looked up.
 _CACHED_SIMILARITIES = 2**20
+
+# Pairs of samples of which a table of one byte each is kept: 4 MiB.
+_TABLED_PAIRS = 2**22
 
 # Numbers that are clipped or permuted at a time: 2 MiB of eight bytes each, again for the cache.
 _CACHED_NUMBERS = 2**18
@@ -35,22 +39,53 @@ def _checked(x: Tensor, k: int, name: str) -> Tensor:
 
 def top_neighbors(x: Tensor, k: int, normalize: bool) -> Tensor:
     """[`nearest_neighbors`] without the checks, for tensors on a training step's path (a check is a device sync)."""
-    n = x.shape[0]
-    side = min(n, math.isqrt(_MAX_SIMILARITIES))
-    # Under autocast, similarities would be rounded to 16 bit and neighbours with them.
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        if normalize:
-            x = F.normalize(x, dim=-1)
-        if side < n:
-            return _top_neighbors_by_tiles(x, k, side)
-        neighbors = []
-        start = 0
-        for rows in x.split(max(1, _CACHED_SIMILARITIES // n)):
-            similarity = rows @ x.T
-            similarity[:, start : start + len(rows)].fill_diagonal_(-torch.inf)
-            neighbors.append(similarity.topk(k, dim=-1).indices)
-            start += len(rows)
-        return torch.cat(neighbors)
+    return next(neighbors_of_each([x[None]], k, normalize))
+
+
+def spaces_at_a_time(n: int) -> int:
+    """How many spaces of n samples [`neighbors_of_each`] is best given at a time: as many as the cache has room for."""
+    return max(1, _CACHED_SIMILARITIES // n**2)
+
+
+def neighbors_of_each(stacks: Iterable[Tensor], k: int, normalize: bool) -> Iterator[Tensor]:
+    """[`top_neighbors`] in many spaces of the same samples. Where N is small, there is one product and one selection
+    for all spaces of a stack, and the next stack's similarities take the place of the last one's.
+
+    Args:
+        stacks (iterable of `Tensor` of shape `[S, N, d]`): The spaces, some at a time (see [`spaces_at_a_time`]).
+        k (`int`), normalize (`bool`): As for [`nearest_neighbors`].
+
+    Yields:
+        `LongTensor` of shape `[N, k]` for each space.
+    """
+    scratch: Tensor | None = None
+    for stack in stacks:
+        spaces, n = stack.detach(), stack.shape[1]
+        side = min(n, math.isqrt(_MAX_SIMILARITIES))
+        rows = min(n, max(1, _CACHED_SIMILARITIES // n))
+        if side == n and (scratch is None or scratch.numel() < len(spaces) * rows * n):
+            scratch = spaces.new_empty(len(spaces) * rows * n)
+        # Under autocast, similarities would be rounded to 16 bit and neighbours with them.
+        with torch.autocast(device_type=spaces.device.type, enabled=False):
+            spaces = F.normalize(spaces, dim=-1) if normalize else spaces
+            if scratch is None or side < n:
+                found = torch.stack([_top_neighbors_by_tiles(space, k, side) for space in spaces])
+            else:
+                found = _top_neighbors_by_rows(spaces, k, rows, scratch)
+        yield from found
+
+
+def _top_neighbors_by_rows(spaces: Tensor, k: int, rows: int, scratch: Tensor) -> Tensor:
+    """Neighbours `[S, N, k]` from some rows of the similarity matrix of each space at a time."""
+    count, n, _ = spaces.shape
+    neighbors = []
+    for start in range(0, n, rows):
+        part = spaces[:, start : start + rows]
+        out = scratch[: count * part.shape[1] * n].view(count, part.shape[1], n)
+        similarity = torch.bmm(part, spaces.transpose(1, 2), out=out)
+        similarity.diagonal(start, dim1=1, dim2=2).fill_(-torch.inf)
+        neighbors.append(similarity.topk(k, dim=-1).indices)
+    return torch.cat(neighbors, dim=1)
 
 
 def _top_neighbors_by_tiles(x: Tensor, k: int, side: int) -> Tensor:
@@ -233,14 +268,25 @@ def permuted_overlaps(a: Tensor, b: Tensor, permutations: int, generator: torch.
     (n, k), device = a.shape, a.device
     b = b.to(device)
     rows = torch.arange(n, device=device)[:, None]
-    pairs = (rows * n + a).flatten().sort().values  # sample and neighbour as one number
+    pairs = (rows * n + a).flatten()  # sample and neighbour as one number
+    is_among = _membership(pairs, n * n)
     scores = []
     for count in torch.arange(permutations).split(max(1, _CACHED_NUMBERS // (n * k))):
         moved = torch.stack([torch.randperm(n, generator=generator) for _ in count]).to(device)  # [p, n]
         others = (moved[:, :, None] * n + moved[:, b]).flatten(1)  # [p, n * k]
-        found = pairs[torch.searchsorted(pairs, others).clamp(max=len(pairs) - 1)] == others
-        scores.append(found.sum(1).double().cpu() / (n * k))
+        scores.append(is_among(others).sum(1).double().cpu() / (n * k))
     return torch.cat(scores)
+
+
+def _membership(numbers: Tensor, bound: int) -> Callable[[Tensor], Tensor]:
+    """Tells of each of many numbers below a bound whether it is among `numbers`: by a table, or by a search where the
+    table would be large."""
+    if bound <= _TABLED_PAIRS:
+        table = torch.zeros(bound, dtype=torch.bool, device=numbers.device)
+        table[numbers] = True
+        return lambda asked: table[asked]
+    known = numbers.sort().values
+    return lambda asked: known[torch.searchsorted(known, asked).clamp(max=len(known) - 1)] == asked
 
 
 def mutual_knn_null(a: Tensor, b: Tensor, permutations: int = 1000, seed: int = 0) -> MutualKNNNull:

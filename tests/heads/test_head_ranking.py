@@ -14,7 +14,9 @@ from tiny import build_vlm, image_dataset
 
 from hera_trainer.heads.head import AttentionHead, DecoderLayer, parse_unit, parse_units
 from hera_trainer.heads.ranking import HeadRanking
-from hera_trainer.heads.scoring import _gram_factors
+from hera_trainer.heads.scoring import _gram_factors, head_neighbors
+from hera_trainer.objectives import metrics
+from hera_trainer.objectives.metrics import nearest_neighbors
 
 NAN = float("nan")
 
@@ -215,3 +217,14 @@ def test_neighbours_in_head_space_are_those_of_the_contributions(rank):
     factors = _gram_factors(torch.stack(weights))
     for factor, weight in zip(factors, weights, strict=True):
         torch.testing.assert_close(factor @ factor.T, weight @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_heads_of_a_layer_are_compared_together(monkeypatch: pytest.MonkeyPatch, center: bool) -> None:
+    """Bit for bit as each head by itself, in groups that the heads do not fill."""
+    monkeypatch.setattr(metrics, "_CACHED_SIMILARITIES", 2 * 60 * 60)
+    pooled, blocks = torch.randn(60, 5, 8), torch.randn(5, 8, 24)
+    found = list(head_neighbors(pooled, blocks, 4, True, center=center))
+    factors = _gram_factors(blocks)
+    expected = [nearest_neighbors(pooled[:, head] @ factors[head], 4, True, center=center) for head in range(5)]
+    assert len(found) == 5 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

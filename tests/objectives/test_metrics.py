@@ -177,6 +177,34 @@ def test_rows_of_a_small_matrix_find_what_a_full_sort_finds(monkeypatch: pytest.
     assert torch.equal(nearest_neighbors(x, 10), expected)
 
 
+@pytest.mark.parametrize("bound", [1, 7 * 40, 40 * 40, 3 * 40 * 40 + 5])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_many_spaces_are_those_of_each_by_itself(monkeypatch: pytest.MonkeyPatch, bound: int, normalize: bool) -> None:
+    """Bit for bit as one product and one selection a space and some rows at a time, as they were made before."""
+    monkeypatch.setattr(metrics, "_CACHED_SIMILARITIES", bound)
+    spaces = torch.randn(7, 40, 6)
+    size = metrics.spaces_at_a_time(40)
+    assert size == max(1, bound // 1600)
+    found = list(metrics.neighbors_of_each(spaces.split(size), 5, normalize))
+    assert len(found) == 7
+    for space, neighbors in zip(spaces, found, strict=True):
+        x = torch.nn.functional.normalize(space, dim=-1) if normalize else space
+        expected, start = [], 0
+        for rows in x.split(max(1, bound // 40)):
+            similarity = rows @ x.T
+            similarity[:, start : start + len(rows)].fill_diagonal_(-torch.inf)
+            expected.append(similarity.topk(5, dim=-1).indices)
+            start += len(rows)
+        assert torch.equal(neighbors, torch.cat(expected))
+
+
+def test_many_spaces_of_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_MAX_SIMILARITIES", 16 * 16)
+    spaces = torch.randn(3, 40, 6)
+    found = list(metrics.neighbors_of_each([spaces[:1], spaces[1:]], 5, True))
+    assert all(torch.equal(a, top_neighbors(b, 5, True)) for a, b in zip(found, spaces, strict=True))
+
+
 def test_ties_across_tiles_are_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     x = samples(20, 4).round().repeat(4, 1)  # integers: equal similarities are equal to the bit
     monkeypatch.setattr(metrics, "_MAX_SIMILARITIES", 16 * 16)
@@ -375,6 +403,13 @@ def test_null_is_the_score_of_permuted_rows() -> None:
     assert null.mean == pytest.approx(sum(expected) / 30, abs=1e-12)
     low, high = sorted(expected)[27:29]  # 0.95 of the way from the first to the thirtieth: place 27.55
     assert null.p95 == pytest.approx(low + 0.55 * (high - low), abs=1e-12)
+
+
+def test_permuted_pairs_are_found_by_table_and_by_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (nearest_neighbors(torch.randn(30, 4), 5) for _ in range(2))
+    by_table = metrics.permuted_overlaps(a, b, 20, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(metrics, "_TABLED_PAIRS", 0)
+    assert torch.equal(metrics.permuted_overlaps(a, b, 20, torch.Generator().manual_seed(1)), by_table)
 
 
 def test_null_of_all_permutations() -> None:
