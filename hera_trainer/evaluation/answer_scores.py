@@ -246,8 +246,9 @@ def _check_names(name: str, arguments: Mapping[str, Any]) -> None:
 def _check_paths(name: str, arguments: Mapping[str, Any]) -> None:
     for key in ("annotations", "synonyms", "relation", "safe_words"):
         given = arguments.get(key)
-        several = name == "chair" and key == "annotations" and isinstance(given, list)
-        for path in given if several else [] if given is None else [given]:
+        several = name == "chair" and key == "annotations"  # a list of them, or one
+        paths = given if several and isinstance(given, list) else [] if given is None else [given]
+        for path in paths:
             if not isinstance(path, (str, os.PathLike)):
                 raise ValueError(f"The {key} of the metric {name!r} (`--metric-arg`) are a path, not {path!r}.")
             if not Path(path).exists():

@@ -211,9 +211,9 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     if run.log_history:
         step = max(entry.get("step", 0) for entry in run.log_history)
         epochs = [entry["epoch"] for entry in run.log_history if entry.get("epoch") is not None]
-        detail = [f"epoch {number_text(epochs[-1])}"] if epochs else []
-        detail += [f"weights of step {run.best_step:,}"] if run.best_step is not None else []
-        tiles.append(("Steps", f"{step:,}", ", ".join(detail)))
+        details = [f"epoch {number_text(epochs[-1])}"] if epochs else []
+        details += [f"weights of step {run.best_step:,}"] if run.best_step is not None else []
+        tiles.append(("Steps", f"{step:,}", ", ".join(details)))
     if duration(run):
         tiles.append(("Duration", duration(run), ""))
     for name, keys in (("Language-model loss", ("lm_loss", "loss")), ("Alignment loss", ("alignment_loss",))):
