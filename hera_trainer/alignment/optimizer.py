@@ -129,8 +129,9 @@ def scheduled_rate(learning_rate: float, optimizer: Any) -> float:
     # transformers keeps an optimizer a parameter for layerwise ones, behind one that does nothing.
     parts = (getattr(optimizer, "optimizer_dict", None) or {None: optimizer}).values()
     for group in (group for part in parts for group in part.param_groups):
-        # Schedules write down where a group began; one that does not (on a plateau) began at the optimizer's default.
-        begin = float(group.get("initial_lr", optimizer.defaults.get("lr", 0.0)))
+        # Schedules write down where a group began; one that does not (on a plateau) began at the optimizer's default,
+        # which DeepSpeed's do not tell.
+        begin = float(group["initial_lr"] if "initial_lr" in group else optimizer.defaults.get("lr", 0.0))
         if begin > 0:
             return float(group["lr"]) * (learning_rate / begin)
     return 0.0

@@ -18,6 +18,7 @@ from torch.utils.data import SequentialSampler
 
 from hera_trainer import HeRAConfig, HeRATrainer
 
+TOWERS: list = []  # forwards of the vision tower in training
 LOGGED = ("loss", "lm_loss", "alignment_loss", "temperature", "alignment_pool")
 
 
@@ -31,6 +32,7 @@ class Job:
         stage: Stage of ZeRO; 0 for no engine.
         lora: Train adapters instead of all weights, with activation checkpointing.
         ranking: Rank the heads instead of naming them.
+        targets: Where adapters are.
     """
 
     folder: str
@@ -38,6 +40,7 @@ class Job:
     stage: int = 0
     lora: bool = False
     ranking: bool = False
+    targets: str = "all-linear"
 
     def config(self) -> HeRAConfig:
         zero = {"stage": self.stage, **({"stage3_param_persistence_threshold": 0} if self.stage == 3 else {})}
@@ -83,10 +86,14 @@ def run(job: Job) -> HeRATrainer:
         # On the CPU, accelerate leaves this to whoever needs it; on a GPU it does it itself.
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     data = image_dataset(n=80, with_features=8)
-    lora = LoraConfig(target_modules="all-linear", r=4) if job.lora else None
+    lora = LoraConfig(target_modules=job.targets, r=4) if job.lora else None
     trainer = HeRATrainer(job.model, args, train_dataset=data, peft_config=lora)
     fill_adapters(trainer.model, divided=job.stage == 3)
     trainer._get_train_sampler = lambda *args: SequentialSampler(data)  # the same samples however a step is cut
+    trainer.prepare_alignment()
+    patches = next(module for module in trainer.model.modules() if isinstance(module, nn.Conv2d))
+    patches.register_forward_hook(lambda *args: TOWERS.append(args[2].shape))
+    TOWERS.clear()
     trainer.train()
     return trainer
 
@@ -96,6 +103,7 @@ def result(trainer: HeRATrainer) -> dict:
         "log": [{name: entry[name] for name in LOGGED} for entry in trainer.state.log_history if "loss" in entry],
         "heads": [str(head) for head in trainer.aligned_heads or []],
         "engine": type(trainer.model_wrapped).__name__,
+        "towers": len(TOWERS),
     }
 
 

@@ -23,10 +23,13 @@ from hera_trainer.alignment.checks import check_loss_scaling
 TOLERANCE = 1e-5
 TIMEOUT = 120  # seconds; about 15 on two cores
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+LANGUAGE_MODEL = r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj)"
 JOBS = {
     "ZeRO-2, full": {"stage": 2},
     "ZeRO-3, full": {"stage": 3},
     "ZeRO-3, LoRA, checkpointing, ranking": {"stage": 3, "lora": True, "ranking": True},
+    "ZeRO-2, frozen tower": {"stage": 2, "lora": True, "targets": LANGUAGE_MODEL},
+    "ZeRO-3, frozen tower": {"stage": 3, "lora": True, "targets": LANGUAGE_MODEL},
 }
 
 
@@ -68,6 +71,9 @@ def test_zero_trains_as_one_process_does(tmp_path, name):
     ranks = launch(job)
     assert [rank["engine"] for rank in ranks] == ["DeepSpeedEngine"] * 2
     assert ranks[0]["heads"] == ranks[1]["heads"] == expected["heads"]
+    # Five steps of two micro-batches. Where parameters are divided, both passes of a step gather and run a tower.
+    once = name == "ZeRO-2, frozen tower"
+    assert [rank["towers"] for rank in ranks] == [10 if once else 20] * 2
     assert len(expected["log"]) == 5
     assert all(entry["alignment_pool"] == 16 for entry in expected["log"])
     assert expected["log"][4]["loss"] < expected["log"][0]["loss"] - 1  # what is compared moves
