@@ -32,7 +32,7 @@ from ..runs.report import write_report
 from . import CREDITS
 from .data import easy_vqa, emoji_captions
 from .evaluate import accuracy, answer, majority_accuracy
-from .parts import build_llava, four_bit_config, save_teacher
+from .parts import build_llava, computes_bf16, four_bit_config, save_teacher
 
 # 56 x 56 pixels are 16 image tokens: small enough for two CPU cores, large enough to tell shapes and colours.
 IMAGE_SIZE = 56
@@ -229,6 +229,7 @@ def make_trainer(out: Path, data: DemoData, steps: int, alignment_weight: float,
         save_strategy="no",
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
+        bf16=computes_bf16(),
         seed=seed,
     )
     return HeRATrainer(
@@ -255,7 +256,8 @@ def _measured(out: Path, context: str) -> tuple[HeadRanking, HeadRanking]:
 
 
 def _answers(model: Any, processor: Any, questions: Dataset) -> list[str]:
-    return answer(model, processor, questions, batch_size=48, max_new_tokens=5, autocast_dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if computes_bf16() else None
+    return answer(model, processor, questions, batch_size=48, max_new_tokens=5, autocast_dtype=dtype)
 
 
 def _scores(
