@@ -146,17 +146,21 @@ def signature(records: Sequence[Record]) -> str:
 SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {"signature": signature}
 
 
-def write_page(page: Path, results: dict[str, list[Record]]) -> str:
+def section_of(page: str, name: str) -> tuple[str, str, str]:
+    """What stands before, between and behind the markers of an experiment."""
+    begin, end = f"<!-- study: {name} -->", f"<!-- /study: {name} -->"
+    before, rest = page.split(begin)
+    between, behind = rest.split(end)
+    return before + begin, between, end + behind
+
+
+def write_page(page: str, results: dict[str, list[Record]]) -> str:
     """The page with what stands between its markers made anew."""
-    text = page.read_text()
     for name, section in SECTIONS.items():
-        begin, end = f"<!-- study: {name} -->", f"<!-- /study: {name} -->"
-        if begin not in text:
-            continue
+        before, _, behind = section_of(page, name)
         body = section(results[name]) if results.get(name) else "Not measured yet."
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n\n{body}\n\n{end}{rest.split(end)[1]}"
-    return text
+        page = f"{before}\n\n{body}\n\n{behind}"
+    return page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -164,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
-    args.page.write_text(write_page(args.page, read_results(args.results)))
+    args.page.write_text(write_page(args.page.read_text(), read_results(args.results)))
 
 
 if __name__ == "__main__":

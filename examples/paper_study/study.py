@@ -31,19 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/study"), help="for images, encoders and models")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that each finished run is written to")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--part", default="1/1", help="2/3: every third run, from the second on, for several processes")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after this time")
     args = parser.parse_args(arguments)
     begin, lab = time.monotonic(), Laboratory(args.folder, args.device)
+    first, parts = map(int, args.part.split("/"))
     for experiment in args.experiments:
         done = {record["key"] for record in read_results(experiment, args.results)}
-        for run in EXPERIMENTS[experiment]():
+        for run in EXPERIMENTS[experiment]()[first - 1 :: parts]:
             if run.key in done or time.monotonic() - begin > args.seconds:
                 continue
             record = train(lab, run)
             args.results.mkdir(parents=True, exist_ok=True)
             with (args.results / f"{experiment}.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            lab.finished()
+            lab.finished(run)
             print(f"{experiment}: {run.arm}, seed {run.seed}, {record['seconds']} s", flush=True)
 
 

@@ -147,9 +147,13 @@ class Laboratory:
             chosen.get("head_selection", "worst"), chosen.get("num_aligned_heads", 5)
         )
 
-    def finished(self) -> None:
-        """Removes what interrupted runs would go on from."""
-        shutil.rmtree(self.folder / "running", ignore_errors=True)
+    def running(self, run: Run) -> Path:
+        """Folder that a run goes on from if it is stopped."""
+        return self.folder / "running" / hashlib.sha256(run.key.encode()).hexdigest()[:16]
+
+    def finished(self, run: Run) -> None:
+        """Removes it."""
+        shutil.rmtree(self.running(run), ignore_errors=True)
 
 
 def taught_by(rows: Dataset, teacher: str) -> Dataset:
@@ -165,7 +169,7 @@ def train(lab: Laboratory, run: Run) -> dict[str, Any]:
     held_out = lab.held_out(run)
     processor = AutoProcessor.from_pretrained(lab.start(run.start))
     model: Any = AutoModelForImageTextToText.from_pretrained(lab.start(run.start)).to(lab.device)
-    output = lab.folder / "running" / hashlib.sha256(run.key.encode()).hexdigest()[:16]
+    output = lab.running(run)
     log: dict[str, list[float]] = {}
     measured = _Measured(output / "measured.json")
 

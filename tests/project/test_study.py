@@ -20,7 +20,8 @@ from hera_trainer import HeadRanking, VisionTeacher, add_teacher_features, get_h
 from hera_trainer.demo.data import concept, is_reserved
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "paper_study"
-MODULES = ("images", "encoders", "measure", "train", "experiments", "study")
+MODULES = ("images", "encoders", "measure", "train", "experiments", "study", "report")
+PAGE = FOLDER.parents[1] / "docs" / "results.md"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_a_stopped_run_goes_on(modules: dict[str, ModuleType], lab: object, monk
     monkeypatch.setattr(train, "SAVE_STEPS", 2)
     run = train.Run("aligned", settings={"similarity": "centered_cosine"}, steps=4, every=1)
     whole = train.train(lab, run)
-    lab.finished()
+    lab.finished(run)
     look, seen = train.measure, []
 
     def stopping(*args: object) -> dict:
@@ -148,6 +149,10 @@ def test_what_is_there_is_not_run_again(
     arguments = ["signature", "--results", str(tmp_path), "--folder", str(tmp_path)]
     study.main([*arguments, "--seconds", "-1"])
     assert not ran
+    study.main([*arguments, "--part", "2/2"])
+    assert ran == runs[1:]
+    ran.clear()
+    (tmp_path / "signature.jsonl").unlink()
     study.main(arguments)
     study.main(arguments)
     assert ran == runs and len(list(study.read_results("signature", tmp_path))) == 2
@@ -209,3 +214,52 @@ def test_the_second_encoder_is_an_ordinary_teacher(
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
     torch.testing.assert_close(torch.tensor(found["teacher_features"][:]), expected, atol=1e-4, rtol=1e-4)
+
+
+# The page
+
+
+def record(arm: str, seed: int, scores: dict[int, list[float]], loss: float) -> dict:
+    measured = {
+        str(step): {"mknn": {"image": {"dinov2": values, "efficientnet": values}}, "lm_loss": loss}
+        for step, values in scores.items()
+    }
+    return {
+        "arm": arm,
+        "seed": seed,
+        "config": {"teacher": "dinov2", "images": "openmoji", "draw": 0},
+        "aligned_heads": {"dinov2": ["L0H1", "L1H0"], "efficientnet": []},
+        "layers": 2,
+        "references": {"n": 4, "k": 1, "null": [0.333, 0.5], "ceiling": 0.25},
+        "measured": measured,
+        "log": {"alignment_pull": [0.5, 0.25]} if arm == "aligned" else {},
+    }
+
+
+def test_the_table_of_the_signature(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = modules["report"]
+    monkeypatch.setattr(report, "HEADS", 1)
+    records = [
+        record("start", 0, {0: [0.4, 0.1, 0.2, 0.3]}, 5.0),
+        record("aligned", 1, {1: [0.4, 0.2, 0.3, 0.3], 2: [0.5, 0.4, 0.6, 0.3]}, 3.0),
+        record("aligned", 0, {1: [0.4, 0.2, 0.4, 0.3], 2: [0.7, 0.2, 0.6, 0.1]}, 2.0),
+    ]
+    lines = report.signature(records).splitlines()
+    assert lines[2] == (
+        "| aligned | 0 / 1 | 0.150 | 0.300 / 0.250 | 0.400 / 0.500 | 0.700 / 0.500 | 0.400 / 0.450 | 2.000 / 3.000 "
+        "| 0.25 / 0.25 |"
+    )
+    assert "Unrelated spaces score 0.333 (95th percentile 0.500)" in lines[-1]
+
+
+def test_means_have_intervals(modules: dict[str, ModuleType]) -> None:
+    report = modules["report"]
+    assert report.interval([1.0]) is None and report.number([1.0], 1) == "1.0"
+    # The mean of 1, 2, 3 is 2, its standard error 1 / sqrt(3), and Student's quantile of two degrees of freedom 4.303.
+    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    assert report.number([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
+
+
+def test_the_page_holds_what_was_measured(modules: dict[str, ModuleType]) -> None:
+    report = modules["report"]
+    assert report.write_page(PAGE.read_text(), report.read_results(report.RESULTS)) == PAGE.read_text()
