@@ -275,6 +275,6 @@ def four_bit_config(double_quant: bool = True) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16 if computes_bf16() else torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=NOT_QUANTIZED,
     )

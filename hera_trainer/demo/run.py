@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from .. import (
     AlignmentMonitorCallback,
@@ -130,7 +130,8 @@ def run_demo(
     clock.begin("Before training: held-out questions")
     answers_before = _answers(trainer.model, processor, data.questions)
     clock.begin(
-        f"Training {steps} steps of {BATCH_SIZE} x {ACCUMULATION} samples, LoRA on the 4-bit model; "
+        f"Training {steps} steps of {BATCH_SIZE} x {ACCUMULATION} samples, LoRA on the "
+        f"{'4-bit' if computes_bf16() else 'float32'} model; "
         f"{HELD_OUT_CAPTIONS} held-out captions before and after"
     )
     trainer.train()
@@ -138,7 +139,7 @@ def run_demo(
         trainer.save_model(str(adapter))
     measured = {name: _measured(out, context) for name, context in CONTEXTS.items()}
     clock.begin("Loading the adapter with PEFT alone and answering held-out questions")
-    model = AutoModelForImageTextToText.from_pretrained(out / "model", quantization_config=four_bit_config())
+    model = AutoModelForImageTextToText.from_pretrained(out / "model", quantization_config=_quantization())
     model = PeftModel.from_pretrained(model, out / "adapter")
     answers_after = _answers(model, processor, data.questions)
     clock.end()
@@ -237,7 +238,7 @@ def make_trainer(out: Path, data: DemoData, steps: int, alignment_weight: float,
         args=args,
         train_dataset=data.train,
         callbacks=[AlignmentMonitorCallback(data.held_out, every=steps, num_samples=len(data.held_out))],
-        quantization_config=four_bit_config(),
+        quantization_config=_quantization(),
         peft_config=LoraConfig(
             r=16,
             lora_alpha=32,
@@ -246,6 +247,11 @@ def make_trainer(out: Path, data: DemoData, steps: int, alignment_weight: float,
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def _quantization() -> BitsAndBytesConfig | None:
+    """4 bit, but on a CPU that has no bfloat16: TRL trains the adapter of a 4-bit model in that."""
+    return four_bit_config() if computes_bf16() else None
 
 
 def _measured(out: Path, context: str) -> tuple[HeadRanking, HeadRanking]:
