@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import torch
 from harness import environment
 from peft import LoraConfig, get_peft_model
-from tiny import build_vlm, image_dataset, save_vlm
+from tiny import build_vlm, image_dataset, save_vlm, sft_args
 from torch.utils.data import SequentialSampler
 from training_step import Turns
 from training_step_parts import Setting, Steps
@@ -101,23 +101,19 @@ def gradients(folder: str, cut: tuple[int, int], weight: float, model: dict, set
     """Gradients of the first optimizer step over the same samples, whatever the cut."""
     keep, rows = _Keep(), image_dataset(n=SAMPLES, with_features=8)
     args = HeRAConfig(
-        output_dir=f"{folder}/out",
-        per_device_train_batch_size=cut[0],
-        gradient_accumulation_steps=cut[1],
-        alignment_weight=weight,
-        aligned_heads=HEADS,
-        num_neighbors=3,
-        max_steps=1,
-        max_grad_norm=0.0,
-        learning_rate=1e-9,
-        max_length=None,
-        dataloader_pin_memory=False,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        seed=0,
-        model_init_kwargs={"dtype": "float32", **model.get("init", {})},
-        **settings,
+        **sft_args(
+            f"{folder}/out",
+            per_device_train_batch_size=cut[0],
+            gradient_accumulation_steps=cut[1],
+            alignment_weight=weight,
+            aligned_heads=HEADS,
+            num_neighbors=3,
+            max_steps=1,
+            max_grad_norm=0.0,
+            learning_rate=1e-9,
+            model_init_kwargs={"dtype": "float32", **model.get("init", {})},
+            **settings,
+        )
     )
     trainer = HeRATrainer(
         f"{folder}/model",
@@ -219,19 +215,14 @@ def trainers(cpu: bool, batch_size: int, accumulation: int, layers: int) -> Iter
     deepest = max(0, layers // 3 - 1)
     heads = [f"L{layer}H{head}" for layer, head in ((0, 1), (0, 3), (deepest // 2, 0), (deepest, 1), (deepest, 2))]
     with TemporaryDirectory() as folder:
-        shared: dict[str, Any] = {
-            "output_dir": folder,
-            "per_device_train_batch_size": batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "max_steps": 1000,
-            "max_length": None,
-            "bf16": True,
-            "use_cpu": cpu,
-            "dataloader_pin_memory": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-        }
+        shared = sft_args(
+            folder,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1000,
+            bf16=True,
+            use_cpu=cpu,
+        )
         ours = HeRATrainer(
             peft_model,
             HeRAConfig(**shared, aligned_heads=list(dict.fromkeys(heads)), num_neighbors=5),
@@ -318,19 +309,17 @@ def check_overflow(cpu: bool) -> dict[str, Any]:
     scales = _Scales()
     with TemporaryDirectory() as folder:
         args = HeRAConfig(
-            output_dir=folder,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=3,
-            aligned_heads=HEADS,
-            num_neighbors=3,
-            max_steps=40,
-            fp16=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            max_length=None,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
+            **sft_args(
+                folder,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=3,
+                aligned_heads=HEADS,
+                num_neighbors=3,
+                max_steps=40,
+                fp16=True,
+                use_cpu=False,
+                gradient_checkpointing=False,
+            )
         )
         rows = image_dataset(n=24, with_features=8)
         trainer = HeRATrainer(

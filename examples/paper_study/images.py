@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import resvg_py
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
 
-from hera_trainer.demo.data import concept, is_reserved
+from hera_trainer.demo.data import concept, is_reserved, rasterize
 
 ARTISTS = {  # package, licence
     "noto": ("@iconify-json/noto@1.2.9", "Apache-2.0"),
@@ -101,10 +100,7 @@ def _drawn(folder: Path, artist: str, names: dict[str, Emoji]) -> list[dict]:
         sizes = [icon.get(side, icons.get(side, 16)) for side in ("width", "height")]
         view = f"{icon.get('left', icons.get('left', 0))} {icon.get('top', icons.get('top', 0))} {sizes[0]} {sizes[1]}"
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}">{icon["body"]}</svg>'
-        png = resvg_py.svg_to_bytes(
-            svg, width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
-        )
-        image = {"bytes": bytes(png), "path": None}
+        image = {"bytes": rasterize(svg, IMAGE_SIZE), "path": None}
         return {
             "images": [image],
             "name": emoji.name,
@@ -160,8 +156,8 @@ def split(images: Dataset, draw: int, num_held_out: int) -> tuple[Dataset, Datas
     rows: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(images["name"]):
         rows[concept(name)].append(index)
-    held_out = random.Random(0).sample(sorted(filter(is_reserved, rows)), len(list(filter(is_reserved, rows))))
-    held_out = held_out[draw * num_held_out : (draw + 1) * num_held_out]
+    reserved = sorted(filter(is_reserved, rows))
+    held_out = random.Random(0).sample(reserved, len(reserved))[draw * num_held_out : (draw + 1) * num_held_out]
     if len(held_out) < num_held_out:
         raise ValueError(f"There is no draw {draw} of {num_held_out} held-out concepts: take a smaller one.")
     rng = random.Random(draw)

@@ -19,12 +19,13 @@ from hera_trainer import (
     HeadCapture,
     HeRALoss,
     get_head_accessor,
-    mutual_knn,
     mutual_knn_null,
     nearest_neighbors,
 )
+from hera_trainer.alignment.contrast import spread
 from hera_trainer.evaluation.image_gain import other_rows
 from hera_trainer.heads.registry import unwrap_model
+from hera_trainer.objectives.metrics import neighbor_overlap
 
 NEIGHBORS = 10
 BATCH_SIZE = 50
@@ -44,16 +45,19 @@ class HeldOut:
     rows: Dataset
     vectors: Mapping[str, Tensor]
 
+    def neighbors(self) -> dict[str, Tensor]:
+        """By name of the encoder, each image's neighbours `[N, k]`."""
+        return {name: nearest_neighbors(vectors, NEIGHBORS) for name, vectors in self.vectors.items()}
+
     def references(self, seed: int = 0) -> dict[str, Any]:
         """What scores are held against: what unrelated spaces score, and the two encoders each other."""
-        first, second = self.vectors.values()
-        neighbors = (nearest_neighbors(vectors, NEIGHBORS) for vectors in (first, second))
-        null = mutual_knn_null(*neighbors, seed=seed)
+        first, second = self.neighbors().values()
+        null = mutual_knn_null(first, second, seed=seed)
         return {
             "n": len(self.rows),
             "k": NEIGHBORS,
             "null": [null.mean, null.p95],
-            "ceiling": mutual_knn(first, second, NEIGHBORS),
+            "ceiling": neighbor_overlap(first, second),
         }
 
 
@@ -90,19 +94,19 @@ def measure(
     for name, vectors in held_out.vectors.items():
         z = read["image"][places[name]]
         measured["alignment_loss"][name] = HeRALoss(NEIGHBORS, **YARDSTICK)(z, vectors).item()
-        measured["spread"][name] = _spread(z)
+        measured["spread"][name] = spread(z, torch.ones(len(vectors), dtype=torch.bool)).mean().item()
     if in_full:
         others = other_rows([1] * len(rows), range(len(rows)), seed=0)
         permuted = [{**row, "images": rows[other]["images"]} for row, other in zip(rows, others, strict=True)]
         measured["image_gain"] = _read(model, collate, permuted)[1] - loss
         read["text"], _ = _read(model, partial(_captions_alone, processor), rows, capture)
-    measured["mknn"] = {
-        context: {
-            name: [round(mutual_knn(z, vectors, NEIGHBORS), 4) for z in heads_read]
-            for name, vectors in held_out.vectors.items()
+    measured["mknn"] = {}
+    for context, vectors in read.items():
+        found = [nearest_neighbors(z, NEIGHBORS) for z in vectors]
+        measured["mknn"][context] = {
+            name: [round(neighbor_overlap(own, targets), 4) for own in found]
+            for name, targets in held_out.neighbors().items()
         }
-        for context, heads_read in read.items()
-    }
     model.train(training)
     return measured
 
@@ -141,10 +145,3 @@ def _captions_alone(processor: Any, rows: Sequence[dict]) -> dict[str, Tensor]:
     texts = [row["completion"][0]["content"] for row in rows]
     batch = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
-
-
-def _spread(z: Tensor) -> float:
-    """One minus the mean cosine between two samples, over heads."""
-    unit = F.normalize(z, dim=-1)
-    n = z.shape[1]
-    return float(1 - (unit.sum(1).square().sum(-1) - n).mean() / (n * (n - 1)))

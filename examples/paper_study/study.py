@@ -8,21 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments import EXPERIMENTS
+from report import RESULTS, read_results
 from train import Laboratory, train
-
-RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def read_results(experiment: str, folder: Path = RESULTS) -> Iterator[dict[str, Any]]:
-    """The records of an experiment."""
-    path = folder / f"{experiment}.jsonl"
-    if path.exists():
-        yield from map(json.loads, path.read_text().splitlines())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin, lab = time.monotonic(), Laboratory(args.folder, args.device)
     first, parts = map(int, args.part.split("/"))
     for experiment in args.experiments:
-        done = {record["key"] for record in read_results(experiment, args.results)}
+        done = {record["key"] for record in read_results(args.results).get(experiment, [])}
         for run in EXPERIMENTS[experiment]()[first - 1 :: parts]:
             if run.key in done or time.monotonic() - begin > args.seconds:
                 continue

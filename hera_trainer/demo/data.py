@@ -46,7 +46,7 @@ def emoji_captions(n: int | None = None, size: int = 224, seed: int = 0) -> Data
     """
     named = _sample(_named_images(), n, seed)
     with ThreadPoolExecutor(max_workers=2) as pool:
-        images = list(pool.map(lambda item: _rasterize(item[0], size), named))
+        images = list(pool.map(lambda item: rasterize(item[0].read_text(encoding="utf-8"), size), named))
     captions = [_caption(name) for _, name in named]
     rows = {
         "images": [[{"bytes": image, "path": None}] for image in images],
@@ -82,9 +82,14 @@ def _is_flag(symbol: str) -> bool:
     return "\U0001f1e6" <= symbol[0] <= "\U0001f1ff" or any("\U000e0020" <= sign <= "\U000e007f" for sign in symbol)
 
 
-def _rasterize(path: Path, size: int) -> bytes:
+def rasterize(svg: str, size: int) -> bytes:
+    """A drawing on white, as PNG.
+
+    Args:
+        svg (`str`): The drawing.
+        size (`int`): Height and width in pixels.
+    """
     resvg_py = imported("resvg_py")
-    svg = path.read_text(encoding="utf-8")
     return bytes(resvg_py.svg_to_bytes(svg, width=size, height=size, background="white", skip_system_fonts=True))
 
 

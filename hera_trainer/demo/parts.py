@@ -34,35 +34,33 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 # the root of the model: "vision_tower" alone would be ignored without a word.
 NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
-# SmolLM2's own ChatML, with three changes: contents may be lists of text and image blocks, the answer is marked for
-# assistant-only losses, and there is no default system prompt (20 tokens in front of every sample).
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+# What both chat templates say of a message: contents may be lists of text and image blocks, and the answer is marked
+# for assistant-only losses.
+_BLOCKS = (
     "{% if message['content'] is string %}{% set blocks = [{'type': 'text', 'text': message['content']}] %}"
     "{% else %}{% set blocks = message['content'] %}{% endif %}"
+)
+_ANSWER_OR_BLOCKS = (
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{% for block in blocks %}{{ block['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}"
     "{% else %}"
     "{% for block in blocks %}{% if block['type'] == 'image' %}{{ '<image>' }}"
-    "{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' }}"
-    "{% endif %}{{ '\n' }}{% endfor %}"
+    "{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}{% endfor %}"
+)
+
+# SmolLM2's own ChatML, but for that and for the default system prompt (20 tokens in front of every sample), which is
+# left out.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    f"{_BLOCKS}{_ANSWER_OR_BLOCKS}"
+    "{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 # The format that the projector of stage 1 was trained in, as LLaVA's was: a caption follows its image and nothing else.
 # It spares 14 of 38 tokens.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{% set blocks = [{'type': 'text', 'text': message['content']}] %}"
-    "{% else %}{% set blocks = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{% for block in blocks %}{{ block['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}"
-    "{% for block in blocks %}{% if block['type'] == 'image' %}{{ '<image>' }}"
-    "{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}{% endfor %}{{ '\n' }}"
-    "{% endif %}{% endfor %}"
-)
+PLAIN_TEMPLATE = f"{{% for message in messages %}}{_BLOCKS}{_ANSWER_OR_BLOCKS}{{{{ '\n' }}}}{{% endif %}}{{% endfor %}}"
 
 # ONNX keeps the names of parameters that are used as they are, but not of those of matrix products: these are found by
 # the name of their node. Both follow the module names of the transformers version that exported the file.

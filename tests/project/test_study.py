@@ -155,7 +155,7 @@ def test_what_is_there_is_not_run_again(
     (tmp_path / "signature.jsonl").unlink()
     study.main(arguments)
     study.main(arguments)
-    assert ran == runs and len(list(study.read_results("signature", tmp_path))) == 2
+    assert ran == runs and len(study.read_results(tmp_path)["signature"]) == 2
 
 
 def test_every_experiment_names_its_runs_apart(modules: dict[str, ModuleType]) -> None:
