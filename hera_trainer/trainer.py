@@ -211,7 +211,7 @@ class HeRATrainer(SFTTrainer):
         for monitor in self._monitors:  # before the teacher has worked for hours
             monitor.check(self)
         self._record = RunRecordCallback()
-        if args.alignment_weight > 0 or args.monitor_steps is not None:
+        if args.alignment_weight > 0 or self._monitors:
             self.add_callback(self._record)
 
     def create_criterion(self) -> AlignmentObjective:

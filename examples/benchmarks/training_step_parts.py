@@ -78,8 +78,8 @@ def build(folder: Path, small: bool) -> None:
         save_tiny_dinov2(folder / "teacher")
         train = captions = image_dataset(n=32, with_features=16)
     else:
+        from hera_trainer.demo.job import load_data
         from hera_trainer.demo.parts import build_llava, save_teacher
-        from hera_trainer.demo.run import load_data
 
         model, processor = build_llava()
         save_teacher(folder / "teacher")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from maps import HeadMap
 from train import Run
 
 CONTROL = {"teacher_control": "permuted"}
@@ -33,9 +34,10 @@ def signature() -> list[Run]:
 
 # The search: one seed, one draw of held-out concepts, few steps. What is compared is a run with its control. Everything
 # else is as in `HELD`, at the same pull, so that a temperature is not taken for a weight.
-SEARCHED = {"steps": 30, "seed": 0, "draw": 0}
+SEARCHED: dict[str, Any] = {"steps": 20, "in_full": False}
 HELD: dict[str, Any] = {**CENTERED, "temperature": 0.3, "target_pull": 0.3, "alignment_weight": 0.5}
-TEACHERS = ("efficientnet", "dinov2")
+NOT_ITS_OWN = ("efficientnet",)  # a teacher that the model does not look through
+BOTH = ("efficientnet", "dinov2")
 
 
 def references() -> list[Run]:
@@ -43,18 +45,18 @@ def references() -> list[Run]:
     return [Run("start", steps=0), Run("SFT", settings=SFT, **SEARCHED)]
 
 
-def searched(varied: Sequence[tuple[str, dict[str, Any]]]) -> list[Run]:
-    """Pairs with both teachers, each with some settings varied."""
+def searched(varied: Sequence[tuple[str, dict[str, Any]]], teachers: Sequence[str] = NOT_ITS_OWN) -> list[Run]:
+    """Pairs, each with some settings varied."""
     return [
         run
         for name, settings in varied
-        for teacher in TEACHERS
+        for teacher in teachers
         for run in pair(name, HELD | settings, teacher=teacher, **SEARCHED)
     ]
 
 
 def temperature() -> list[Run]:
-    return searched([(f"temperature {t}", {"temperature": t}) for t in (0.3, 0.07, 1.0, 0.15, 0.6)])
+    return searched([(f"temperature {t}", {"temperature": t}) for t in (0.3, 0.07, 1.0, 0.15, 0.6)], BOTH)
 
 
 def pull() -> list[Run]:
@@ -72,16 +74,26 @@ def similarity() -> list[Run]:
     )
 
 
+def micro_batches(size: int, **settings: Any) -> dict[str, Any]:
+    """Steps of 64 in micro-batches, with two neighbours: more would leave nothing to tell apart in the smallest."""
+    return {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": 64 // size,
+        "num_neighbors": 2,
+        **settings,
+    }
+
+
 def pool() -> list[Run]:
-    half = {"per_device_train_batch_size": 32, "num_neighbors": 5}
+    within: dict[str, Any] = {"contrast_scope": "micro_batch"}
     return searched(
         [
-            ("queue of 192", {"queue_size": 192}),
-            ("groups of neighbours", {"neighbor_group_size": 12}),
-            ("pool of 128", {"gradient_accumulation_steps": 2}),
-            ("pool of 32, k = 5", half),
-            ("k = 5", {"num_neighbors": 5}),
-            ("k = 20", {"num_neighbors": 20}),
+            ("64 in micro-batches of 4", micro_batches(4, **within)),
+            ("64 in micro-batches of 16", micro_batches(16, **within)),
+            ("64 as one", micro_batches(64)),
+            ("64 and a queue of 192", micro_batches(64, queue_size=192)),
+            ("64 in groups of neighbours", micro_batches(64, neighbor_group_size=4)),
+            ("64 in micro-batches of 8", micro_batches(8, **within)),
         ]
     )
 
@@ -98,7 +110,30 @@ def heads() -> list[Run]:
     )
 
 
-EXPERIMENTS = {
+# The confirmation: the setting that the search found, on other seeds and other held-out concepts, captions and
+# questions mixed. Only these numbers are claims.
+CONFIRMED: dict[str, Any] = {"steps": 40, "draw": 1, "images": "mixed"}
+SEEDS = range(1, 6)
+
+
+def confirmation() -> list[Run]:
+    runs = [Run("start", steps=0, draw=1, images="mixed")]
+    uniformity = {"alignment_objective": "uniformity", "temperature": None, "target_pull": 0.3, "alignment_weight": 0.5}
+    for seed in SEEDS:
+        runs.append(Run("SFT", settings=SFT, seed=seed, **CONFIRMED))
+        runs += pair("aligned", HELD, seed=seed, **CONFIRMED)
+        runs.append(Run("uniformity", settings=uniformity, seed=seed, **CONFIRMED))
+    return runs
+
+
+def head_map() -> list[HeadMap]:
+    maps = [HeadMap("captions", seed, samples) for samples in (1000, 100, 300, 1900) for seed in range(3)]
+    maps += [HeadMap("names alone", style="name"), HeadMap("clipped at the 95 % quantile", clip_quantile=0.95)]
+    maps += [HeadMap("centred", center=True), HeadMap("with the token that begins a text", bos=True)]
+    return [*maps, HeadMap("EfficientNet as the teacher", teacher="efficientnet")]
+
+
+EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "signature": signature,
     "references": references,
     "temperature": temperature,
@@ -106,4 +141,6 @@ EXPERIMENTS = {
     "similarity": similarity,
     "pool": pool,
     "heads": heads,
+    "head_map": head_map,
+    "confirmation": confirmation,
 }

@@ -40,10 +40,12 @@ class HeldOut:
     Args:
         rows (`Dataset`): Columns `images`, `prompt` and `completion`.
         vectors (`Mapping[str, Tensor]`): By name of the encoder, `[N, d]`.
+        questions (`Dataset`): The same columns: short answers to questions about other images.
     """
 
     rows: Dataset
     vectors: Mapping[str, Tensor]
+    questions: Dataset
 
     def neighbors(self) -> dict[str, Tensor]:
         """By name of the encoder, each image's neighbours `[N, k]`."""
@@ -71,24 +73,24 @@ def measure(
 ) -> dict[str, Any]:
     """Mutual k-NN of all heads with both encoders, with the image in context; the aligned heads' alignment loss and
     spread; the language-model loss. In full, also mutual k-NN on text alone, and what the loss rises by when the images
-    are permuted.
+    are permuted, and the share of questions that are answered right.
 
     Args:
         model (`nn.Module`): A model, in whatever mode; it is put into eval mode.
         processor (`Any`): Its processor.
         held_out ([`HeldOut`]): What to measure on.
         aligned (`Mapping[str, Sequence[AttentionHead]]`): By encoder, the heads that training with it aligns.
-        in_full (`bool`): Take three passes through the model instead of one.
+        in_full (`bool`): Take four passes through the model instead of one.
     """
     training = model.training
     model.eval()
     accessor = get_head_accessor(model)
     heads = accessor.heads()
     capture = HeadCapture(accessor, heads, model.config.model_type)
-    rows = [{name: row[name] for name in ("images", "prompt", "completion")} for row in held_out.rows]
+    rows = _trained_on(held_out.rows)
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     read: dict[str, Tensor] = {}
-    read["image"], loss = _read(model, collate, rows, capture)
+    read["image"], loss, _ = _read(model, collate, rows, capture)
     places = {name: [heads.index(head) for head in chosen] for name, chosen in aligned.items()}
     measured: dict[str, Any] = {"lm_loss": loss, "alignment_loss": {}, "spread": {}}
     for name, vectors in held_out.vectors.items():
@@ -99,7 +101,8 @@ def measure(
         others = other_rows([1] * len(rows), range(len(rows)), seed=0)
         permuted = [{**row, "images": rows[other]["images"]} for row, other in zip(rows, others, strict=True)]
         measured["image_gain"] = _read(model, collate, permuted)[1] - loss
-        read["text"], _ = _read(model, partial(_captions_alone, processor), rows, capture)
+        measured["vqa_accuracy"] = _read(model, collate, _trained_on(held_out.questions))[2]
+        read["text"], _, _ = _read(model, partial(_captions_alone, processor), rows, capture)
     measured["mknn"] = {}
     for context, vectors in read.items():
         found = [nearest_neighbors(z, NEIGHBORS) for z in vectors]
@@ -111,33 +114,42 @@ def measure(
     return measured
 
 
+def _trained_on(rows: Dataset) -> list[dict]:
+    return [{name: row[name] for name in ("images", "prompt", "completion")} for row in rows]
+
+
 def _read(
     model: nn.Module, collate: Callable, rows: Sequence[dict], capture: HeadCapture | None = None
-) -> tuple[Tensor, float]:
-    """Representations of the captured heads `[m, N, d_model]`, and the mean loss of the labelled tokens."""
-    vectors, total, tokens = [], 0.0, 0
+) -> tuple[Tensor, float, float]:
+    """Representations of the captured heads `[m, N, d_model]`, the mean loss of the labelled tokens, and the share of
+    rows whose labelled tokens are all the likeliest ones: those are what greedy decoding gives."""
+    vectors: list[Tensor] = []
+    loss, tokens, right = 0.0, 0, 0
     for start in range(0, len(rows), BATCH_SIZE):
         some = [dict(row) for row in rows[start : start + BATCH_SIZE]]  # TRL's collator writes into them
         batch = {name: value.to(model.device) for name, value in collate(some).items()}
-        count = int((batch["labels"][:, 1:] != -100).sum())
         with nullcontext() if capture is None else capture.attached():
             if capture is not None:
                 capture.start(batch["labels"] != -100, train=False)
-            total += _summed_loss(model, batch)
-            tokens += count
+            logits, labels = _labelled(model, batch)
             if capture is not None:
                 vectors.append(capture.vectors().cpu())
-    return torch.cat(vectors, dim=1) if vectors else torch.empty(0), total / tokens
+        loss += F.cross_entropy(logits, labels[labels != -100], reduction="sum").item()
+        missed = torch.zeros_like(labels, dtype=torch.bool)
+        missed[labels != -100] = logits.argmax(-1) != labels[labels != -100]
+        right += int((~missed.any(dim=1)).sum())
+        tokens += len(logits)
+    return torch.cat(vectors, dim=1) if vectors else torch.empty(0), loss / tokens, right / len(rows)
 
 
-def _summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
-    """Language-model loss summed over the labelled tokens. Logits of other positions, most of them, are not made."""
+def _labelled(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits that predict the labelled tokens `[n, vocabulary]`, and the shifted labels `[B, T - 1]`. Logits of other
+    positions, most of them, are not made."""
     inner = unwrap_model(model)
     labels = batch["labels"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     hidden = inner.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-    labelled = labels != -100
-    return F.cross_entropy(inner.lm_head(hidden[labelled]).float(), labels[labelled], reduction="sum").item()
+    return inner.lm_head(hidden[labels != -100]).float(), labels
 
 
 def _captions_alone(processor: Any, rows: Sequence[dict]) -> dict[str, Tensor]:

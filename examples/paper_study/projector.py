@@ -20,17 +20,18 @@ import torch
 from datasets import concatenate_datasets
 from images import captions, load_images, split
 from safetensors.torch import save_file
-from train import HELD_OUT, commit
+from train import HELD_OUT, commit, scoring_labels_alone
 
 from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.demo.data import easy_vqa
 from hera_trainer.demo.evaluate import accuracy, answer, majority_accuracy
-from hera_trainer.demo.parts import PLAIN_TEMPLATE, build_llava, computes_bf16
-from hera_trainer.demo.run import IMAGE_SIZE
+from hera_trainer.demo.job import IMAGE_SIZE
+from hera_trainer.demo.parts import build_llava, computes_bf16, write_plainly
 
 LOG = Path(__file__).resolve().parent / "results" / "projector.json"
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
@@ -43,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out/study"), help="for the images")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=240)
     args = parser.parse_args()
     rows = args.steps * SETTINGS["per_device_train_batch_size"] // 2
     emoji = captions(split(load_images(args.folder), 0, HELD_OUT)[0])
@@ -53,7 +54,8 @@ def main() -> None:
     questions = easy_vqa("train", rows)
     data = concatenate_datasets([shown, questions.select_columns(columns)])
     model, processor = build_llava(IMAGE_SIZE)
-    processor.chat_template = PLAIN_TEMPLATE
+    model.set_attn_implementation("eager")
+    write_plainly(model, processor)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("multi_modal_projector" in name)
     begin = time.perf_counter()
@@ -71,7 +73,8 @@ def main() -> None:
             **SETTINGS,
         )
         trainer = HeRATrainer(model, settings, train_dataset=data, processing_class=processor)
-        trainer.train()
+        with scoring_labels_alone():
+            trainer.train()
         losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     weights = model.model.multi_modal_projector.state_dict()
     save_file({name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}, args.output)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import EXPERIMENTS
-from report import RESULTS, read_results
+from maps import HeadMap, rank
+from records import RESULTS, read_results
 from train import Laboratory, train
 
 
@@ -32,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for run in EXPERIMENTS[experiment]()[first - 1 :: parts]:
             if run.key in done or time.monotonic() - begin > args.seconds:
                 continue
-            record = train(lab, run)
+            record = rank(lab, run) if isinstance(run, HeadMap) else train(lab, run)
             args.results.mkdir(parents=True, exist_ok=True)
             with (args.results / f"{experiment}.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            lab.finished(run)
+            lab.finished(run.key)
             print(f"{experiment}: {run.arm}, seed {run.seed}, {record['seconds']} s", flush=True)
 
 

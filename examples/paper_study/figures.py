@@ -1,0 +1,78 @@
+"""The figures of docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from records import MEASURES, NAMES, Record, aligned_heads, by_arm, interval, last, pairs
+
+COLORS = {"SFT": "#888888", "aligned": "#1f77b4", "aligned control": "#ff7f0e", "uniformity": "#2ca02c"}
+SEARCHES = ("temperature", "pull", "similarity", "pool", "heads")
+SHOWN = ("aligned five", "aligned five, by the other encoder", "image gain", "easy-VQA accuracy", "held-out loss")
+
+
+def draw(results: dict[str, list[Record]], folder: Path) -> None:
+    """Writes a PNG for each question that has results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    searched = {name: pairs(results[name]) for name in SEARCHES if pairs(results.get(name, []))}
+    if searched:
+        _save(_searched(searched, results["references"]), folder / "results-search.png")
+    if results.get("confirmation"):
+        _save(_confirmed(results["confirmation"]), folder / "results-confirmation.png")
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": ""})
+    plt.close(figure)
+
+
+def _searched(found: dict[str, list[tuple[Record, Record]]], references: Sequence[Record]) -> plt.Figure:
+    """A line for each setting: from the control's mutual k-NN to the aligned run's."""
+    runs = [(name, run, control) for name, some in found.items() for run, control in some]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(runs)))
+    for place, (_, run, control) in enumerate(runs):
+        low, high = aligned_heads(control), aligned_heads(run)
+        axes.plot([low, high], [place, place], color="#bbbbbb", zorder=1)
+        axes.scatter(low, place, facecolors="white", edgecolors=COLORS["aligned control"], zorder=2)
+        axes.scatter(high, place, color=COLORS["aligned"], zorder=3)
+    axes.set_yticks(range(len(runs)), [f"{run['arm']} ({NAMES[run['config']['teacher']]})" for _, run, _ in runs])
+    axes.invert_yaxis()
+    null = references[0]["references"]["null"][0]
+    axes.axvline(null, color="#888888", linestyle=":", label="unrelated spaces")
+    axes.scatter([], [], color=COLORS["aligned"], label="aligned")
+    axes.scatter([], [], facecolors="white", edgecolors=COLORS["aligned control"], label="control: permuted teacher")
+    axes.set_xlabel("mutual k-NN of the aligned heads with their teacher, held-out images; one seed")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12 - 1.2 / len(runs)), ncols=3, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _confirmed(records: Sequence[Record]) -> plt.Figure:
+    """Each seed as a dot, the mean with its 95 % interval beside it."""
+    start = next(record for record in records if record["arm"] == "start")
+    shown = [measure for measure in MEASURES if measure[0] in SHOWN]
+    figure, panels = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.2), layout="constrained")
+    for axes, (name, _, value) in zip(panels, shown, strict=True):
+        axes.axhline(value(start, start), color="#888888", linestyle="--", linewidth=1)
+        for place, (arm, runs) in enumerate(by_arm(records).items()):
+            values = [value(run, start) for run in runs]
+            _dots(axes, place, values, COLORS.get(arm, "#9467bd"))
+        axes.set_xticks(range(len(by_arm(records))), list(by_arm(records)), rotation=45, ha="right")
+        axes.set_title(name.replace(", ", ",\n"), fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    null = last(start) and start["references"]["null"][0]
+    panels[0].axhline(null, color="#888888", linestyle=":", linewidth=1)
+    return figure
+
+
+def _dots(axes: Axes, place: int, values: Sequence[float], color: str) -> None:
+    axes.scatter([place - 0.12] * len(values), values, color=color, alpha=0.5, s=18)
+    half = interval(values)
+    axes.errorbar(place + 0.12, mean(values), yerr=half, color=color, marker="o", capsize=3)

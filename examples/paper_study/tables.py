@@ -1,0 +1,149 @@
+"""The tables of docs/results.md, each of the records of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import mean
+
+from records import (
+    MEASURES,
+    NAMES,
+    Record,
+    aligned,
+    aligned_heads,
+    by_arm,
+    differences,
+    last,
+    mknn,
+    number,
+    other,
+    pairs,
+    rank_correlation,
+    seeds,
+    top,
+    worst,
+)
+
+# What is added by what comes first to what comes second, seed by seed.
+COMPARED = (("aligned", "aligned control"), ("aligned", "SFT"), ("aligned", "uniformity"), ("uniformity", "SFT"))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def references(records: Sequence[Record]) -> str:
+    """What scores are held against."""
+    found = records[0]["references"]
+    null, p95 = found["null"]
+    return (
+        f"{found['n']} held-out images, k = {found['k']}. Unrelated spaces score {null:.3f} "
+        f"(95th percentile {p95:.3f}), "
+        f"DINOv2 ViT-S and EfficientNet-Lite2 score {found['ceiling']:.3f} with each other."
+    )
+
+
+def signature(records: Sequence[Record]) -> str:
+    """Mutual k-NN on the way, every seed, as SFT, alignment and control leave it."""
+    start = next(record for record in records if record["arm"] == "start")
+    steps = sorted({int(step) for record in records for step in record["measured"]})
+    header = ["arm", "seeds", *(f"aligned five, step {step}" for step in steps)]
+    header += ["top five, last", "all, last", "held-out loss", "pull, last"]
+    rows = []
+    for arm, runs in by_arm(records).items():
+        row = [arm, " / ".join(str(run["seed"]) for run in runs)]
+        for step in steps:
+            found = runs if step else [start]
+            row.append(seeds([mknn(run, aligned(run), step=step) for run in found]))
+        row.append(seeds([mknn(run, top(run, start)) for run in runs]))
+        row.append(seeds([mean(last(run)["mknn"]["image"][run["config"]["teacher"]]) for run in runs]))
+        row.append(seeds([last(run)["lm_loss"] for run in runs]))
+        pulls = [run["log"]["alignment_pull"][-1] for run in runs if "alignment_pull" in run["log"]]
+        row.append(seeds(pulls, 2) if pulls else "")
+        rows.append(row)
+    return f"{markdown(header, rows)}\n\n{references(records)}"
+
+
+def search(records: Sequence[Record]) -> str:
+    """Aligned runs beside their controls, one seed."""
+    header = ["setting", "teacher", "aligned five", "control", "**difference**", "difference by the other encoder"]
+    header += ["held-out alignment loss", "control", "held-out loss", "control", "pull, last"]
+    rows = []
+    for run, control in pairs(records):
+        both = (run, control)
+        teacher = run["config"]["teacher"]
+        scores = [aligned_heads(record) for record in both]
+        others = [aligned_heads(record, encoder=other(record)) for record in both]
+        row = [run["arm"], NAMES[teacher], *(f"{score:.3f}" for score in scores)]
+        row += [f"**{scores[0] - scores[1]:+.3f}**", f"{others[0] - others[1]:+.3f}"]
+        row += [f"{last(record)['alignment_loss'][teacher]:.3f}" for record in both]
+        row += [f"{last(record)['lm_loss']:.3f}" for record in both]
+        pull = run["log"].get("alignment_pull")
+        rows.append([*row, f"{pull[-1]:.2f}" if pull else ""])
+    return markdown(header, rows)
+
+
+def before_and_sft(records: Sequence[Record]) -> str:
+    """What the search's runs are held against, by teacher: the heads are others for each."""
+    header = ["", *(f"aligned five by {NAMES[name]}" for name in NAMES), "held-out loss"]
+    rows = []
+    for record in records:
+        row = ["before training" if record["arm"] == "start" else record["arm"]]
+        for name in NAMES:
+            taught = {**record, "config": {**record["config"], "teacher": name}}
+            row.append(f"{aligned_heads(taught):.3f}")
+        rows.append([*row, f"{last(record)['lm_loss']:.3f}"])
+    return f"{markdown(header, rows)}\n\n{references(records)}"
+
+
+def confirmation(records: Sequence[Record]) -> str:
+    """All measures of all arms, and what the teacher adds, with intervals."""
+    start = next(record for record in records if record["arm"] == "start")
+    arms = by_arm(records)
+    rows = [["before training", "", *(number([value(start, start)], digits) for _, digits, value in MEASURES)]]
+    for arm, runs in arms.items():
+        values = ([value(run, start) for run in runs] for _, _, value in MEASURES)
+        cells = [number(found, digits) for found, (_, digits, _) in zip(values, MEASURES, strict=True)]
+        rows.append([arm, str(len(runs)), *cells])
+    for one, another in COMPARED:
+        if one in arms and another in arms:
+            found = [differences(arms[one], arms[another], start, measure) for measure in MEASURES]
+            cells = [number(values, measure[1], sign="+") for values, measure in zip(found, MEASURES, strict=True)]
+            rows.append([f"**{one} minus {another}**", str(len(found[0])), *cells])
+    return f"{markdown(['', 'seeds', *(name for name, _, _ in MEASURES)], rows)}\n\n{references(records)}"
+
+
+def head_map(records: Sequence[Record]) -> str:
+    """How firm the ranking is: maps beside the first one."""
+    reference = next(record for record in records if record["arm"] == "captions")
+    header = ["what is ranked on", "samples", "draws", "of the worst five in common with the first"]
+    header += ["rank correlation with the first", "worst head", "best head", "best layer", "unrelated spaces"]
+    grouped: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        grouped.setdefault((record["arm"], record["config"]["samples"]), []).append(record)
+    rows = []
+    for (arm, samples), maps in grouped.items():
+        shown = [record for record in maps if record is not reference]
+        common = " / ".join(str(len(worst(record) & worst(reference))) for record in shown)
+        agreement = seeds([rank_correlation(record, reference) for record in shown], 2) if shown else ""
+        flat = [[score for row in record["scores"] for score in row] for record in maps]
+        row = [arm, str(samples), str(len(maps)), common, agreement]
+        row += [f"{mean(map(min, flat)):.3f}", f"{mean(map(max, flat)):.3f}"]
+        row += [f"{mean(max(record['layer_scores']) for record in maps):.3f}"]
+        rows.append([*row, f"{mean(record['null'][0] for record in maps):.3f}"])
+    return markdown(header, rows)
+
+
+SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
+    "signature": signature,
+    "references": before_and_sft,
+    "temperature": search,
+    "pull": search,
+    "similarity": search,
+    "pool": search,
+    "heads": search,
+    "confirmation": confirmation,
+    "head_map": head_map,
+}
