@@ -25,14 +25,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer import utils as trl_utils
 
-from hera_trainer import AttentionHead, HeadRanking, HeRAConfig, HeRATrainer, add_teacher_features, rank_heads
+from hera_trainer import (
+    AttentionHead,
+    HeadRanking,
+    HeRAConfig,
+    HeRATrainer,
+    VisionTeacher,
+    add_teacher_features,
+    rank_heads,
+)
 from hera_trainer.common.files import write_atomically
 from hera_trainer.demo.data import easy_vqa, emoji_captions
 from hera_trainer.demo.job import IMAGE_SIZE, LINEAR_LAYERS
 from hera_trainer.demo.parts import build_llava, computes_bf16
 
 HELD_OUT, OPENMOJI_HELD_OUT, QUESTIONS = 360, 400, 240
-TRAIN_QUESTIONS = 1920
+TRAINED_ON = 1920  # images, and as many questions
 RANKING_SAMPLES = 1000
 SAVE_STEPS = 10
 SETTINGS: dict[str, Any] = {
@@ -115,20 +123,21 @@ class Laboratory:
     def _split(self, images: str, draw: int) -> tuple[Dataset, Dataset]:
         if images == "mixed":
             train, held_out = self.rows("emoji", draw)
-            questions = self._with_vectors(easy_vqa("train", TRAIN_QUESTIONS))
-            chosen = train.shuffle(seed=draw).select(range(TRAIN_QUESTIONS))
+            questions = self._with_vectors(easy_vqa("train", TRAINED_ON))
             columns = ["images", "prompt", "completion", *ENCODERS]
-            return concatenate_datasets([part.select_columns(columns) for part in (chosen, questions)]), held_out
+            return concatenate_datasets([part.select_columns(columns) for part in (train, questions)]), held_out
         if images == "emoji":
-            train, held_out = map(self._with_vectors, split(load_images(self.folder), draw, HELD_OUT))
-            return captions(train), captions(held_out)
+            train, held_out = split(load_images(self.folder), draw, HELD_OUT)
+            train = train.shuffle(seed=0).select(range(TRAINED_ON))
+            return captions(self._with_vectors(train)), captions(self._with_vectors(held_out))
         rows = self._with_vectors(emoji_captions(seed=0))
         order = random.Random(draw).sample(range(len(rows)), len(rows)) if draw else list(range(len(rows)))
         return rows.select(order[OPENMOJI_HELD_OUT:]), rows.select(order[:OPENMOJI_HELD_OUT])
 
     def _with_vectors(self, rows: Dataset) -> Dataset:
         for name in ENCODERS:
-            encoder = load_encoder(self.folder, name)
+            path, dtype = load_encoder(self.folder, name), torch.bfloat16 if computes_bf16() else torch.float32
+            encoder = VisionTeacher.from_pretrained(path, dtype=dtype)
             rows = add_teacher_features(rows, encoder, desc=name).rename_column("teacher_features", name)
         return rows
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -132,6 +133,27 @@ class TestLlava:
         again, _ = parts.build_llava(image_size=IMAGE_SIZE)
         first, second = (m.model.multi_modal_projector.state_dict() for m in (llava[0], again))
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_with_the_projector_of_stage_1_it_looks_and_ends_a_line(self, language_model, monkeypatch):
+        model, tokenizer = language_model
+        monkeypatch.setattr(parts, "load_language_model", lambda: copy.deepcopy((model, tokenizer)))
+        sees, processor = parts.build_llava(image_size=IMAGE_SIZE, projector="stage1")
+        file = load_file(Path(parts.__file__).with_name("projector.safetensors"))
+        loaded = sees.model.multi_modal_projector.state_dict()
+        assert loaded.keys() == file.keys() and all(loaded[name].equal(file[name].float()) for name in file)
+        rows = [row for row in data.easy_vqa("test", n=90) if row["question_type"] != "yes/no"]
+        collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+
+        def loss(shift: int) -> float:
+            shifted = rows[shift:] + rows[:shift]
+            pairs = zip(rows, shifted, strict=True)
+            with torch.no_grad():
+                batch = [{**{k: a[k] for k in ("prompt", "completion")}, "images": b["images"]} for a, b in pairs]
+                return sees(**collate(batch)).loss.item()
+
+        assert loss(0) < loss(7) - 0.03
+        said = evaluate.answer(sees, processor, data.easy_vqa("test", n=6), max_new_tokens=5)
+        assert all(said) and not any("\n" in answer for answer in said)
 
     def test_images_become_patch_features_without_cls(self, llava, questions):
         model, processor = llava

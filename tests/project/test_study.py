@@ -350,6 +350,28 @@ def test_what_is_claimed_is_a_difference_seed_by_seed(
     assert lines[5].endswith("| +0.000 ± 0.000 | +0.000 ± 0.000 | +0.000 ± 0.000 |")
 
 
+def test_figures_show_what_was_measured(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    figures = modules["figures"]
+    start = record("start", 0, {0: [0.1, 0.1, 0.1, 0.1]}, 5.0)
+    run, control = (record(arm, 0, {2: [0, score, score, 0]}, 3.0) for arm, score in (("t", 0.4), ("t control", 0.3)))
+    axes = figures._searched({"temperature": [(run, control)]}, [start]).axes[0]
+    points = [tuple(found.get_offsets()[0]) for found in axes.collections if len(found.get_offsets())]
+    assert points == [(pytest.approx(0.3), 0), (pytest.approx(0.4), 0)]
+    confirmed = [start]
+    for seed in (1, 2, 3):
+        confirmed.append(record("SFT", seed, {1: [0, seed / 10, seed / 10, 0]}, float(seed)))
+    for some in confirmed:
+        for measured in some["measured"].values():
+            measured["mknn"]["text"] = measured["mknn"]["image"]
+            measured |= {"image_gain": 1.0, "vqa_accuracy": 0.25}
+    panels = figures._confirmed(confirmed).axes
+    values = {panel.get_title(): panel.collections[0].get_offsets()[:, 1] for panel in panels}
+    assert values["aligned five"].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert values["held-out loss"].tolist() == [1, 2, 3]
+    figures.draw({"temperature": [run, control], "references": [start], "confirmation": confirmed}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results-search.png", "results-confirmation.png"}
+
+
 def test_maps_are_held_against_the_first(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modules["records"], "HEADS", 2)
 
