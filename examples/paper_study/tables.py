@@ -136,14 +136,22 @@ def head_map(records: Sequence[Record]) -> str:
     return markdown(header, rows)
 
 
+def stage1(records: Sequence[Record]) -> str:
+    """What the runs are held against, and the pair."""
+    references = [record for record in records if record["arm"] in ("start", "SFT")]
+    return f"{before_and_sft(references)}\n\n{search(records)}"
+
+
 SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "signature": signature,
     "references": before_and_sft,
+    "stage1": stage1,
     "temperature": search,
     "pull": search,
     "similarity": search,
     "pool": search,
     "heads": search,
     "confirmation": confirmation,
+    "use": confirmation,
     "head_map": head_map,
 }

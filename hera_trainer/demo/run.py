@@ -73,7 +73,7 @@ def run_demo(output_dir: str, steps: int | None = None, seed: int = 0) -> dict[s
     """
     steps = STEPS if steps is None else steps
     out, clock = Path(output_dir), _Clock()
-    clock.begin("build", "A LLaVA-style model of SmolLM2-135M-Instruct and DINOv2 ViT-S/14, projector of stage 1")
+    clock.begin("build", "A LLaVA-style model of SmolLM2-135M-Instruct and DINOv2 ViT-S/14")
     processor = _build(out)
     clock.begin("teacher", "Teacher vectors of OpenMoji and easy-VQA images (cached for the next run)")
     data = load_data(out, steps * BATCH_SIZE, seed)
@@ -110,7 +110,7 @@ def run_demo(output_dir: str, steps: int | None = None, seed: int = 0) -> dict[s
 
 
 def _build(out: Path) -> Any:
-    model, processor = build_llava(IMAGE_SIZE, projector="stage1")
+    model, processor = build_llava(IMAGE_SIZE)
     model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     save_teacher(out / "teacher")

@@ -35,7 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
-        patch.setattr(run, "build_llava", lambda size, projector: build_vlm("llava"))
+        patch.setattr(run, "build_llava", lambda size: build_vlm("llava"))
         patch.setattr(run, "save_teacher", save_tiny_dinov2)
         patch.setattr(job, "emoji_captions", captions)
         patch.setattr(job, "easy_vqa", questions)
