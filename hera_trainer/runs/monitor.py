@@ -130,10 +130,10 @@ class AlignmentMonitorCallback(TrainerCallback):
             `ValueError`: Naming the setting.
         """
         rows, name = (trainer.eval_dataset, "eval_dataset") if self.dataset is None else (self.dataset, "dataset")
-        if trainer.is_sharded:
+        if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError(
-                "`AlignmentMonitorCallback` does not run under FSDP and DeepSpeed, which divide the model. Leave it "
-                "(or `monitor_steps`) out, and rank the heads of the trained model with `rank_heads`."
+                "`AlignmentMonitorCallback` cannot measure a model that FSDP of version 1 divides. Set `fsdp_version: "
+                "2`, or leave it (or `monitor_steps`) out and rank the heads of the trained model with `rank_heads`."
             )
         if rows is None:
             raise ValueError(
