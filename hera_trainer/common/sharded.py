@@ -96,3 +96,26 @@ def part_of(model: nn.Module, part: nn.Module) -> Iterator[Callable[..., Any]]:
         yield getattr(model, name)
     finally:
         delattr(model, name)
+
+
+@contextmanager
+def engine_at_rest(engine: nn.Module) -> Iterator[None]:
+    """A DeepSpeed engine of ZeRO-3 leaves its model alone inside, and trains afterwards as if nothing had run meanwhile;
+    nothing happens for other models. Forward passes need [`gathered_in_forward`].
+
+    The engine fetches parameters in the order that it saw modules run in. Training reads the weight of the LM head
+    without running that module, and passes in which it runs have the weight missing in the next backward.
+
+    Args:
+        engine (`nn.Module`): A model as it is trained.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from trl.models.utils import add_hooks, remove_hooks
+
+    remove_hooks(engine)
+    try:
+        yield
+    finally:
+        add_hooks(engine)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -140,7 +141,7 @@ def fill_adapters(model: nn.Module, divided: bool) -> None:
 
 
 class Killed(TrainerCallback):
-    """Dies after a step, as `kill -9` has it."""
+    """Dies after a step, as of `kill -9`."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -198,6 +199,7 @@ def process(job: Job, rank: int, count: int, port: int) -> None:
     """One of the processes of a job."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    datasets.config.HF_CACHE_HOME = Path(job.folder, "cache")  # no ranking of another run
     found = result(run(job))
     Path(job.folder, f"rank{rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
