@@ -1,4 +1,4 @@
-"""Parameters that an engine divided among processes: DeepSpeed ZeRO-3, which does it while a model is loaded, and FSDP2."""
+"""Parameters that an engine divided among processes: DeepSpeed ZeRO-3, already while a model is loaded, and FSDP2."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def gathered_in_forward(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def part_of(model: nn.Module, part: nn.Module) -> Iterator[Callable[..., Any]]:
-    """What runs a module inside of `model` alone. FSDP2 takes the module whose forward runs first for the outermost one,
-    and would refuse the whole model from then on, so there it is run as a forward of the whole model.
+    """What runs a module inside of `model` alone. FSDP2 takes the module whose forward runs first for the outermost
+    one, and would refuse the whole model from then on, so there it is run as a forward of the whole model.
 
     Args:
         model (`nn.Module`): Any model, as the engine wraps it.
@@ -100,8 +100,8 @@ def part_of(model: nn.Module, part: nn.Module) -> Iterator[Callable[..., Any]]:
 
 @contextmanager
 def engine_at_rest(engine: nn.Module) -> Iterator[None]:
-    """A DeepSpeed engine of ZeRO-3 leaves its model alone inside, and trains afterwards as if nothing had run meanwhile;
-    nothing happens for other models. Forward passes need [`gathered_in_forward`].
+    """A DeepSpeed engine of ZeRO-3 leaves its model alone inside, and trains afterwards as if nothing had run
+    meanwhile; nothing happens for other models. Forward passes need [`gathered_in_forward`].
 
     The engine fetches parameters in the order that it saw modules run in. Training reads the weight of the LM head
     without running that module, and passes in which it runs have the weight missing in the next backward.

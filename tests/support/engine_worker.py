@@ -1,8 +1,8 @@
 """What the tests of training engines run in each of two processes, and in a single one for comparison.
 
-As a script it reads orders from its standard input, a `Job` as JSON in each line, and forks the processes of each, so that
-the libraries are imported once. The exit statuses come back as a line of JSON; what each process found is `rank0.json`,
-`rank1.json` in the job's folder, and what they printed is `output.txt`.
+As a script it reads orders from its standard input, a `Job` as JSON in each line, and forks the processes of each, so
+that the libraries are imported once. The exit statuses come back as a line of JSON; what each process found is
+`rank0.json`, `rank1.json` in the job's folder, and what they printed is `output.txt`.
 """
 
 from __future__ import annotations
