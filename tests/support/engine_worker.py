@@ -7,11 +7,13 @@ that the libraries are imported once. The exit statuses come back as a line of J
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,7 @@ def run(job: Job) -> HeRATrainer:
     trainer.train(resume_from_checkpoint=job.resume or None)
     if job.watched:
         trainer.save_model()
+        trainer.evaluate()
     return trainer
 
 
@@ -243,6 +246,9 @@ def decode(line: str) -> Job:
 
 
 def main() -> None:
+    for name in ("deepspeed", "matplotlib.pyplot", "trackio"):  # which the jobs would import, each for itself
+        with suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
         job, port = decode(line), free_port()
         count = 2 if job.engine else 1
