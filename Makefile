@@ -1,6 +1,6 @@
 # make demo    watch a small vision-language model go through the whole job (about 10 minutes on 2 CPU cores)
 # make test    linters, type checks and all tests
-# make engines DDP, DeepSpeed and FSDP2 in two processes each, which `make test` leaves out (about 5 minutes)
+# make engines DDP, DeepSpeed and FSDP2 in two processes each, which `make test` leaves out (about 6 minutes)
 # make lint    linters and type checks
 # make format  rewrite the sources in the house style
 # make docs    build the documentation into site/; a broken link is an error

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,9 +28,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 import hera_trainer
 from hera_trainer import HeadRanking, rank_heads
-from hera_trainer.alignment.checks import check_loss_scaling
 from hera_trainer.runs.checkpoints import is_complete
-from hera_trainer.runs.monitor import AlignmentMonitorCallback
 from hera_trainer.runs.record import measurement_path
 
 pytestmark = pytest.mark.engines
@@ -300,27 +297,3 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(run: Run, model: 
             assert resumed[name] == whole[name], name
     ours, theirs = weights(run.folders["killed"], model), weights(run.folders["two"], model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-# What is refused
-
-
-def test_fp16_under_deepspeed_needs_a_fixed_temperature() -> None:
-    deepspeed = SimpleNamespace(mixed_precision="fp16", state=SimpleNamespace(deepspeed_plugin=object()))
-    learned, fixed = SimpleNamespace(learn_temperature=True), SimpleNamespace(learn_temperature=False)
-    with pytest.raises(ValueError, match="learn_temperature=False"):
-        check_loss_scaling(learned, deepspeed)
-    check_loss_scaling(fixed, deepspeed)
-    check_loss_scaling(learned, SimpleNamespace(mixed_precision="bf16", state=deepspeed.state))
-    check_loss_scaling(learned, SimpleNamespace(mixed_precision="fp16", state=SimpleNamespace(deepspeed_plugin=None)))
-
-
-def test_the_monitor_refuses_the_first_fsdp() -> None:
-    plugin = SimpleNamespace(fsdp_version=1)
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator, eval_dataset=None)
-    with pytest.raises(ValueError, match="version 1"):
-        AlignmentMonitorCallback().check(trainer)
-    plugin.fsdp_version = 2
-    with pytest.raises(ValueError, match="`eval_dataset`"):  # the next thing that it looks at
-        AlignmentMonitorCallback().check(trainer)
