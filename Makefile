@@ -1,21 +1,23 @@
 # make demo    watch a small vision-language model go through the whole job (about 10 minutes on 2 CPU cores)
 # make test    linters, type checks and all tests
+# make engines DDP, DeepSpeed and FSDP2 in two processes each, which `make test` leaves out (about 6 minutes)
 # make lint    linters and type checks
 # make format  rewrite the sources in the house style
 # make docs    build the documentation into site/; a broken link is an error
 # make clean   remove what building and testing left (not the virtual environment)
-# make constraints CONSTRAINTS=  write down the newest versions, after `make test docs CONSTRAINTS=` passed
+# make constraints CONSTRAINTS=  write down the newest versions, after `make test engines docs CONSTRAINTS=` passed
 #
 # Each target creates the virtual environment it needs and installs into it once, until pyproject.toml or constraints.txt
 # changes: the versions in the latter are those that the tests passed with. With CONSTRAINTS= come the newest of all, each
 # time, into an environment of their own.
 # Variables: PYTHON (the interpreter that creates it), VENV (its folder), CONSTRAINTS (a file with versions, or nothing),
-# PYTEST_ARGS and DEMO_ARGS (passed on).
+# PYTEST_ARGS, ENGINES_ARGS and DEMO_ARGS (passed on).
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV ?= $(if $(CONSTRAINTS),.venv,.venv-newest)
 PYTEST_ARGS ?= -n 2
+ENGINES_ARGS ?=
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ INSTALLED = $(if $(CONSTRAINTS),touch $@,rm -f $(VENV)/.installed-*)
 REASONS := pyproject.toml hera_trainer/__init__.py $(or $(CONSTRAINTS),newest)
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean constraints newest
+.PHONY: help demo test engines lint format docs clean constraints newest
 .DELETE_ON_ERROR:
 
 help:
@@ -59,7 +61,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
 test: lint
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engines" $(PYTEST_ARGS)
+
+# Not side by side: each test has two processes of its own. What is skipped says why.
+engines: $(VENV)/.installed-test $(VENV)/.installed-engines
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines -rs $(ENGINES_ARGS)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
@@ -70,7 +76,7 @@ docs: $(VENV)/.installed-docs
 
 # Names and versions alone, without what has no version of a registry. What torch asks for on one platform is left to
 # torch, which names it with its version.
-constraints: $(VENV)/.installed-test $(VENV)/.installed-docs
+constraints: $(VENV)/.installed-test $(VENV)/.installed-engines $(VENV)/.installed-docs
 	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+[^+]*$$//' \
 		| grep -E '^[A-Za-z0-9._-]+==[A-Za-z0-9.!]+$$' | grep -Ev '^(nvidia|cuda)-|^triton='; } > $(VENV)/constraints.txt
 	mv $(VENV)/constraints.txt constraints.txt

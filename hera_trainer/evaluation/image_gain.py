@@ -93,13 +93,16 @@ def measure_image_gain(
     team, device = Team(distributed), next(model.parameters()).device
     pairs = [(row, other) for row, other in others.items() if other is not None]
     sums = torch.zeros(1, 4, dtype=torch.float64)  # loss and tokens with the right images, and with others
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     with team.together(), evaluating(model):
-        for start in range(team.index * batch_size, len(pairs), team.count * batch_size):
-            batch = pairs[start : start + batch_size]
+        for number in range(team.index, -(-len(batches) // team.count) * team.count, team.count):
+            # A sharded model runs in all processes or not at all: one that is left without a batch repeats the last.
+            batch = batches[min(number, len(batches) - 1)]
             right = collate([read_row(row) for row, _ in batch])
             permuted = collate([with_images_of(read_row(row), read_row(other)) for row, other in batch])
             summed = [_summed_loss(model, inputs, device) for inputs in (right, permuted)]
-            sums += torch.tensor(summed, dtype=torch.float64).view(1, 4)
+            if number < len(batches):
+                sums += torch.tensor(summed, dtype=torch.float64).view(1, 4)
     loss, tokens, permuted_loss, permuted_tokens = team.gather_rows(sums).sum(0).tolist()
     return ImageGain(
         loss=loss / max(1, tokens),
@@ -113,10 +116,9 @@ def measure_image_gain(
 def _summed_loss(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> list[float]:
     """Loss summed over the labelled tokens of a batch, and their number."""
     tokens = int((inputs["labels"][:, 1:] != -100).sum())
-    if not tokens:  # their mean would be NaN
-        return [0.0, 0.0]
     inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-    return [model(**inputs, use_cache=False).loss.item() * tokens, tokens]
+    loss = model(**inputs, use_cache=False).loss.item()
+    return [loss * tokens, tokens] if tokens else [0.0, 0.0]  # the mean of none is NaN
 
 
 # Whose images a row gets

@@ -136,14 +136,20 @@ class Observer:
         return samples[places].tolist(), layers()
 
 
-def run_text(observer: Observer, encoded: list[tuple[Tensor, Tensor]], batch_size: int, progress: bool) -> None:
+def run_text(
+    observer: Observer,
+    decoder: Callable[..., Any],
+    encoded: list[tuple[Tensor, Tensor]],
+    batch_size: int,
+    progress: bool,
+) -> None:
     """Runs the text decoder on each text alone, given as [`~heads.text.text_tokens`] gives it."""
     device = observer.device
     for batch in observer.batches([len(ids) for ids, _ in encoded], batch_size, progress):
         ids = nn.utils.rnn.pad_sequence([encoded[i][0] for i in batch], batch_first=True).to(device)
         attention = nn.utils.rnn.pad_sequence([torch.ones_like(encoded[i][0]) for i in batch], batch_first=True)
         observer.observe(nn.utils.rnn.pad_sequence([encoded[i][1] for i in batch], batch_first=True).to(device))
-        observer.accessor.decoder(input_ids=ids, attention_mask=attention.to(device), use_cache=False)
+        decoder(input_ids=ids, attention_mask=attention.to(device), use_cache=False)
 
 
 def run_with_images(

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from .. import __version__
 from ..common.files import write_atomically
 from ..common.processes import Team
-from ..common.sharded import gathered_in_forward
+from ..common.sharded import gathered_in_forward, part_of
 from ..objectives.metrics import check_clip_quantile, nearest_neighbors, neighbor_overlap
 from ..teacher.encoder import VisionTeacher
 from .head import AlignedUnit, AttentionHead, DecoderLayer
@@ -372,7 +372,8 @@ def rank_samples(
         with evaluating(model):
             with team.together(), gathered_in_forward(model):
                 if data_collator is None:
-                    run_text(observer, samples.tokens, batch_size, progress)
+                    with part_of(model, accessor.decoder) as decoder:
+                        run_text(observer, decoder, samples.tokens, batch_size, progress)
                 else:
                     ids = placeholder_token_ids(base.config, processing_class)
                     rows = samples.indices

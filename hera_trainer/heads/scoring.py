@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..common.sharded import gathered
+from ..common.sharded import whole
 from ..objectives.metrics import (
     MutualKNNNull,
     nearest_neighbors,
@@ -60,7 +60,7 @@ def score_layers(
             continue
         if not pooled.isfinite().all():
             raise ValueError(f"The attention heads of layer {layer} give NaN or inf. Rank them in bf16 or float32.")
-        with gathered(accessor.projection(layer).parameters()):
+        with whole(accessor.projection(layer)):
             blocks = projection_blocks(accessor.projection(layer), accessor.num_heads(layer))
         for head, neighbors in enumerate(head_neighbors(pooled, blocks, k, normalize, clip_quantile, center)):
             scores[layer, head] = neighbor_overlap(neighbors, targets)

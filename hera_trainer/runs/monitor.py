@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from ..common.processes import Team
 from ..common.randomness import same_randomness
+from ..common.sharded import engine_at_rest, gathered_in_forward
 from ..data.checks import check_dataset, with_teacher_features
 from ..data.collator import TeacherCollator
 from ..data.rows import collatable
@@ -130,10 +131,10 @@ class AlignmentMonitorCallback(TrainerCallback):
             `ValueError`: Naming the setting.
         """
         rows, name = (trainer.eval_dataset, "eval_dataset") if self.dataset is None else (self.dataset, "dataset")
-        if trainer.is_sharded:
+        if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError(
-                "`AlignmentMonitorCallback` does not run under FSDP and DeepSpeed, which divide the model. Leave it "
-                "(or `monitor_steps`) out, and rank the heads of the trained model with `rank_heads`."
+                "`AlignmentMonitorCallback` cannot measure a model that FSDP of version 1 divides. Set `fsdp_version: "
+                "2`, or leave it (or `monitor_steps`) out and rank the heads of the trained model with `rank_heads`."
             )
         if rows is None:
             raise ValueError(
@@ -263,7 +264,8 @@ class AlignmentMonitorCallback(TrainerCallback):
         """Measures, logs and keeps; returns what it has logged."""
         trainer = self._trainer
         values: dict[str, float] = {}
-        with same_randomness(args.device), evaluating(trainer.model):
+        resting = engine_at_rest(trainer.model_wrapped)
+        with same_randomness(args.device), evaluating(trainer.model), resting:
             rankings = {context: self._rank(context) for context in self.contexts or ()}
             for context, ranking in rankings.items():
                 self._first.setdefault(context, ranking)
@@ -311,7 +313,7 @@ class AlignmentMonitorCallback(TrainerCallback):
         if not self._others:
             return None
         trainer = self._trainer
-        with trainer.accelerator.autocast():
+        with trainer.accelerator.autocast(), gathered_in_forward(trainer.model):
             return measure_image_gain(
                 trainer.model,
                 self._read_row,

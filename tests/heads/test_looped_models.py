@@ -82,7 +82,13 @@ def test_heads_are_ranked_by_their_first_pass() -> None:
     observer = Observer(get_head_accessor(model), Team(False))
     texts = [torch.arange(8, 14), torch.arange(20, 25), torch.arange(30, 37)]
     handles = observer.attach()
-    run_text(observer, [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in texts], 2, progress=False)
+    run_text(
+        observer,
+        observer.accessor.decoder,
+        [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in texts],
+        2,
+        progress=False,
+    )
     for handle in handles:
         handle.remove()
     samples, layers = observer.gather()

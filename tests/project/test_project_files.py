@@ -109,9 +109,22 @@ def test_make_installs_the_constraints() -> None:
         assert all("PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt " in x for x in planned(target))
         newest = planned(target, "CONSTRAINTS=")
         assert all("CONSTRAINT=" not in line and "--upgrade" in line for line in newest) and len(newest) == 1
+    both = [re.search(r"-e '\.\[(\w+)\]'", line)[1] for line in planned("engines")]
+    assert both == ["test", "engines"]
     rules = (ROOT / "Makefile").read_text()
     assert len(re.findall(r"^\$\(VENV\)/\.installed-.*\$\(REASONS\)", rules, re.M)) == 2
     assert "constraints.txt" in (GITHUB / "workflows" / "docs.yml").read_text()
+
+
+def test_engines_are_tested_in_a_step_of_their_own() -> None:
+    """`make test` leaves out what `make engines` runs, which nothing else installs DeepSpeed for."""
+    rules = (ROOT / "Makefile").read_text()
+    assert rules.count('-m "not engines"') == rules.count("-m engines") == 1
+    assert "make engines" in (ROOT / ".ci" / "run").read_text()
+    workflow = read(GITHUB / "workflows" / "tests.yml")
+    assert workflow["jobs"]["engines"]["steps"][-1]["run"] == "make engines"
+    extras = PROJECT["optional-dependencies"]
+    assert [name for name, asked in extras.items() if any("deepspeed" in text for text in asked)] == ["engines"]
 
 
 def test_publishing_needs_no_token() -> None:

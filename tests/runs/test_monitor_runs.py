@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,3 +104,14 @@ def test_four_bit(tmp_path, checkpointing):
         assert logged(watched, name) == logged(plain, name)
     trained = [{n: p for n, p in parameters(t.model).items() if "lora_" in n} for t in (watched, plain)]
     assert_same_parameters(*trained)
+
+
+def test_the_monitor_refuses_the_first_fsdp() -> None:
+    plugin = SimpleNamespace(fsdp_version=1)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator, eval_dataset=None)
+    with pytest.raises(ValueError, match="version 1"):
+        AlignmentMonitorCallback().check(trainer)
+    plugin.fsdp_version = 2
+    with pytest.raises(ValueError, match="`eval_dataset`"):  # the next thing that it looks at
+        AlignmentMonitorCallback().check(trainer)

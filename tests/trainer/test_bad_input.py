@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
 from transformers import TrainerCallback
 
 from hera_trainer import HeadRanking, HeRAConfig, HeRATrainer
+from hera_trainer.alignment.checks import check_loss_scaling
 from hera_trainer.data.collator import TEACHER_COLUMN
 
 
@@ -290,3 +293,13 @@ def test_model_split_over_devices(tmp_path):
     model.is_parallelizable, model.model_parallel = True, True
     with pytest.raises(ValueError, match="split over several devices"):
         trainer(tmp_path, model=model)
+
+
+def test_fp16_under_deepspeed_needs_a_fixed_temperature() -> None:
+    deepspeed = SimpleNamespace(mixed_precision="fp16", state=SimpleNamespace(deepspeed_plugin=object()))
+    learned, fixed = SimpleNamespace(learn_temperature=True), SimpleNamespace(learn_temperature=False)
+    with pytest.raises(ValueError, match="learn_temperature=False"):
+        check_loss_scaling(learned, deepspeed)
+    check_loss_scaling(fixed, deepspeed)
+    check_loss_scaling(learned, SimpleNamespace(mixed_precision="bf16", state=deepspeed.state))
+    check_loss_scaling(learned, SimpleNamespace(mixed_precision="fp16", state=SimpleNamespace(deepspeed_plugin=None)))
