@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -11,9 +11,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from records import MEASURES, NAMES, Record, aligned_heads, by_arm, interval, last, pairs
+from records import MEASURES, NAMES, Record, aligned, aligned_heads, by_arm, interval, last, mknn, pairs, top
 
 COLORS = {"SFT": "#888888", "aligned": "#1f77b4", "aligned control": "#ff7f0e", "uniformity": "#2ca02c"}
+LABELS = {"aligned": "aligned (HeRA)", "aligned control": "control: permuted teacher"}
 SEARCHES = ("temperature", "pull", "similarity", "pool", "heads")
 SHOWN = ("aligned five", "aligned five, by the other encoder", "image gain", "easy-VQA accuracy", "held-out loss")
 
@@ -21,6 +22,8 @@ SHOWN = ("aligned five", "aligned five, by the other encoder", "image gain", "ea
 def draw(results: dict[str, list[Record]], folder: Path) -> None:
     """Writes a PNG for each question that has results."""
     folder.mkdir(parents=True, exist_ok=True)
+    if results.get("signature"):
+        _save(_signature(results["signature"]), folder / "results-signature.png")
     searched = {name: pairs(results[name]) for name in SEARCHES if pairs(results.get(name, []))}
     if searched:
         _save(_searched(searched, results["references"]), folder / "results-search.png")
@@ -31,6 +34,35 @@ def draw(results: dict[str, list[Record]], folder: Path) -> None:
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": ""})
     plt.close(figure)
+
+
+def _signature(records: Sequence[Record]) -> plt.Figure:
+    """Mutual k-NN on the way: each seed as a thin line, the mean as a thick one."""
+    start = next(record for record in records if record["arm"] == "start")
+    null = start["references"]["null"][0]
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained")
+    groups: dict[str, Callable[[Record], Sequence[int]]]
+    groups = {"the five heads that are aligned": aligned, "the five best heads": lambda record: top(record, start)}
+    for axes, (title, group) in zip(panels, groups.items(), strict=True):
+        for arm, runs in by_arm(records).items():
+            steps = [0, *sorted(map(int, runs[0]["measured"]))]
+            curves = [_curve(run, start, group(run), steps[1:]) for run in runs]
+            for curve in curves:
+                axes.plot(steps, curve, color=COLORS[arm], linewidth=0.8, alpha=0.5)
+            means = [mean(values) for values in zip(*curves, strict=True)]
+            axes.plot(steps, means, color=COLORS[arm], linewidth=2.5, marker="o", label=LABELS.get(arm, arm))
+        axes.axhline(null, color="#888888", linestyle=":", label="unrelated spaces")
+        axes.set(title=title, xlabel="optimizer step")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(0, 1.02 * panels[0].get_ylim()[1])
+    panels[0].set_ylabel("mutual k-NN with DINOv2, held-out images")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _curve(run: Record, start: Record, group: Sequence[int], steps: Sequence[int]) -> list[float]:
+    taught = {**start, "config": run["config"]}
+    return [mknn(taught, group), *(mknn(run, group, step=step) for step in steps)]
 
 
 def _searched(found: dict[str, list[tuple[Record, Record]]], references: Sequence[Record]) -> plt.Figure:

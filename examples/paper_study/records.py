@@ -87,18 +87,20 @@ def number(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     return f"{mean(values):{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
-def seeds(values: Sequence[float], digits: int = 3) -> str:
+def seeds(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     """Each seed's value."""
-    return " / ".join(f"{value:.{digits}f}" for value in values)
+    return " / ".join(f"{value:{sign}.{digits}f}" for value in values)
+
+
+ARMS = ("SFT", "aligned", "aligned control", "uniformity")
 
 
 def by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The trained runs of each arm, by seed."""
-    arms: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: record["seed"]):
-        if record["arm"] != "start":
-            arms.setdefault(record["arm"], []).append(record)
-    return arms
+    found = {record["arm"] for record in records if record["arm"] != "start"}
+    names = [*(arm for arm in ARMS if arm in found), *sorted(found.difference(ARMS))]
+    ordered = sorted(records, key=lambda record: record["seed"])
+    return {name: [record for record in ordered if record["arm"] == name] for name in names}
 
 
 # What the confirmation compares: a name, digits, and how it is read off a record and the one before training.

@@ -63,7 +63,12 @@ def signature(records: Sequence[Record]) -> str:
         pulls = [run["log"]["alignment_pull"][-1] for run in runs if "alignment_pull" in run["log"]]
         row.append(seeds(pulls, 2) if pulls else "")
         rows.append(row)
-    return f"{markdown(header, rows)}\n\n{references(records)}"
+    added = [aligned_heads(run) - aligned_heads(control) for run, control in pairs(records)]
+    sentence = ""
+    if added:
+        listed = seeds(sorted(added), sign="+")
+        sentence = f"\n\nAligned minus control at the last step: {listed}, in the mean {number(added, sign='+')}."
+    return f"{markdown(header, rows)}{sentence}\n\n{references(records)}"
 
 
 def search(records: Sequence[Record]) -> str:
