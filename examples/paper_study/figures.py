@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from records import MEASURES, NAMES, Record, aligned, aligned_heads, by_arm, interval, last, mknn, pairs, top
+from records import MEASURES, NAMES, Record, aligned, aligned_heads, by_arm, interval, mknn, pairs, top
 
 COLORS = {"SFT": "#888888", "aligned": "#1f77b4", "aligned control": "#ff7f0e", "uniformity": "#2ca02c"}
 LABELS = {"aligned": "aligned (HeRA)", "aligned control": "control: permuted teacher"}
@@ -89,17 +89,19 @@ def _searched(found: dict[str, list[tuple[Record, Record]]], references: Sequenc
 def _confirmed(records: Sequence[Record]) -> plt.Figure:
     """Each seed as a dot, the mean with its 95 % interval beside it."""
     start = next(record for record in records if record["arm"] == "start")
-    shown = [measure for measure in MEASURES if measure[0] in SHOWN]
+    trained = [record for runs in by_arm(records).values() for record in runs]
+    shown = [m for m in MEASURES if m[0] in SHOWN and len({m[2](run, start) for run in trained}) > 1]
     figure, panels = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.2), layout="constrained")
     for axes, (name, _, value) in zip(panels, shown, strict=True):
-        axes.axhline(value(start, start), color="#888888", linestyle="--", linewidth=1)
+        if name != "held-out loss":  # far above
+            axes.axhline(value(start, start), color="#888888", linestyle="--", linewidth=1)
         for place, (arm, runs) in enumerate(by_arm(records).items()):
             values = [value(run, start) for run in runs]
             _dots(axes, place, values, COLORS.get(arm, "#9467bd"))
         axes.set_xticks(range(len(by_arm(records))), list(by_arm(records)), rotation=45, ha="right")
         axes.set_title(name.replace(", ", ",\n"), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    null = last(start) and start["references"]["null"][0]
+    null = start["references"]["null"][0]
     panels[0].axhline(null, color="#888888", linestyle=":", linewidth=1)
     return figure
 

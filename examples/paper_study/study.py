@@ -6,6 +6,7 @@ What is in `results/` is not run again, so the command may be stopped and repeat
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with (args.results / f"{experiment}.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             lab.finished(run.key)
+            gc.collect()  # a trainer and its model refer to each other, and would stay for some runs
             print(f"{experiment}: {run.arm}, seed {run.seed}, {record['seconds']} s", flush=True)
 
 

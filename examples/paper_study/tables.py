@@ -142,9 +142,9 @@ def head_map(records: Sequence[Record]) -> str:
 
 
 def stage1(records: Sequence[Record]) -> str:
-    """What the runs are held against, and the pair."""
-    references = [record for record in records if record["arm"] in ("start", "SFT")]
-    return f"{before_and_sft(references)}\n\n{search(records)}"
+    """All but the control, and the pair if there is one."""
+    table = before_and_sft([record for record in records if not record["arm"].endswith(" control")])
+    return f"{table}\n\n{search(records)}" if pairs(records) else table
 
 
 SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {

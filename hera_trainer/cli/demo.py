@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output-dir", default="hera-demo", help="folder for the model, the adapter and the results [%(default)s]"
     )
-    parser.add_argument("--steps", type=positive, default=None, help="optimizer steps of 64 samples [40]")
+    parser.add_argument("--steps", type=positive, default=None, help="optimizer steps of 64 samples [30]")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, adapters and training [%(default)s]")
     return parser
 

@@ -20,7 +20,7 @@ from .parts import computes_bf16, four_bit_config
 IMAGE_SIZE = 56
 TEACHER_NAME = "DINOv2 ViT-S/14"
 BATCH_SIZE = 64
-STEPS = 40
+STEPS = 30
 LEARNING_RATE = 4e-4
 # Another draw of questions than the settings were chosen with.
 TEST_SEED = 11
@@ -53,7 +53,8 @@ def load_data(out: Path, num_samples: int, seed: int) -> DemoData:
 
     Args:
         out (`Path`): Folder with the teacher.
-        num_samples (`int`): Training samples that are wanted; there are fewer if captions run out, which are half.
+        num_samples (`int`): Training samples that are wanted, a quarter of them questions; there are fewer if captions
+            run out.
         seed (`int`): Seed of the draw.
     """
     teacher = str(out / "teacher")
@@ -62,8 +63,8 @@ def load_data(out: Path, num_samples: int, seed: int) -> DemoData:
     held_out = emoji.select([i for i, kept in enumerate(reserved) if kept][:HELD_OUT_CAPTIONS])
     captions = emoji.select([i for i, kept in enumerate(reserved) if not kept])
     captions = add_teacher_features(captions, teacher, desc="OpenMoji")
-    shown = captions.select(range(min(num_samples // 2, len(captions))))
-    vqa = easy_vqa("train", len(shown), seed)
+    shown = captions.select(range(min(num_samples * 3 // 4, len(captions))))
+    vqa = easy_vqa("train", len(shown) // 3, seed)
     vqa = add_teacher_features(vqa, teacher, desc="easy-VQA")
     columns = ["images", "prompt", "completion", "teacher_features"]
     return DemoData(
