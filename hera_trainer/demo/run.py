@@ -33,7 +33,7 @@ SHOWN = 6
 CONTEXTS = {"image in context": "image", "text only": "text"}
 # Logged values whose means over the last steps are printed.
 TRAINING = ("lm_loss", "alignment_loss", "alignment_pull")
-LAST_STEPS = 10
+LAST_STEPS = 5
 
 
 class _Clock:

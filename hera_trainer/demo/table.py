@@ -34,7 +34,7 @@ def closing_table(results: Mapping[str, Any]) -> str:
         f"easy-VQA, {results['settings']['questions']} held-out questions",
         row_of("  accuracy", results["vqa_accuracy"]),
         f"  {'the commonest answer to each question':<42}{results['vqa_baseline']:>30.3f}",
-        "Training, last ten steps",
+        "Training, last five steps",
         *(row_of(f"  {name.replace('_', ' ')}", values) for name, values in results["training"].items()),
         f"{'Seconds of training':<44}" + "".join(f"{results['seconds'].get(c, ''):>10}" for c in COLUMNS),
         f"{'Seconds in all':<44}{results['seconds']['in all']:>30}",
