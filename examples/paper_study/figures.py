@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from records import MEASURES, NAMES, Record, aligned, aligned_heads, by_arm, interval, mknn, pairs, top
+from records import MEASURES, NAMES, Record, aligned, aligned_heads, before_training, by_arm, interval, mknn, pairs, top
 
 COLORS = {"SFT": "#888888", "aligned": "#1f77b4", "aligned control": "#ff7f0e", "uniformity": "#2ca02c"}
 LABELS = {"aligned": "aligned (HeRA)", "aligned control": "control: permuted teacher"}
@@ -38,7 +38,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 def _signature(records: Sequence[Record]) -> plt.Figure:
     """Mutual k-NN on the way: each seed as a thin line, the mean as a thick one."""
-    start = next(record for record in records if record["arm"] == "start")
+    start = before_training(records)
     null = start["references"]["null"][0]
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained")
     groups: dict[str, Callable[[Record], Sequence[int]]]
@@ -88,7 +88,7 @@ def _searched(found: dict[str, list[tuple[Record, Record]]], references: Sequenc
 
 def _confirmed(records: Sequence[Record]) -> plt.Figure:
     """Each seed as a dot, the mean with its 95 % interval beside it."""
-    start = next(record for record in records if record["arm"] == "start")
+    start = before_training(records)
     trained = [record for runs in by_arm(records).values() for record in runs]
     shown = [m for m in MEASURES if m[0] in SHOWN and len({m[2](run, start) for run in trained}) > 1]
     figure, panels = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.2), layout="constrained")

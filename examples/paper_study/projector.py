@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from datasets import concatenate_datasets
 from images import captions, load_images, split
 from safetensors.torch import save_file
-from train import HELD_OUT, commit, scoring_labels_alone
+from train import HELD_OUT, commit, scoring_labels_alone, versions
 
 from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.demo.data import easy_vqa
@@ -83,7 +82,7 @@ def main() -> None:
     record = {
         "steps": args.steps,
         "config": SETTINGS,
-        "versions": {name: version(name) for name in ("hera-trainer", "trl", "transformers", "torch")},
+        "versions": versions(),
         "commit": commit(),
         "loss": losses,
         "easy_vqa": {

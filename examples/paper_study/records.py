@@ -26,6 +26,11 @@ def read_results(folder: Path) -> dict[str, list[Record]]:
     }
 
 
+def before_training(records: Sequence[Record]) -> Record:
+    """The record of the model that an experiment's runs begin with."""
+    return next(record for record in records if record["arm"] == "start")
+
+
 def last(record: Record) -> Record:
     """The last measurement of a run."""
     return record["measured"][max(record["measured"], key=int)]

@@ -11,6 +11,7 @@ from records import (
     Record,
     aligned,
     aligned_heads,
+    before_training,
     by_arm,
     differences,
     last,
@@ -47,7 +48,7 @@ def references(records: Sequence[Record]) -> str:
 
 def signature(records: Sequence[Record]) -> str:
     """Mutual k-NN on the way, every seed, as SFT, alignment and control leave it."""
-    start = next(record for record in records if record["arm"] == "start")
+    start = before_training(records)
     steps = sorted({int(step) for record in records for step in record["measured"]})
     header = ["arm", "seeds", *(f"aligned five, step {step}" for step in steps)]
     header += ["top five, last", "all, last", "held-out loss", "pull, last"]
@@ -105,7 +106,7 @@ def before_and_sft(records: Sequence[Record]) -> str:
 
 def confirmation(records: Sequence[Record]) -> str:
     """All measures of all arms, and what the teacher adds, with intervals."""
-    start = next(record for record in records if record["arm"] == "start")
+    start = before_training(records)
     arms = by_arm(records)
     rows = [["before training", "", *(number([value(start, start)], digits) for _, digits, value in MEASURES)]]
     for arm, runs in arms.items():

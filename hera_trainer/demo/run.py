@@ -156,13 +156,14 @@ def _measured(runs: dict[str, RunRecord], ranking: HeadRanking, heads: Sequence[
     scores: dict[str, Any] = {}
     null: dict[str, Any] = {}
     for name, context in CONTEXTS.items():
-        found = _in_columns(runs, lambda run, context=context: run.monitored[context])
+        found = _rankings(runs, context)
         scores[name] = {
             group: {column: sum(map(found[column].score, units)) / len(units) for column in found}
             for group, units in groups.items()
         }
         null[name] = {"mean": found["before"].chance, "p95": found["before"].null_p95}
-    gains = _in_columns(runs, lambda run: run.image_gains)
+    gains = {"before": runs["SFT"].image_gains[0]}
+    gains |= {arm: run.image_gains[max(run.image_gains)] for arm, run in runs.items()}
     return {
         "mknn": scores,
         "null": null,
@@ -171,10 +172,15 @@ def _measured(runs: dict[str, RunRecord], ranking: HeadRanking, heads: Sequence[
     }
 
 
-def _in_columns(runs: dict[str, RunRecord], measured: Any) -> dict[str, Any]:
-    """Of measurements by step, the first, which is that of all runs, and the last of each run."""
-    last = {arm: measured(run)[max(measured(run))] for arm, run in runs.items()}
-    return {"before": measured(runs["SFT"])[0], **last}
+def _rankings(runs: dict[str, RunRecord], context: str) -> dict[str, HeadRanking]:
+    """Heads before training, which is the same for all runs, and after each run."""
+    found: dict[str, HeadRanking] = {}
+    for arm, run in runs.items():
+        measured = run.before_after(context)
+        assert measured is not None  # the monitor measures before and after
+        found.setdefault("before", measured[0])
+        found[arm] = measured[1]
+    return found
 
 
 def _last(runs: dict[str, RunRecord], name: str) -> dict[str, float]:
@@ -200,7 +206,7 @@ def _peak_memory() -> float:
 
 def _draw(out: Path, runs: dict[str, RunRecord], heads: Sequence[AlignedUnit]) -> None:
     """Heads after either run and their difference, and the page that sets the runs side by side."""
-    after = _in_columns(runs, lambda run: run.monitored["image"])
+    after = _rankings(runs, "image")
     panels = {arm: after[arm] for arm in ARMS}
     title = "SmolLM2-135M: agreement of its heads with DINOv2 ViT-S on held-out captions, image in context"
     plot_head_scores(panels, out / "heads.png", heads, title, difference=True)
