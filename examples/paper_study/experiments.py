@@ -119,6 +119,32 @@ def heads() -> list[Run]:
     )
 
 
+def weights() -> list[Run]:
+    """All weights of projector and language model, at a rate that they bear."""
+    lower: dict[str, Any] = {"learning_rate": 1e-4}
+    full: dict[str, Any] = {**SEARCHED, "teacher": "efficientnet", "adapter": "full"}
+    return [Run("SFT", settings=SFT | lower, **full), *pair("all weights", HELD | lower, **full)]
+
+
+FIRST: dict[str, Any] = {"max_steps": 40, "learning_rate": 2e-3}  # of the stage that trains the projector alone
+
+
+def stages() -> list[Run]:
+    """Alignment in the stage that trains the projector, in the one after it, and in both."""
+    place: dict[str, Any] = {**SEARCHED, "teacher": "efficientnet", "in_full": True}
+    control = HELD | CONTROL
+    arms: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("neither", SFT, SFT),
+        *(("stage 1", HELD, SFT), ("stage 1 control", control, SFT)),
+        *(("stage 2", SFT, HELD), ("stage 2 control", SFT, control)),
+        *(("both", HELD, HELD), ("both control", control, control)),
+    ]
+    runs = [Run("start", **{**place, "steps": 0})]
+    for seed in range(3):
+        runs += [Run(arm, seed, settings=second, before=FIRST | first, **place) for arm, first, second in arms]
+    return runs
+
+
 # The confirmation: a teacher that the model does not look through, at the temperature at which it was seen to teach, on
 # other seeds and other held-out images, measured in full. Only these numbers are claims.
 SEEDS = range(1, 6)
@@ -160,6 +186,8 @@ EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "similarity": similarity,
     "pool": pool,
     "heads": heads,
+    "weights": weights,
+    "stages": stages,
     "head_map": head_map,
     "confirmation": confirmation,
     "use": use,

@@ -97,7 +97,8 @@ def seeds(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     return " / ".join(f"{value:{sign}.{digits}f}" for value in values)
 
 
-ARMS = ("SFT", "aligned", "aligned control", "uniformity")
+STAGES = ("neither", "stage 1", "stage 1 control", "stage 2", "stage 2 control", "both", "both control")
+ARMS = ("SFT", "aligned", "aligned control", "uniformity", *STAGES)
 
 
 def by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:

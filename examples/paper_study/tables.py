@@ -8,6 +8,7 @@ from statistics import mean
 from records import (
     MEASURES,
     NAMES,
+    Measure,
     Record,
     aligned,
     aligned_heads,
@@ -26,7 +27,13 @@ from records import (
 )
 
 # What is added by what comes first to what comes second, seed by seed.
-COMPARED = (("aligned", "aligned control"), ("aligned", "SFT"), ("aligned", "uniformity"), ("uniformity", "SFT"))
+COMPARED = (
+    ("aligned", "aligned control"),
+    ("aligned", "SFT"),
+    ("aligned", "uniformity"),
+    ("uniformity", "SFT"),
+    *((arm, other) for arm in ("stage 1", "stage 2", "both") for other in (f"{arm} control", "neither")),
+)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -104,21 +111,27 @@ def before_and_sft(records: Sequence[Record]) -> str:
     return f"{markdown(header, rows)}\n\n{references(records)}"
 
 
-def confirmation(records: Sequence[Record]) -> str:
+def confirmation(records: Sequence[Record], measures: Sequence[Measure] = MEASURES) -> str:
     """All measures of all arms, and what the teacher adds, with intervals."""
     start = before_training(records)
     arms = by_arm(records)
-    rows = [["before training", "", *(number([value(start, start)], digits) for _, digits, value in MEASURES)]]
+    rows = [["before training", "", *(number([value(start, start)], digits) for _, digits, value in measures)]]
     for arm, runs in arms.items():
-        values = ([value(run, start) for run in runs] for _, _, value in MEASURES)
-        cells = [number(found, digits) for found, (_, digits, _) in zip(values, MEASURES, strict=True)]
+        values = ([value(run, start) for run in runs] for _, _, value in measures)
+        cells = [number(found, digits) for found, (_, digits, _) in zip(values, measures, strict=True)]
         rows.append([arm, str(len(runs)), *cells])
     for one, another in COMPARED:
         if one in arms and another in arms:
-            found = [differences(arms[one], arms[another], start, measure) for measure in MEASURES]
-            cells = [number(values, measure[1], sign="+") for values, measure in zip(found, MEASURES, strict=True)]
+            found = [differences(arms[one], arms[another], start, measure) for measure in measures]
+            cells = [number(values, measure[1], sign="+") for values, measure in zip(found, measures, strict=True)]
             rows.append([f"**{one} minus {another}**", str(len(found[0])), *cells])
-    return f"{markdown(['', 'seeds', *(name for name, _, _ in MEASURES)], rows)}\n\n{references(records)}"
+    return f"{markdown(['', 'seeds', *(name for name, _, _ in measures)], rows)}\n\n{references(records)}"
+
+
+def stages(records: Sequence[Record]) -> str:
+    """The same, with what the first stage left."""
+    between: Measure = ("aligned five after stage 1", 3, lambda run, start: mknn(run, aligned(run), step=0))
+    return confirmation(records, [between, *MEASURES])
 
 
 def head_map(records: Sequence[Record]) -> str:
@@ -157,6 +170,8 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "similarity": search,
     "pool": search,
     "heads": search,
+    "weights": stage1,
+    "stages": stages,
     "confirmation": confirmation,
     "use": confirmation,
     "head_map": head_map,

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from encoders import ENCODERS, load_encoder
 from images import captions, load_images, split
 from measure import HeldOut, measure
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer import utils as trl_utils
@@ -51,6 +52,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
 }
 CHOICE = ("head_selection", "num_aligned_heads")  # settings by which a run's heads are chosen here
+TRAINED = {"lora": "", "full": "", "projector": "multi_modal_projector"}  # parts of the names of parameters
 LORA = {"r": 16, "lora_alpha": 32}
 LOGGED = ("loss", "lm_loss", "alignment_loss", "alignment_pull", "alignment_spread", "alignment_weight", "temperature")
 
@@ -66,12 +68,14 @@ class Run:
         steps (`int`): Optimizer steps.
         teacher (`str`): The encoder that teaches, and by which heads are ranked.
         settings (`dict`): What of `HeRAConfig` is set besides [`SETTINGS`].
-        adapter (`str`): `"lora"` or `"full"`.
+        adapter (`str`): What is trained: `"lora"` (adapter and projector), `"full"` (all but the vision tower), or
+            `"projector"` (it alone).
         images (`str`): `"emoji"`, by all artists with keywords, `"mixed"`, these and as many questions about shapes, or
             `"openmoji"`, with their names alone. What is held out are emoji, and questions for the model's answers.
         start (`str`): The projector to begin with: `"stage1"`, or `"random"`, which has never seen an image.
         every (`int`, *optional*): Steps between two measurements on the way, of the heads with the image in context.
         in_full (`bool`): Measure all there is at the end.
+        before (`dict`, *optional*): Settings of a stage before this one, which trains the projector alone.
     """
 
     arm: str
@@ -85,11 +89,13 @@ class Run:
     start: str = "stage1"
     every: int | None = None
     in_full: bool = True
+    before: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:
         """What tells runs apart."""
-        return json.dumps(asdict(self), sort_keys=True)
+        fields = {name: value for name, value in asdict(self).items() if name != "before" or value}
+        return json.dumps(fields, sort_keys=True)
 
 
 class Laboratory:
@@ -215,12 +221,15 @@ def train(lab: Laboratory, run: Run) -> dict[str, Any]:
     def look(model: Any, step: int, in_full: bool) -> None:
         measured.add(step, measure(model, processor, held_out, aligned, in_full))
 
+    if run.before:
+        model.model.multi_modal_projector.load_state_dict(load_file(trained_before(lab, run)))
+        if not measured.found:
+            look(model, 0, False)
     if run.steps:
-        trainer = _trainer(lab, run, model, str(output), list(map(str, aligned[run.teacher])))
+        trainer = _trainer(lab, run, model, str(output))
         if run.every:
             trainer.add_callback(_Look(run.every, run.steps, lambda step: look(trainer.model, step, False)))
-        with scoring_labels_alone():
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.exists() else None)
+        _go_on(trainer)
         model = trainer.model
         for entry in trainer.state.log_history:
             for name in LOGGED:
@@ -241,6 +250,27 @@ def train(lab: Laboratory, run: Run) -> dict[str, Any]:
         "log": log,
         "seconds": round(time.perf_counter() - begin),
     }
+
+
+def trained_before(lab: Laboratory, run: Run) -> Path:
+    """The projector that the stage before a run has trained. Runs that have it in common share it."""
+    settings = dict(run.before or {})
+    stage = replace(run, arm="", steps=settings.pop("max_steps"), settings=settings, adapter="projector", before=None)
+    path = lab.running(stage.key).with_suffix(".safetensors")
+    if not path.exists():
+        model = load_model(lab, stage)
+        _go_on(_trainer(lab, stage, model, str(lab.running(stage.key))))
+        weights = model.model.multi_modal_projector.state_dict()
+        write_atomically(path, lambda part: save_file(weights, part))
+        lab.finished(stage.key)
+    return path
+
+
+def _go_on(trainer: HeRATrainer) -> None:
+    """Trains, from the last checkpoint if there is one."""
+    output = Path(trainer.args.output_dir)
+    with scoring_labels_alone():
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.exists() else None)
 
 
 class _Measured:
@@ -267,12 +297,12 @@ class _Look(TrainerCallback):
             self.look(state.global_step)
 
 
-def _trainer(lab: Laboratory, run: Run, model: Any, output: str, heads: list[str]) -> HeRATrainer:
+def _trainer(lab: Laboratory, run: Run, model: Any, output: str) -> HeRATrainer:
     lora = LoraConfig(
         **LORA, target_modules=LINEAR_LAYERS, modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM"
     )
-    if run.adapter == "full":
-        model.model.vision_tower.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(TRAINED[run.adapter] in name and "vision_tower" not in name)
     args = HeRAConfig(
         output_dir=output,
         max_steps=run.steps,
@@ -286,7 +316,7 @@ def _trainer(lab: Laboratory, run: Run, model: Any, output: str, heads: list[str
         use_cpu=lab.device == "cpu",
         bf16=computes_bf16(),
         seed=run.seed,
-        aligned_heads=heads,
+        aligned_heads=list(map(str, lab.aligned(run, run.teacher))),
         **SETTINGS | {name: value for name, value in run.settings.items() if name not in CHOICE},
     )
     rows = taught_by(lab.rows(run.images, run.draw)[0], run.teacher)

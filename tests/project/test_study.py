@@ -69,7 +69,6 @@ def lab(modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.Monk
             tmp_path / f"ranking-emoji-{name}-0.json"
         )
     monkeypatch.setitem(train.SETTINGS, "per_device_train_batch_size", 14)
-    monkeypatch.setattr(train, "LINEAR_LAYERS", "all-linear")
     monkeypatch.setattr(train, "QUESTIONS", 6)
     return laboratory
 
@@ -118,6 +117,50 @@ def test_a_stopped_run_goes_on(modules: dict[str, ModuleType], lab: object, monk
     assert list(resumed["measured"]) == ["1", "2", "3", "4"]
     assert resumed["measured"] == whole["measured"]
     assert resumed["log"] == whole["log"]
+
+
+def test_a_stage_before_trains_the_projector_alone(
+    modules: dict[str, ModuleType], lab: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs share the stage before, whose alignment reaches the projector; what they begin with is what it left."""
+    train = modules["train"]
+    first = {"max_steps": 2, "learning_rate": 0.01, "similarity": "centered_cosine", "alignment_weight": 10.0}
+    made = []
+    make = train._trainer
+
+    def counted(lab: object, run: object, model: torch.nn.Module, output: str) -> object:
+        made.append((run.adapter, {name: weight.clone() for name, weight in model.state_dict().items()}, model))
+        return make(lab, run, model, output)
+
+    monkeypatch.setattr(train, "_trainer", counted)
+    runs = [train.Run(arm, settings={"alignment_weight": weight}, steps=1, before=first, in_full=False)
+            for arm, weight in (("stage 1", 0.0), ("both", 0.1))]  # fmt: skip
+    records = [train.train(lab, run) for run in runs]
+    assert [adapter for adapter, _, _ in made] == ["projector", "lora", "lora"]
+    _, before, model = made[0]
+    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved and all("multi_modal_projector" in name for name in moved)
+    for _, begun, _ in made[1:]:
+        for name in moved:
+            torch.testing.assert_close(begun[name], model.state_dict()[name], rtol=0, atol=0)
+    assert records[0]["measured"]["0"] == records[1]["measured"]["0"] and list(records[0]["measured"]) == ["0", "1"]
+    without = train.trained_before(lab, train.Run("", before={**first, "alignment_weight": 0.0}))
+    with_it = train.trained_before(lab, runs[0])
+    assert without != with_it and without.read_bytes() != with_it.read_bytes()
+    assert train.Run("a").key == train.Run("a", before={}).key != runs[0].key
+
+
+@pytest.mark.parametrize(("adapter", "trained"), [("full", True), ("lora", False)])
+def test_what_an_adapter_trains(
+    modules: dict[str, ModuleType], lab: object, tmp_path: Path, adapter: str, trained: bool
+) -> None:
+    """All weights but the vision tower's, or of the language model none of its own."""
+    train = modules["train"]
+    run = train.Run("SFT", settings={"alignment_weight": 0.0}, adapter=adapter)
+    trainer = train._trainer(lab, run, train.load_model(lab, run), str(tmp_path / "out"))
+    names = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert not any("vision_tower" in name for name in names) and any("multi_modal_projector" in name for name in names)
+    assert any("layers.0" in name and "lora" not in name for name in names) == trained
 
 
 def test_measured_as_the_library_does(modules: dict[str, ModuleType], lab: object) -> None:
@@ -221,11 +264,12 @@ def test_every_experiment_names_its_runs_apart(modules: dict[str, ModuleType]) -
         for run in runs:
             if name == "head_map":
                 continue
-            train.HeRAConfig(
-                output_dir="out",
-                use_cpu=True,
-                **train.SETTINGS | {key: value for key, value in run.settings.items() if key not in train.CHOICE},
-            )
+            for settings in (run.settings, run.before or {}):
+                train.HeRAConfig(
+                    output_dir="out",
+                    use_cpu=True,
+                    **train.SETTINGS | {key: value for key, value in settings.items() if key not in train.CHOICE},
+                )
 
 
 def test_held_out_concepts_are_reserved(modules: dict[str, ModuleType]) -> None:
