@@ -48,13 +48,35 @@ def head_vectors(model, batch, heads: list[tuple[int, int]]) -> tuple[Tensor, Te
     return logits, torch.stack(vectors), added, mask
 
 
-def pull_by_autograd(recorder: Recorder, weight: float, heads: list[tuple[int, int]]) -> float:
+def layer_vectors(model, batch, layers: list[tuple[int]]) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """The same of whole layers: what is added to and read is the residual stream that leaves each."""
+    added: list[Tensor] = [torch.empty(0)] * len(layers)
+    left: list[Tensor] = [torch.empty(0)] * len(layers)
+
+    def hook(module, args, out, number):
+        stream = out[0] if isinstance(out, tuple) else out
+        added[number] = torch.zeros_like(stream, requires_grad=True)
+        left[number] = stream + added[number]
+        return (left[number], *out[1:]) if isinstance(out, tuple) else left[number]
+
+    modules = get_head_accessor(model).layers
+    handles = [modules[layer].register_forward_hook(partial(hook, number=n)) for n, (layer,) in enumerate(layers)]
+    names = {name: value for name, value in batch.items() if name not in ("labels", TEACHER_COLUMN)}
+    logits = base_model(model)(**names, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    mask = pooled_positions(batch, model)
+    vectors = [torch.stack([stream[b][mask[b]].mean(0) for b in range(len(mask))]) for stream in left]
+    return logits, torch.stack(vectors), added, mask
+
+
+def pull_by_autograd(recorder: Recorder, weight: float, heads: list[tuple[int, ...]], read=head_vectors) -> float:
     """The definition: gradients with respect to what each head adds to the residual stream at the pooled positions, of
     the weighted alignment loss at this head alone, and of everything else."""
     model, k = recorder.model.train(), recorder.trainer.args.num_neighbors
     total = sum(num_labels(batch) for batch in recorder.batches)
     log_temperature = recorder.parameters["log_temperature"]
-    passes = [head_vectors(model, batch, heads) for batch in recorder.batches]
+    passes = [read(model, batch, heads) for batch in recorder.batches]
     lm = sum(
         language_model_loss(logits, batch["labels"], "sum") / total
         for (logits, *_), batch in zip(passes, recorder.batches, strict=True)
@@ -85,6 +107,20 @@ def test_the_pull_is_that_of_plain_autograd_in_every_cut(tmp_path, cut, checkpoi
     trainer.train()
     heads = [tuple(head) for head in trainer.aligned_heads]
     expected = pull_by_autograd(recorder, trainer.args.alignment_weight, heads)
+    assert logged(trainer, "alignment_pull") == [pytest.approx(expected, rel=1e-3)]
+    assert expected > 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [None, True], ids=["none", "reentrant"])
+@pytest.mark.parametrize("cut", [CUTS[0], CUTS[2]], ids=str)
+def test_the_pull_at_whole_layers(tmp_path, cut, checkpointing):
+    """The lower one's gradient from above holds what the upper one sends down."""
+    settings = {"alignment_granularity": "layer", "aligned_heads": ["L1", "L0"], "logging_steps": 1}
+    trainer = make_trainer(tmp_path, "llava", cut, lora_config(), checkpointing, **settings)
+    recorder = Recorder(trainer)
+    trainer.train()
+    layers = [tuple(layer) for layer in trainer.aligned_heads]
+    expected = pull_by_autograd(recorder, trainer.args.alignment_weight, layers, layer_vectors)
     assert logged(trainer, "alignment_pull") == [pytest.approx(expected, rel=1e-3)]
     assert expected > 1e-3
 
