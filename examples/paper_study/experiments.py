@@ -68,8 +68,12 @@ def temperature() -> list[Run]:
     return searched([(f"temperature {t}", {"temperature": t}) for t in (0.3, 0.07, 1.0, 0.15, 0.6)], BOTH)
 
 
+PAPER = {"similarity": "cosine", "temperature": 0.07, "target_pull": None, "alignment_weight": 0.01}
+
+
 def pull() -> list[Run]:
-    return searched([(f"pull {p}", {"target_pull": p}) for p in (1.0, 0.1, 3.0, 0.03)])
+    held = [(f"pull {p}", {"target_pull": p}) for p in (1.0, 0.1, 3.0, 0.03)]
+    return searched([*held, ("weight 0.01, cosine, temperature 0.07, as the paper", PAPER)])
 
 
 def similarity() -> list[Run]:
@@ -79,6 +83,7 @@ def similarity() -> list[Run]:
             ("cosine, temperature 0.01", {"similarity": "cosine", "temperature": 0.01}),
             ("dot products", {"similarity": "dot", "temperature": None}),
             ("teacher centred", {"teacher_similarity": "centered_cosine"}),
+            ("dot products, temperature 10", {"similarity": "dot", "temperature": 10.0}),
         ]
     )
 
