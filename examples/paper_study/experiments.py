@@ -88,6 +88,17 @@ def similarity() -> list[Run]:
     )
 
 
+def default() -> list[Run]:
+    """The two best of the similarities, with fresh seeds."""
+    cold = HELD | {"similarity": "cosine", "temperature": 0.01}
+    place: dict[str, Any] = {**SEARCHED, "teacher": "efficientnet"}
+    runs: list[Run] = []
+    for seed in range(1, 4):
+        runs += pair("centred, temperature 0.3", HELD, seed=seed, **place)
+        runs += pair("cosine, temperature 0.01", cold, seed=seed, **place)
+    return runs
+
+
 def micro_batches(size: int, **settings: Any) -> dict[str, Any]:
     """Steps of 64 in micro-batches, with two neighbours: more would leave nothing to tell apart in the smallest."""
     return {
@@ -192,6 +203,7 @@ EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "temperature": temperature,
     "pull": pull,
     "similarity": similarity,
+    "default": default,
     "pool": pool,
     "heads": heads,
     "weights": weights,

@@ -98,6 +98,22 @@ def search(records: Sequence[Record]) -> str:
     return markdown(header, rows)
 
 
+def repeated(records: Sequence[Record]) -> str:
+    """The same over several seeds, with intervals."""
+    header = ["setting", "seeds", "aligned five", "control", "**difference**", "difference by the other encoder"]
+    header += ["held-out loss", "control"]
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run, _ in pairs(records)):
+        some = [(run, control) for run, control in pairs(records) if run["arm"] == arm]
+        scores = [[aligned_heads(record) for record in both] for both in zip(*some, strict=True)]
+        added = [aligned_heads(run) - aligned_heads(control) for run, control in some]
+        others = [aligned_heads(run, encoder=other(run)) - aligned_heads(c, encoder=other(c)) for run, c in some]
+        losses = [[last(record)["lm_loss"] for record in both] for both in zip(*some, strict=True)]
+        row = [arm, str(len(some)), *map(number, scores), f"**{number(added, sign='+')}**", number(others, sign="+")]
+        rows.append([*row, *map(number, losses)])
+    return markdown(header, rows)
+
+
 def before_and_sft(records: Sequence[Record]) -> str:
     """What the search's runs are held against, by teacher: the heads are others for each."""
     header = ["", *(f"aligned five by {NAMES[name]}" for name in NAMES), "held-out loss"]
@@ -175,6 +191,7 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "temperature": search,
     "pull": search,
     "similarity": search,
+    "default": repeated,
     "pool": search,
     "heads": search,
     "weights": stage1,

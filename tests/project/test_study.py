@@ -391,6 +391,14 @@ def test_a_search_sets_a_run_beside_its_control(modules: dict[str, ModuleType]) 
     assert lines[2] == (
         "| t | DINOv2 ViT-S | 0.500 | 0.100 | **+0.400** | +0.000 | 2.000 | 2.500 | 3.000 | 3.000 | 0.12 |"
     )
+    again, its_control = ({**json.loads(json.dumps(some)), "seed": 1} for some in (run, control))
+    again["measured"]["2"]["mknn"]["image"]["dinov2"] = [0, 0.8, 0.6, 0]
+    cells = tables.repeated([control, run, again, its_control]).splitlines()[-1]
+    # Student's quantile of one degree of freedom times 0.1 * sqrt(2) / sqrt(2).
+    half = f"{12.706 * 0.1:.3f}"
+    loss = "3.000 ± 0.000 | 3.000 ± 0.000"
+    expected = f"0.600 ± {half} | 0.100 ± 0.000 | **+0.500 ± {half}** | +0.000 ± 0.000 | {loss}"
+    assert cells == f"| t | 2 | {expected} |"
     alone = record("u", 0, {2: [0.1] * 4}, 3.0)
     assert tables.search([control, run, alone]).splitlines() == lines
 
