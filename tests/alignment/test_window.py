@@ -115,6 +115,7 @@ def test_every_cut_has_the_same_alignment_gradient(tmp_path, family, tuning):
 
 
 OBJECTIVES = {
+    "cosine": {"similarity": "cosine"},
     "dot": {"similarity": "dot"},
     "centered": {"similarity": "centered_cosine", "teacher_similarity": "centered_cosine"},
     "feature": {"alignment_objective": "feature"},
