@@ -69,7 +69,7 @@ def samples() -> tuple[Tensor, list[Tensor]]:
     kind = torch.arange(KINDS).repeat_interleave(EACH)
     teacher = at(kind * 2 * math.pi / KINDS + math.pi / 4 + 0.22 * torch.randn(len(kind), generator=generator))
     head = at(2 * math.pi * torch.rand(len(kind), generator=generator)).requires_grad_()
-    criterion = HeRALoss(num_neighbors=K, temperature=0.5, learn_temperature=False)
+    criterion = HeRALoss(num_neighbors=K, temperature=0.5, learn_temperature=False, similarity="cosine")
     optimizer = torch.optim.SGD([head], lr=0.3)
     steps = []
     for _ in range(STEPS):

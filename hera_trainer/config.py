@@ -43,7 +43,7 @@ class HeRAConfig(SFTConfig):
             Pull of the alignment loss at the aligned heads, relative to that of the language-model loss
             (`alignment_pull` in the logs), that the weight follows, from `alignment_weight` in the first step. By
             default the weight is fixed, as in the paper.
-        similarity (`str`, *optional*, defaults to `"cosine"`):
+        similarity (`str`, *optional*, defaults to `"centered_cosine"`):
             How head representations are compared: `"dot"`, dot products as eq. 4 is printed; `"cosine"`, dot products
             of normalised vectors; `"centered_cosine"`, the same after the mean over the pool is taken away.
         teacher_similarity (`str`, *optional*, defaults to `"cosine"`):
@@ -51,8 +51,8 @@ class HeRAConfig(SFTConfig):
         metric_similarity (`str`, *optional*, defaults to `"cosine"`):
             How vectors are compared when heads are ranked and monitored, of the same three.
         temperature (`float`, *optional*):
-            Initial temperature τ of the contrastive loss (eq. 8). By default 0.07 with `similarity="cosine"`, 0.3 with
-            `"centered_cosine"`, and 1 with `"dot"`.
+            Initial temperature τ of the contrastive loss (eq. 8). By default 0.3 with `similarity="centered_cosine"`,
+            0.07 with `"cosine"`, and 1 with `"dot"`.
         learn_temperature (`bool`, *optional*, defaults to `True`):
             Whether log τ is trained, by an optimizer of its own without weight decay.
         objective_learning_rate (`float`, *optional*):
@@ -171,7 +171,7 @@ class HeRAConfig(SFTConfig):
         },
     )
     similarity: str = field(
-        default="cosine",
+        default="centered_cosine",
         metadata={
             "help": "How head representations are compared: 'dot', 'cosine' or 'centered_cosine' (the mean over the "
             "pool is taken away first).",
@@ -195,8 +195,8 @@ class HeRAConfig(SFTConfig):
     temperature: float | None = field(
         default=None,
         metadata={
-            "help": "Initial temperature of the contrastive loss. Default: 0.07 with the similarity 'cosine', 0.3 with "
-            "'centered_cosine', 1 with 'dot'."
+            "help": "Initial temperature of the contrastive loss. Default: 0.3 with the similarity 'centered_cosine', "
+            "0.07 with 'cosine', 1 with 'dot'."
         },
     )
     learn_temperature: bool = field(

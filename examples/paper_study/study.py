@@ -1,4 +1,4 @@
-"""The study of docs/results.md: `python examples/paper_study/study.py signature search ...`
+"""The study of docs/results.md: `python examples/paper_study/study.py signature confirmation ...`
 
 What is in `results/` is not run again, so the command may be stopped and repeated.
 """

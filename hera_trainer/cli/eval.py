@@ -106,7 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--export", choices=("lmms-eval", "vlmevalkit"), default=None, help="print commands, run nothing"
     )
-    export.add_argument("--benchmarks", nargs="+", default=None, help="names or groups, such as vision mme [all]")
+    export.add_argument(
+        "--benchmarks",
+        nargs="+",
+        default=None,
+        help="names or groups, such as vision mme [all but those of the group More]",
+    )
     export.add_argument("--model-type", default=None, help="model type, such as qwen3_vl, where MODEL can't be read")
     return parser
 

@@ -90,7 +90,7 @@ class NeighborGroupSampler(Sampler[int]):
     Example:
 
     ```python
-    >>> table = neighbor_table(dataset, k=64, normalize=True, device=torch.device("cpu"))
+    >>> table = neighbor_table(dataset, k=64, similarity="cosine", device=torch.device("cpu"))
     >>> sampler = NeighborGroupSampler(table, pool_size=128, group_size=16)
     >>> loader = DataLoader(dataset, batch_size=128, sampler=sampler)
     >>> for epoch in range(3):

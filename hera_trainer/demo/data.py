@@ -18,6 +18,8 @@ ANSWER_HINT = " Answer with one word."
 COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 QUESTION_TYPES = ("yes/no", "color", "shape")
+# Seed of the questions that models are tested on: another draw than the settings were chosen with.
+TEST_SEED = 11
 _PERSONS = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|male|female|prince|princess|mr|mrs)\b")
 
 _Question = tuple[str, str, int]  # question, answer, image id

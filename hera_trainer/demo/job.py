@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from .. import AlignmentMonitorCallback, HeRAConfig, HeRATrainer, add_teacher_features
-from .data import concept, easy_vqa, emoji_captions, is_reserved
+from .data import TEST_SEED, concept, easy_vqa, emoji_captions, is_reserved
 from .parts import computes_bf16, four_bit_config
 
 # 56 x 56 pixels are 16 image tokens: small enough for two CPU cores, large enough to tell shapes and colours.
@@ -22,8 +22,6 @@ TEACHER_NAME = "DINOv2 ViT-S/14"
 BATCH_SIZE = 64
 STEPS = 20
 LEARNING_RATE = 4e-4
-# Another draw of questions than the settings were chosen with.
-TEST_SEED = 11
 HELD_OUT_CAPTIONS = 300
 QUESTIONS = 240
 LINEAR_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -392,7 +392,7 @@ def _objective_settings(trainer: HeRATrainer) -> list[tuple[str, str, str, bool]
         learned = f"learned ({now:.4g} now)" if args.learn_temperature else "fixed"
         same = args.temperature == 0.07 and args.learn_temperature
         rows.append(("temperature, τ", f"{args.temperature:g}, {learned}", "0.07, learned", same))
-        rows.append(("similarity of heads", args.similarity, "not stated", True))
+        rows.append(("similarity of heads", args.similarity, "not centered", args.similarity != "centered_cosine"))
         rows.append(("similarity of teacher vectors", args.teacher_similarity, "not stated", True))
     return rows
 

@@ -174,11 +174,11 @@ class HeRALoss(AlignmentObjective):
         num_neighbors (`int`, *optional*, defaults to `10`):
             Number k of teacher neighbours that are positives of each sample.
         temperature (`float`, *optional*):
-            Initial temperature, by default that of the similarity: 0.07 for `"cosine"`, 0.3 for `"centered_cosine"`, 1
+            Initial temperature, by default that of the similarity: 0.3 for `"centered_cosine"`, 0.07 for `"cosine"`, 1
             for `"dot"`.
         learn_temperature (`bool`, *optional*, defaults to `True`):
             Whether the logarithm of the temperature is trained.
-        similarity (`str`, *optional*, defaults to `"cosine"`):
+        similarity (`str`, *optional*, defaults to `"centered_cosine"`):
             How head representations are compared: `"dot"`, dot products as eq. 4 is printed, where a few samples of
             large norm become everyone's neighbours; `"cosine"`, dot products of normalised vectors;
             `"centered_cosine"`, the same after the mean over the pool's valid samples, those of the queue included, is
@@ -214,7 +214,7 @@ class HeRALoss(AlignmentObjective):
         num_neighbors: int = 10,
         temperature: float | None = None,
         learn_temperature: bool = True,
-        similarity: str = "cosine",
+        similarity: str = "centered_cosine",
         teacher_similarity: str = "cosine",
     ) -> None:
         super().__init__()

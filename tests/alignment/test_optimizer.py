@@ -35,7 +35,7 @@ class Gradients(TrainerCallback):
 
 def adam(gradients, rates, beta1=0.9, beta2=0.999, epsilon=1e-8):
     """The log temperature after each step, by Kingma and Ba's Algorithm 1."""
-    value, m, v, values = math.log(0.07), 0.0, 0.0, []
+    value, m, v, values = math.log(0.3), 0.0, 0.0, []
     for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
         m, v = beta1 * m + (1 - beta1) * gradient, beta2 * v + (1 - beta2) * gradient**2
         value -= rate * (m / (1 - beta1**t)) / (math.sqrt(v / (1 - beta2**t)) + epsilon)
@@ -116,7 +116,7 @@ def test_adam_at_the_rate_of_the_schedule_beside_every_optimizer(tmp_path, optim
     run.train()
     expected = [math.exp(value) for value in adam(gradients.values, [linear(step) for step in range(STEPS)])]
     assert logged(run, "temperature") == pytest.approx(expected, rel=1e-5)
-    assert abs(math.log(expected[-1] / 0.07)) > 1e-3
+    assert abs(math.log(expected[-1] / 0.3)) > 1e-3
     owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert id(run.criterion.log_temperature) not in owned
 
@@ -187,7 +187,7 @@ def test_saved_without_the_optimizer_too(tmp_path):
     first.train()
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
     state = load_file(tmp_path / "checkpoint-2" / OBJECTIVE_FILE)
-    assert state["log_temperature"] == first.criterion.log_temperature.item() != pytest.approx(math.log(0.07))
+    assert state["log_temperature"] == first.criterion.log_temperature.item() != pytest.approx(math.log(0.3))
     second = trainer(tmp_path, max_steps=2, **kwargs)
     second.train(resume_from_checkpoint=True)
     assert second.criterion.log_temperature.item() == state["log_temperature"]

@@ -419,7 +419,7 @@ def test_easy_vqa_example(folder, tmp_path, capsys):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     example.main([str(tmp_path), "--questions", "6"])
-    written, original = load_rows(tmp_path / "test.jsonl"), easy_vqa("test", 6, 1)
+    written, original = load_rows(tmp_path / "test.jsonl"), easy_vqa("test", 6, 11)
     assert written["answer"][:] == original["answer"][:]
     first, second = (Questions(rows).messages(4)[0]["content"] for rows in (written, original))
     assert first[1] == second[1] and first[0]["image"].tobytes() == second[0]["image"].tobytes()

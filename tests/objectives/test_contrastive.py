@@ -120,7 +120,7 @@ def test_what_all_samples_share_does_not_count_when_centered() -> None:
     """Nearly parallel vectors are as good as any others; uncentred, their loss says nothing and is warned of."""
     heads, teacher = inputs(2, 12)
     parallel = heads + 100 * torch.nn.functional.normalize(torch.ones(6), dim=0)
-    centered, plain = HeRALoss(3, similarity="centered_cosine"), HeRALoss(3)
+    centered, plain = HeRALoss(3), HeRALoss(3, similarity="cosine")
     torch.testing.assert_close(centered(parallel, teacher), centered(heads, teacher), rtol=1e-4, atol=0)
     assert plain(parallel, teacher).item() == pytest.approx(math.log(11), abs=0.02)
     valid = torch.ones(12, dtype=torch.bool)
@@ -224,9 +224,10 @@ def test_the_log_temperature_is_the_only_state() -> None:
     assert list(criterion.state_dict()) == ["log_temperature"]
     assert criterion.log_temperature.shape == ()
     assert criterion.log_temperature.dtype == torch.float32
-    assert criterion.log_temperature.item() == pytest.approx(math.log(0.07), rel=1e-6)
-    assert criterion.temperature == pytest.approx(0.07, rel=1e-6)
-    assert (criterion.num_neighbors, criterion.similarity, criterion.teacher_similarity) == (10, "cosine", "cosine")
+    assert criterion.log_temperature.item() == pytest.approx(math.log(0.3), rel=1e-6)
+    assert criterion.temperature == pytest.approx(0.3, rel=1e-6)
+    assert (criterion.num_neighbors, criterion.teacher_similarity) == (10, "cosine")
+    assert criterion.similarity == "centered_cosine"
 
 
 def test_a_temperature_that_is_not_learned() -> None:
@@ -245,7 +246,7 @@ def test_clamping_happens_in_place_and_not_in_the_forward() -> None:
     criterion = HeRALoss(num_neighbors=3)
     parameter = criterion.log_temperature
     criterion.after_step()
-    assert criterion.temperature == pytest.approx(0.07, rel=1e-6)
+    assert criterion.temperature == pytest.approx(0.3, rel=1e-6)
 
     with torch.no_grad():
         parameter.fill_(math.log(0.005))
@@ -406,7 +407,7 @@ def test_large_pools_hold_no_square_of_all_heads() -> None:
         grad, temperature_grad = torch.autograd.grad(loss, [heads, criterion.log_temperature])
     assert seen.largest <= batch**2  # the teacher's similarities; the logits of all heads would be three times that
     exact, log = heads.detach().double().requires_grad_(), criterion.log_temperature.detach().double().requires_grad_()
-    z = torch.nn.functional.normalize(exact, dim=-1)
+    z = torch.nn.functional.normalize(exact - exact.mean(1, keepdim=True), dim=-1)
     logits = (z @ z.transpose(1, 2) / log.exp()).masked_fill(torch.eye(batch, dtype=torch.bool), -math.inf)
     unit = torch.nn.functional.normalize(teacher, dim=-1)
     positives = (unit @ unit.T).fill_diagonal_(-math.inf).topk(10).indices.expand(m, -1, -1)

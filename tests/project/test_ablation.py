@@ -42,6 +42,8 @@ def test_the_table_has_every_file_with_the_settings_of_its_name() -> None:
         assert own == {
             "alignment_weight": 0.01,
             "num_neighbors": 10,
+            "similarity": "cosine",
+            "temperature": 0.07,
             "teacher_model_name_or_path": "facebook/dinov2-large",
         }
 

@@ -170,6 +170,17 @@ def test_settings_that_were_changed_come_first(tmp_path):
     assert ["duration", "1 h 14 min"] in page.tables["Time"]
 
 
+@pytest.mark.parametrize(("similarity", "own"), [("centered_cosine", 0.3), ("cosine", 0.07)])
+def test_the_temperature_that_a_similarity_comes_with_is_no_change(tmp_path, similarity, own):
+    """The configuration has a number in the place of the default, which is `None`."""
+    for temperature in (own, 0.2):
+        config = {**record()["config"], "similarity": similarity, "temperature": temperature}
+        page = rendered(write_run(tmp_path, config=config))
+        changed = [row[0] for row in page.tables["Settings that differ from the defaults"][1:]]
+        assert ("temperature" in changed) == (temperature == 0.2)
+        assert ("similarity" in changed) == (similarity == "cosine")
+
+
 def test_values_are_escaped_and_private_ones_hidden(tmp_path):
     attack, token = "</script><script>alert(1)</script>", "hf_" + "a" * 30
     log = [*log_entries(), {"step": STEPS, f"eval_{attack}_loss": 1.0}]

@@ -61,7 +61,7 @@ def test_runs_of_the_same_settings_but_for_the_seed_are_one_group(folders):
     [
         ({"seed": 7, "data_seed": 3}, True),
         ({"output_dir": "x", "logging_steps": 3, "hub_model_id": "a/b", "save_steps": 2, "report_to": ["wandb"]}, True),
-        ({"similarity": "centered_cosine"}, False),
+        ({"similarity": "cosine"}, False),
         ({"alignment_weight": 0.1}, False),
         ({"learning_rate": 1e-3}, False),
         ({"teacher_control": "permuted"}, False),

@@ -178,7 +178,7 @@ def alignment_loss(
     teacher: Tensor,
     k: int,
     log_temperature: Tensor,
-    similarity: str = "cosine",
+    similarity: str = "centered_cosine",
     teacher_similarity: str = "cosine",
 ) -> Tensor:
     """Eq. 4 and 8, sample by sample."""

@@ -94,7 +94,7 @@ class TestTraining:
             assert entry["loss"] == pytest.approx(entry["lm_loss"] + entry["alignment_loss"], rel=1e-5)
             assert entry["alignment_pool"] == pool
             assert entry["alignment_skipped"] == entry["alignment_left_out"] == 0
-            assert entry["temperature"] == pytest.approx(0.07, abs=1e-3)
+            assert entry["temperature"] == pytest.approx(0.3, abs=1e-3)
 
     @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
     def test_lm_loss_is_what_sft_trainer_logs(self, tmp_path, family):
@@ -262,7 +262,7 @@ class TestEvaluation:
         batch = run.data_collator([evaluation[i] for i in range(15)])
         with torch.no_grad():
             _, z = head_vectors(run.model, batch, [(2, 3), (0, 1)], num_heads=4)
-            tau = torch.tensor(math.log(0.07))
+            tau = torch.tensor(math.log(0.3))
             pools = [alignment_loss(z[:, i : i + 6], batch[TEACHER_COLUMN][i : i + 6], 3, tau) for i in (0, 6)]
         assert metrics["eval_alignment_loss"] == pytest.approx(sum(pools).item() / 2, rel=1e-4)
         assert metrics["eval_alignment_left_out"] == 3

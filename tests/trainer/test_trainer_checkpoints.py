@@ -38,13 +38,13 @@ class TestTemperature:
         does not pile up from step to step."""
         run = trainer(tmp_path, max_steps=1, gradient_accumulation_steps=2, learning_rate=1e-2)
         run.train()
-        assert abs(math.log(run.criterion.temperature / 0.07)) == pytest.approx(1e-2, rel=1e-3)
+        assert abs(math.log(run.criterion.temperature / 0.3)) == pytest.approx(1e-2, rel=1e-3)
         assert run.criterion.log_temperature.grad is None
 
     def test_fixed_temperature(self, tmp_path):
         run = trainer(tmp_path, max_steps=2, learn_temperature=False, learning_rate=1e-2)
         run.train()
-        assert run.criterion.temperature == pytest.approx(0.07)
+        assert run.criterion.temperature == pytest.approx(0.3)
 
     def test_outside_the_clipped_norm(self, tmp_path):
         """The logged gradient norm is that of the model's parameters."""
@@ -276,7 +276,7 @@ def with_teacher_vectors(n, seed):
 QUEUE = {"queue_size": 18, "save_strategy": "steps", "save_steps": 2, "aligned_heads": ["L0H1", "L1H2"]}
 CHANGES = {
     "nothing": ({}, None),
-    "similarity": ({"similarity": "centered_cosine"}, None),  # past samples are kept as they are
+    "similarity": ({"similarity": "cosine"}, None),  # past samples are kept as they are
     "heads": ({"aligned_heads": ["L0H1", "L2H2"]}, "aligned heads differ"),
     "order of heads": ({"aligned_heads": ["L1H2", "L0H1"]}, "aligned heads differ"),
     "number of heads": ({"aligned_heads": ["L0H1"]}, "aligned heads differ"),

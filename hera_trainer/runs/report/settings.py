@@ -10,6 +10,7 @@ from typing import Any
 
 from ...common.redaction import public_settings
 from ...heads.ranking import HeadRanking
+from ...objectives.contrastive import TEMPERATURES
 from ..record import RunRecord, defaults_of
 from .parts import Missing, Section, Table
 
@@ -39,7 +40,8 @@ def settings_section(run: RunRecord) -> Section:
     config = {name: value for name, value in config.items() if name not in NOT_SHOWN}
     defaults = _defaults()
     names = names_in_order(config)
-    changed = [name for name in names if not _is_default(name, config[name], defaults)]
+    filled_in = {**_FILLED_IN, "temperature": TEMPERATURES.get(config.get("similarity", ""))}
+    changed = [name for name in names if not _is_default(name, config[name], defaults, filled_in)]
     rows = [[name, text_of(config[name]), text_of(defaults.get(name))] for name in changed]
     section.tables.append(Table("Settings that differ from the defaults", ["Setting", "Value", "Default"], rows))
     everything = [[name, text_of(config[name])] for name in names]
@@ -148,10 +150,10 @@ def _of_alignment(config: Mapping[str, Any]) -> list[str]:
     return [s.name for s in dataclasses.fields(HeRAConfig) if s.name in config and s.name not in inherited]
 
 
-def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+def _is_default(name: str, value: Any, defaults: Mapping[str, Any], filled_in: Mapping[str, Any]) -> bool:
     if isinstance(value, str) and _PLACEHOLDER.fullmatch(value):
         return True
-    if name in _FILLED_IN and value == _FILLED_IN[name]:
+    if name in filled_in and value == filled_in[name]:
         return True
     default = defaults.get(name)
     if isinstance(value, Mapping) and isinstance(default, Mapping):  # some entries are left out when it is recorded
