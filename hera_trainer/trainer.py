@@ -375,6 +375,8 @@ class HeRATrainer(SFTTrainer):
         self._record.begin(self.train_dataset, self.aligned_heads or (), self.teacher_name, checkpoint)
         if self.is_world_process_zero():
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
+            if self.head_ranking is None:  # an earlier run's would be taken for the one that heads were chosen from
+                Path(str(self.args.output_dir), RANKING_FILE).unlink(missing_ok=True)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         self.best_step = None
@@ -447,7 +449,8 @@ class HeRATrainer(SFTTrainer):
 
     def compute_loss_context_manager(self) -> ExitStack:
         stack = super().compute_loss_context_manager()
-        if self.alignment is not None:
+        # Evaluation has no first pass; a training step that broke off may have left its window open.
+        if self.alignment is not None and self.model.training:
             stack.enter_context(self.alignment.same_randomness())
         return stack
 

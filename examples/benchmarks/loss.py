@@ -40,7 +40,7 @@ _LOGITS = 2**24  # held at a time by the plain products
 
 def _loss(shape: Shape, device: str) -> Callable[[], None]:
     m, batch, d = shape
-    criterion = HeRALoss(num_neighbors=NEIGHBORS).to(device)
+    criterion = HeRALoss(num_neighbors=NEIGHBORS, similarity="cosine").to(device)
     heads = torch.randn(m, batch, d, device=device, requires_grad=True)
     teacher = torch.randn(batch, 384, device=device)
 

@@ -129,7 +129,8 @@ class Contrast:
         columns = [heads.detach().float(), teacher, valid, turns]
         (pool_heads, pool_teacher, pool_valid, pool_turns), start = self._gather(*columns)
         parameters = self.parameters
-        with torch.enable_grad():
+        # The first pass runs under autocast, which would round the backward of an objective, too.
+        with torch.enable_grad(), torch.autocast(pool_heads.device.type, enabled=False):
             leaves = pool_heads.requires_grad_()
             result = self.criterion(leaves, pool_teacher, pool_valid, self.queue)
             parts = result if isinstance(result, dict) else {}

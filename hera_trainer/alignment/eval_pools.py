@@ -12,7 +12,8 @@ from ..objectives.objective import AlignmentObjective, total
 
 class EvalPools:
     """The alignment loss over an evaluation set, in consecutive pools as large as those of training: the loss grows
-    with the pool, so only pools of one size can be compared.
+    with the pool, so only pools of one size can be compared. Pools that a queue makes large enough in training are as
+    large as they must be without one.
 
     Args:
         criterion ([`AlignmentObjective`]): The objective.
@@ -23,7 +24,7 @@ class EvalPools:
 
     def __init__(self, criterion: AlignmentObjective, pool_size: int, accelerator: Accelerator | None = None) -> None:
         self.criterion = criterion
-        self.pool_size = pool_size
+        self.pool_size = max(pool_size, criterion.least_samples)
         self.accelerator = accelerator
         self.total = 0.0
         self.pools = 0

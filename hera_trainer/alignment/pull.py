@@ -70,7 +70,9 @@ class Pull:
         squares, self._squares = self._squares, None
         if squares is None:
             return
-        self._logged = squares if self._logged is None else self._logged + squares
+        # One step that overflowed in fp16 would hide all others from the log.
+        seen = torch.where(squares.isfinite().all(), squares, 0.0)
+        self._logged = seen if self._logged is None else self._logged + seen
         if self.target is None:
             return
         if self.accelerator is not None:

@@ -150,20 +150,37 @@ def _as_answer(captions: list[Any]) -> dict[str, list[Any]]:
     return {"prompt": [[question] for _ in captions], "completion": [[answer] for answer in answers]}
 
 
-def draw(dataset: Dataset, num_samples: int, seed: int) -> Dataset:
-    """So many rows that `num_samples` distinct images are among them, or all: the teacher need not see the rest."""
+def draw(dataset: Dataset, num_samples: int, seed: int, caption_column: str | None = None) -> Dataset:
+    """So many rows that `num_samples` of them can be ranked on, or all: the teacher need not see the rest. Those have
+    a text, and images that none of the others has."""
     import numpy as np
-
-    from ..teacher.images import ImageColumn
 
     order = np.random.default_rng(seed).permutation(len(dataset))
     size = num_samples
     while size < len(dataset):
         rows = dataset.select(order[:size])
-        if len(ImageColumn(rows).scan("Distinct images").digests) >= num_samples:
+        if _count_usable(rows, caption_column) >= num_samples:
             return rows
         size *= 2
     return dataset
+
+
+def _count_usable(rows: Dataset, caption_column: str | None) -> int:
+    import numpy as np
+
+    from ..heads.text import TextColumns, answer_text
+    from ..teacher.images import ImageColumn
+
+    images = ImageColumn(rows).scan("Distinct images")
+    ids_of_rows = np.split(images.ids, images.counts.cumsum()[:-1])
+    column = caption_column or TextColumns().ranked(rows.column_names)
+    if column is None:  # which is said when heads are ranked
+        return len(images.digests)
+    texts = (row[column] for row in rows.with_format(None).select_columns([column]))
+    if caption_column is None:
+        texts = (text and answer_text({column: text}, TextColumns(named=column)) for text in texts)
+    pairs = zip(ids_of_rows, map(_first, texts), strict=True)
+    return len({tuple(ids.tolist()) for ids, text in pairs if len(ids) and text})
 
 
 def _collator(processor: Any, dataset: Dataset) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -209,7 +226,9 @@ def main(arguments: Sequence[str]) -> None:
     rows = with_image_column(rows, args.image_column, args.caption_column)
     if TEACHER_COLUMN not in rows.column_names:
         rows = cached_teacher_features(rows, teacher) or rows  # of all rows, as `hera encode` leaves them
-    rows = with_text_column(draw(rows, args.num_samples, args.seed), args.caption_column, args.context)
+    rows = with_text_column(
+        draw(rows, args.num_samples, args.seed, args.caption_column), args.caption_column, args.context
+    )
     rows = add_teacher_features(rows, teacher, batch_size=args.teacher_batch_size)
     model, processor = load_model(
         args.model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import HeRAConfig
+from ..runs.checkpoints import is_complete
 
 _NEWEST = "newest"
 
@@ -237,13 +239,20 @@ def _mixed(mixture: DatasetMixtureConfig) -> Any:
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _checkpoint(resume_from: str | None, output_dir: str | None) -> str | bool | None:
-    """What `train(resume_from_checkpoint=...)` is given."""
+def _checkpoint(resume_from: str | None, output_dir: str | None, is_aligned: bool) -> str | bool | None:
+    """What `train(resume_from_checkpoint=...)` is given. A run that was killed within its first checkpoint begins
+    anew."""
     if resume_from is None or resume_from.lower() in ("false", "no"):
         return None
     if resume_from.lower() not in (_NEWEST, "true", "yes"):
         return os.path.expanduser(resume_from)
-    found = any(path.is_dir() for path in Path(output_dir or ".").glob("*checkpoint-*"))
+    found = [path for path in Path(output_dir or ".").glob("*checkpoint-*") if path.is_dir()]
+    # Without alignment, checkpoints are `SFTTrainer`'s, which marks none.
+    if found and is_aligned and not any(map(is_complete, found)):
+        names = ", ".join(sorted(path.name for path in found))
+        message = f"Training begins anew: the writing of {names} was interrupted, and there is no other."
+        warnings.warn(message, stacklevel=2)
+        return None
     return True if found else None
 
 
@@ -286,9 +295,10 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    output_dir = training_args.output_dir
+    output_dir, is_aligned = training_args.output_dir, training_args.alignment_weight > 0
     with _ended(trainer):
-        trainer.train(resume_from_checkpoint=_checkpoint(training_args.resume_from_checkpoint, output_dir))
+        checkpoint = _checkpoint(training_args.resume_from_checkpoint, output_dir, is_aligned)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(output_dir)
         units = trainer.aligned_heads or []
         aligned = f" Aligned {granularity_of(units)}s: {' '.join(map(str, units))}." if units else ""

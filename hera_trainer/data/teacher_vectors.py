@@ -187,6 +187,7 @@ class TeacherVectors:
             return {key: self.attach(value, f"{name}[{key!r}]", width) for key, value in dataset.items()}
         if not isinstance(dataset, NumberedStream):  # one that is opened has been looked at
             check_dataset(dataset, name)
+            self._warn_of_another_teacher(dataset, name)
         if not isinstance(dataset, IterableDataset):
             check_tools(dataset, self.data_collator)
             return with_teacher_features(dataset, name, self.teacher, self.args.teacher_batch_size, width)
@@ -196,6 +197,17 @@ class TeacherVectors:
             stream.width = stream_width(stream, None if stream.has_vectors else self._load_stream_teacher())
         check_width(stream.width, name, width)
         return stream
+
+    def _warn_of_another_teacher(self, dataset: Any, name: str) -> None:
+        """Vectors that came with the training data are anyone's; what they are held against is not to be another's."""
+        names = getattr(dataset, "column_names", None)  # not known of every stream
+        if self._brings_vectors and names is not None and TEACHER_COLUMN not in names:
+            teacher = self.teacher if isinstance(self.teacher, str) else self.teacher.name
+            logger.warning(
+                f"The training data brings its own `{TEACHER_COLUMN}`, and `{name}` has none: its images are encoded "
+                f"by {teacher}. If another encoder made those of the training data, name it in "
+                f"`teacher_model_name_or_path`, or give `{name}` the column, too (`hera_trainer.add_teacher_features`)."
+            )
 
     def _check_first_rows(self, rows: Any, collator: TeacherCollator, ranks_heads: bool) -> None:
         """Collates two rows as they are trained on. What the labels of a collator of the user's own cover is compared

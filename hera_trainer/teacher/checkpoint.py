@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.utils import is_timm_available
 from transformers.utils import logging as transformers_logging
 
@@ -74,7 +75,7 @@ class TeacherCheckpoint:
             config = self.config  # not composite, or one whose tower loads only as a part of the whole (ALIGN)
         pinned = {} if self.revision is None else {"revision": self.revision}
         # Loading may initialise weights before it overwrites them: the caller's random state is not ours to move.
-        with _explained(self.name), torch.random.fork_rng(devices=[]), _quiet_load_report():
+        with _explained(self.name), _undivided(), torch.random.fork_rng(devices=[]), _quiet_load_report():
             model, report = AutoModel.from_pretrained(
                 self.name,
                 config=config,
@@ -141,6 +142,18 @@ def _explained(name: str) -> Iterator[None]:
             "encoder on the Hugging Face Hub that can be reached or is in the local cache, or to a local folder with "
             "its weights, `config.json` and, but for timm models, `preprocessor_config.json`."
         ) from error
+
+
+@contextlib.contextmanager
+def _undivided() -> Iterator[None]:
+    """transformers divides whatever is loaded under DeepSpeed ZeRO-3 among the processes. A teacher is whole in each of
+    them, and loaded only by those that have something to encode."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 @contextlib.contextmanager

@@ -15,9 +15,12 @@ from hera_trainer.alignment.contrast import Contrast, PoolLoss, spread
 from hera_trainer.alignment.eval_pools import EvalPools
 from hera_trainer.alignment.meter import AlignmentMeter
 from hera_trainer.data.collator import TeacherBatch
+from hera_trainer.objectives.cka import CKALoss
 from hera_trainer.objectives.contrastive import HeRALoss
+from hera_trainer.objectives.feature import FeatureLoss
 from hera_trainer.objectives.objective import AlignmentObjective
 from hera_trainer.objectives.queue import SampleQueue
+from hera_trainer.objectives.uniformity import UniformityLoss
 
 
 def batch_of(size: int, seed: int = 0, without_image: tuple[int, ...] = (), without_token: tuple[int, ...] = ()):
@@ -349,3 +352,42 @@ def test_terms_and_parameters_of_an_objective() -> None:
     torch.testing.assert_close([criterion.scale.grad, criterion.shift.grad], [2.0 * grad for grad in parameter_grads])
     contrast.reset()
     assert criterion.scale.grad is None and criterion.shift.grad is None
+
+
+def test_pools_are_never_too_small_for_a_loss() -> None:
+    """In training, a queue may owe a small step the samples that it lacks."""
+    criterion = HeRALoss(num_neighbors=3)
+    pools = EvalPools(criterion, pool_size=4)
+    heads, teacher, mask = batch_of(11)
+    pools.add(heads, teacher, mask)
+    expected = [criterion(heads[:, i : i + 5], teacher.vectors[i : i + 5]).item() for i in (0, 5)]
+    assert (pools.pools, pools.left_out) == (2, 1) and min(expected) > 0
+    assert pools.metrics()["alignment_loss"] == pytest.approx(sum(expected) / 2, rel=1e-6)
+
+
+class Plain(AlignmentObjective):
+    """As a user may write it: products of the representations, nothing said of autocast."""
+
+    least_samples = 2
+
+    def forward(
+        self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: SampleQueue | None = None
+    ) -> Tensor:
+        return (heads @ heads.transpose(1, 2)).square().mean()
+
+
+@pytest.mark.parametrize("make", [HeRALoss, FeatureLoss, CKALoss, UniformityLoss, Plain])
+def test_autocast_around_the_pool_rounds_nothing(make: type[AlignmentObjective]) -> None:
+    """As the first pass of a step has it: the gradient must not depend on how a step is cut."""
+    criterion = make()
+    criterion.prepare(2, 6, 5, seed=0)
+    heads, teacher, mask = batch_of(20)
+    arguments = (heads, teacher.vectors, teacher.valid(mask))
+    expected = Contrast(criterion)(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Contrast(criterion)(*arguments)
+    assert torch.equal(found.value, expected.value) and float(found.value) != 0
+    assert torch.equal(found.heads_grad, expected.heads_grad) and float(found.heads_grad.abs().sum()) > 0
+    assert len(found.parameter_grads) == len(expected.parameter_grads)
+    for ours, theirs in zip(found.parameter_grads, expected.parameter_grads, strict=True):
+        assert torch.equal(ours, theirs)

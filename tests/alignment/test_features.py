@@ -11,7 +11,7 @@ from forms import chat, of_rows, photos, settle
 from model_zoo import tiny_config
 from peft import LoraConfig
 from test_window import CHECKPOINTING, make_trainer
-from tiny import FAMILIES, build_vlm
+from tiny import FAMILIES, build_vlm, image_dataset
 from tiny_teachers import noise_image
 from torch import nn
 from transformers import FastVlmForConditionalGeneration, TrainerCallback
@@ -255,3 +255,20 @@ def test_compiled(tmp_path, how):
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
     torch.compiler.reset()
+
+
+def test_evaluation_after_a_step_that_broke_off_looks_at_its_own_images(tmp_path):
+    """Interrupted between two micro-batches, whose features are kept for the second pass."""
+
+    class Interrupted(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model, processor = build_vlm("llava")
+    trainer = make_trainer(tmp_path, "llava", (2, 8), lora(), model=model, processor=processor)
+    trainer.add_callback(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    held_out = image_dataset(n=4, seed=9, with_features=8)
+    losses = [trainer.evaluate(held_out)["eval_loss"] for _ in range(2)]
+    assert losses[0] == losses[1]

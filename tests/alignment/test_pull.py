@@ -201,3 +201,12 @@ def test_training_towards_a_target(tmp_path):
     resumed = make_trainer(tmp_path / "whole", "llava", (8, 2), lora_config(), max_steps=8, save_steps=4, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert logged(resumed, "alignment_weight")[-4:] == pytest.approx(weights[-4:], rel=1e-4)
+
+
+def test_a_step_that_overflowed_hides_no_other():
+    pull, mask = Pull(1.0), torch.ones(1, 4, dtype=torch.bool)
+    for above in (float("inf"), 2.0, float("nan")):
+        pull.observe(torch.full((1, 4, 2), above), torch.full((1, 1, 2), 4.0), mask)
+        pull.before_step()
+    # At each of four positions a quarter of the gradient, two numbers of 1, beside two of 2.
+    assert pull.metrics(pull.take_logged(torch.device("cpu")))["alignment_pull"] == pytest.approx(0.5)

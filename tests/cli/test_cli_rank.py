@@ -132,6 +132,27 @@ def test_only_as_many_images_as_needed_are_encoded(parts, monkeypatch, tmp_path)
     assert ranking.num_samples == 15 and 15 <= count["images"] < 40
 
 
+@pytest.mark.parametrize("caption_column", [None, "caption"])
+def test_rows_that_cannot_be_ranked_on_do_not_count(caption_column):
+    """Without a text, without an image, or with the images of another row: as many of the others are drawn as asked."""
+    rows = image_dataset(n=40, seed=3)
+    kinds = [index % 4 for index in range(40)]  # usable, no text, no image, the images of the first of these rows
+    texts = [row[0]["content"] if kind != 1 else "" for row, kind in zip(rows["completion"], kinds, strict=True)]
+    images = [rows[3 if kind == 3 else index]["images"] if kind != 2 else [] for index, kind in enumerate(kinds)]
+    completion = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {"images": images, "prompt": rows["prompt"][:], "completion": completion}
+    if caption_column is not None:
+        columns = {"images": images, caption_column: texts}
+    features = datasets.Features({name: rows.features.get(name, datasets.Value("string")) for name in columns})
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    for wanted in (4, 8, 11):
+        drawn = draw(rows, wanted, 0, caption_column)
+        texts = drawn[caption_column] if caption_column else [row[0]["content"] for row in drawn["completion"]]
+        usable = {row[0].tobytes() for row, text in zip(drawn["images"], texts, strict=True) if row and text}
+        assert len(usable) >= wanted
+    assert len(draw(rows, 4, 0, caption_column)) < 40 and len(draw(rows, 12, 0, caption_column)) == 40
+
+
 @pytest.mark.parametrize("columns", [[], ["--caption-column", "caption"]])
 def test_what_encode_has_cached_is_not_encoded_again(parts, monkeypatch, tmp_path, columns):
     """Also where only some of the rows are ranked, and where captions are put into another column first."""

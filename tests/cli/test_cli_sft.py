@@ -20,6 +20,7 @@ import hera_trainer
 from hera_trainer import HeadRanking, HeRAConfig, HeRATrainer
 from hera_trainer.cli import main
 from hera_trainer.cli.sft import load_data, parse
+from hera_trainer.runs.checkpoints import is_complete
 
 STEPS = 3
 BASE = {"model_name_or_path": "m", "dataset_name": "d", "use_cpu": True, "bf16": False}
@@ -136,6 +137,23 @@ def test_resume(parts, tmp_path, capsys):
     assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == started
     line = error_of(["--config", rest, "--resume_from_checkpoint", tmp_path / "no"], capsys)
     assert "has no `trainer_state.json`" in line
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.0])
+def test_a_run_that_was_killed_within_its_first_checkpoint_begins_anew(parts, tmp_path, capsys, weight):
+    """The same command can be started again after every crash. Without alignment the rule is SFTTrainer's."""
+    base = {"model_name_or_path": str(parts / "model"), "dataset_name": str(parts / "rows")}
+    run = settings(parts, tmp_path / "run", aligned_heads="L0H1", save_steps=2, max_steps=2, alignment_weight=weight)
+    config = write_yaml(tmp_path / "run.yaml", **base, **run)
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-2" / "adapter_config.json").write_text("{}")
+    words = ["sft", "--config", config, "--resume_from_checkpoint"]
+    if weight == 0:
+        assert main(words) == 1
+        return
+    with pytest.warns(UserWarning, match="Training begins anew: the writing of checkpoint-2 was interrupted"):
+        assert main(words) == 0
+    assert is_complete(tmp_path / "run" / "checkpoint-2")
 
 
 def test_monitor_looks_at_what_is_held_out(parts, tmp_path):

@@ -50,6 +50,7 @@ class Job:
         lora: Train adapters instead of all weights.
         checkpointing: Activation checkpointing.
         ranking: Rank the heads instead of naming them.
+        encodes: Have the images encoded by the teacher beside the model, instead of bringing vectors.
         targets: Where adapters are.
         frozen: Modules whose weights are not trained.
         steps: Optimizer steps.
@@ -65,6 +66,7 @@ class Job:
     lora: bool = False
     checkpointing: bool = False
     ranking: bool = False
+    encodes: bool = False
     targets: str = "all-linear"
     frozen: tuple[str, ...] = ()
     steps: int = 5
@@ -156,12 +158,13 @@ class Killed(TrainerCallback):
 def run(job: Job) -> HeRATrainer:
     start(job.engine)
     args = job.config()
-    data = image_dataset(n=16 * job.steps, with_features=8)
+    data = image_dataset(n=16 * job.steps, with_features=None if job.encodes else 8)
     trainer = HeRATrainer(
         job.model,
         args,
         train_dataset=data,
         eval_dataset=image_dataset(**HELD_OUT) if job.watched else None,
+        teacher=str(Path(job.model).with_name("teacher")) if job.encodes else None,
         peft_config=LoraConfig(target_modules=job.targets, r=4) if job.lora else None,
         callbacks=[Killed(job.dies)],
     )

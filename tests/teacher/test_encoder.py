@@ -11,7 +11,15 @@ import PIL.Image
 import pytest
 import torch
 from tiny_teachers import IMAGES, SQUARE, VIT, noise_image, randomize, save_dinov2
-from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
+from transformers.integrations import deepspeed
 
 from hera_trainer.teacher.encoder import TeacherOutputError, VisionTeacher, teacher_identity, to_rgb
 
@@ -146,3 +154,28 @@ def test_to_rgb_other_modes_and_plain_rgb():
     assert colours(to_rgb(PIL.Image.new("1", (1, 1), 1))) == [(255, 255, 255)]
     plain = noise_image(5)
     assert np.array_equal(np.asarray(to_rgb(plain)), np.asarray(plain))
+
+
+def test_a_teacher_is_whole_where_deepspeed_divides_what_is_loaded(tmp_path, monkeypatch):
+    """Under ZeRO-3, transformers would load it in parts, together with all other processes."""
+    path, seen = save_dinov2(tmp_path / "teacher"), []
+    load = AutoModel.from_pretrained
+
+    def watched(*args, **kwargs):
+        seen.append(deepspeed.is_deepspeed_zero3_enabled())
+        return load(*args, **kwargs)
+
+    class Config:
+        def is_zero3(self):
+            return True
+
+    config = Config()
+    monkeypatch.setattr(AutoModel, "from_pretrained", watched)
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        teacher = VisionTeacher.from_pretrained(str(path))
+        assert deepspeed.is_deepspeed_zero3_enabled()  # the language model is loaded as before
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert seen == [False] and all(parameter.numel() for parameter in teacher.model.parameters())

@@ -23,7 +23,7 @@ import torch
 import transformers
 from engine_worker import HELD_OUT, MEASURED, Job, encode
 from peft import PeftModel
-from tiny import image_dataset, save_vlm
+from tiny import image_dataset, save_tiny_dinov2, save_vlm
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 import hera_trainer
@@ -99,7 +99,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_vlm("llava", tmp_path_factory.mktemp("model"))
+    folder = tmp_path_factory.mktemp("parts")
+    save_tiny_dinov2(folder / "teacher")
+    return save_vlm("llava", folder / "model")
 
 
 # Training
@@ -107,6 +109,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 JOBS = {
     "ZeRO-3, LoRA, checkpointing, ranking": {"engine": "zero3", "lora": True, "checkpointing": True, "ranking": True},
+    "ZeRO-3, a teacher that encodes": {"engine": "zero3", "lora": True, "ranking": True, "encodes": True},
     "ZeRO-2, frozen tower": {"engine": "zero2", "lora": True, "checkpointing": True, "targets": LANGUAGE_MODEL},
     "ZeRO-3, frozen tower": {"engine": "zero3", "lora": True, "checkpointing": True, "targets": LANGUAGE_MODEL},
     "FSDP2, frozen tower, ranking": {"engine": "fsdp2", "lora": True, "targets": LANGUAGE_MODEL, "ranking": True},

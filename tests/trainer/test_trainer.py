@@ -14,8 +14,9 @@ from tiny import build_vlm, image_dataset, save_tiny_dinov2, save_vlm, sft_args
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hera_trainer import AttentionHead, HeadRanking, HeRAConfig, HeRATrainer, VisionTeacher
+from hera_trainer import AttentionHead, HeadRanking, HeRAConfig, HeRATrainer, VisionTeacher, add_teacher_features
 from hera_trainer.data.collator import TEACHER_COLUMN
+from hera_trainer.runs.record import read_run
 
 
 class TestWithoutAlignment:
@@ -241,6 +242,13 @@ class TestHeads:
         flat = scores.flatten().argsort()[:3].tolist()
         assert by_object.aligned_heads == by_path.aligned_heads == [AttentionHead(i // 4, i % 4) for i in flat]
 
+    def test_the_ranking_of_an_earlier_run_does_not_stay(self, tmp_path):
+        """In the same folder, with heads that were named: the record would have them chosen from those scores."""
+        trainer(tmp_path, max_steps=1).train()
+        assert read_run(tmp_path).head_ranking is not None
+        trainer(tmp_path, max_steps=1, aligned_heads=["L1H2"]).train()
+        assert read_run(tmp_path).head_ranking is None
+
     def test_preparing_draws_no_random_numbers(self, tmp_path):
         run = trainer(tmp_path, seed=7)
         before = torch.get_rng_state()
@@ -267,6 +275,13 @@ class TestEvaluation:
         assert metrics["eval_alignment_loss"] == pytest.approx(sum(pools).item() / 2, rel=1e-4)
         assert metrics["eval_alignment_left_out"] == 3
         assert not our_hooks_of(run.model)
+
+    def test_a_step_that_is_too_small_without_its_queue(self, tmp_path):
+        """Four samples a step and twelve past ones train; evaluation, which has no queue, takes pools of five."""
+        settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "queue_size": 12}
+        run = trainer(tmp_path, eval_dataset=image_dataset(n=15, seed=5, with_features=8), **settings)
+        metrics = run.evaluate()
+        assert metrics["eval_alignment_loss"] > 0 and metrics["eval_alignment_left_out"] == 0
 
     def test_small_evaluation_set_is_no_error(self, tmp_path):
         run = trainer(tmp_path, eval_dataset=image_dataset(n=2, seed=5, with_features=8))
@@ -318,6 +333,20 @@ class TestTeacher:
         ours = {n: p for n, p in run.model.named_parameters() if "lora" in n}
         theirs = {n: p for n, p in loaded.named_parameters() if "lora" in n}
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n].to(ours[n])) for n in ours)
+
+    def test_vectors_of_unknown_origin_beside_those_of_a_teacher(self, tmp_path, caplog):
+        """What was trained with one teacher is not measured with another without a word."""
+        teacher = save_tiny_dinov2(tmp_path / "teacher")
+        rows = image_dataset(n=8, seed=5)
+        own = add_teacher_features(rows, str(teacher))
+        width = len(own[0]["teacher_features"])
+        for held_out, said in ((own, 0), (rows, 1)):
+            caplog.clear()
+            dataset = image_dataset(n=24, with_features=width)
+            run = trainer(tmp_path, dataset=dataset, teacher=teacher, eval_dataset=held_out)
+            assert "eval_alignment_loss" in run.evaluate()
+            told = [record.message for record in caplog.records if "`eval_dataset` has none" in record.message]
+            assert len(told) == said and all(str(teacher) in line for line in told)
 
 
 @pytest.mark.parametrize("scope", ["step", "micro_batch"])
