@@ -166,20 +166,18 @@ def draw(dataset: Dataset, num_samples: int, seed: int, caption_column: str | No
 
 
 def _count_usable(rows: Dataset, caption_column: str | None) -> int:
-    import numpy as np
-
     from ..heads.text import TextColumns, answer_text
     from ..teacher.images import ImageColumn
 
-    images = ImageColumn(rows).scan("Distinct images")
-    ids_of_rows = np.split(images.ids, images.counts.cumsum()[:-1])
-    column = caption_column or TextColumns().ranked(rows.column_names)
-    if column is None:  # which is said when heads are ranked
+    column = ImageColumn(rows)
+    images = column.scan("Distinct images")
+    name = caption_column or TextColumns().ranked(rows.column_names)
+    if name is None:  # which is said when heads are ranked
         return len(images.digests)
-    texts = (row[column] for row in rows.with_format(None).select_columns([column]))
+    texts = (row[name] for row in rows.with_format(None).select_columns([name]))
     if caption_column is None:
-        texts = (text and answer_text({column: text}, TextColumns(named=column)) for text in texts)
-    pairs = zip(ids_of_rows, map(_first, texts), strict=True)
+        texts = (text and answer_text({name: text}, TextColumns(named=name)) for text in texts)
+    pairs = zip(column.by_row(images), map(_first, texts), strict=True)
     return len({tuple(ids.tolist()) for ids, text in pairs if len(ids) and text})
 
 

@@ -201,6 +201,11 @@ class ImageColumn:
             )
         return Images(list(known), np.array(places), counts, np.array(ids, dtype=np.int64))
 
+    def by_row(self, images: Images) -> list[np.ndarray]:
+        """The distinct images of each row of the data set, by their numbers in what `scan` has found."""
+        stored = np.split(images.ids, images.counts.cumsum()[:-1])
+        return stored if self._indices is None else [stored[row] for row in self._indices.tolist()]
+
     def _digest(self, row: int, source: int, data: pa.Scalar, path: str | None) -> bytes:
         content = hashlib.sha256(self._content(row, source, data, path))
         content.update((self._sources[source].mode or "").encode())  # the same file read in another mode
