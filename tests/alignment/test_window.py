@@ -370,7 +370,7 @@ def test_gradient_scaler_reaches_both_passes():
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(1)
-        model, criterion = torch.nn.Linear(6, 4), HeRALoss(num_neighbors=2)
+        model, criterion = torch.nn.Linear(6, 4), HeRALoss(num_neighbors=2, similarity="cosine")
         optimizer = torch.optim.SGD([*model.parameters(), criterion.log_temperature], lr=0.0)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, enabled=enabled)
         with torch.no_grad():
@@ -381,7 +381,7 @@ def test_gradient_scaler_reaches_both_passes():
         scaler.unscale_(optimizer)
         gradients.append([model.weight.grad, model.bias.grad, criterion.log_temperature.grad])
     torch.manual_seed(1)
-    model, criterion = torch.nn.Linear(6, 4), HeRALoss(num_neighbors=2)
+    model, criterion = torch.nn.Linear(6, 4), HeRALoss(num_neighbors=2, similarity="cosine")
     criterion(model(inputs)[None], teacher).backward()
     expected = [model.weight.grad, model.bias.grad, criterion.log_temperature.grad]
     for plain, scaled, direct in zip(*gradients, expected, strict=True):
