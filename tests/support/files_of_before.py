@@ -31,6 +31,7 @@ def settings(output_dir: str | Path, **kwargs: Any) -> dict[str, Any]:
         save_steps=SAVED_STEP,
         learning_rate=1e-2,
         num_neighbors=2,
+        similarity="cosine",  # the default of then
         num_aligned_heads=2,
         ranking_num_samples=10,
         queue_size=6,
