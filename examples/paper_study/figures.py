@@ -74,16 +74,25 @@ def _searched(found: dict[str, list[tuple[Record, Record]]], references: Sequenc
         axes.plot([low, high], [place, place], color="#bbbbbb", zorder=1)
         axes.scatter(low, place, facecolors="white", edgecolors=COLORS["aligned control"], zorder=2)
         axes.scatter(high, place, color=COLORS["aligned"], zorder=3)
-    axes.set_yticks(range(len(runs)), [f"{run['arm']} ({NAMES[run['config']['teacher']]})" for _, run, _ in runs])
+    axes.set_yticks(range(len(runs)), [_label(run) for _, run, _ in runs])
     axes.invert_yaxis()
     null = references[0]["references"]["null"][0]
     axes.axvline(null, color="#888888", linestyle=":", label="unrelated spaces")
+    sft = next(({**run, "config": runs[0][1]["config"]} for run in references if run["arm"] == "SFT"), None)
+    if sft is not None:
+        axes.axvline(aligned_heads(sft), color=COLORS["SFT"], linestyle="--", linewidth=1, label="SFT, worst five")
     axes.scatter([], [], color=COLORS["aligned"], label="aligned")
     axes.scatter([], [], facecolors="white", edgecolors=COLORS["aligned control"], label="control: permuted teacher")
     axes.set_xlabel("mutual k-NN of the aligned heads with their teacher, held-out images; one seed")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12 - 1.2 / len(runs)), ncols=3, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.06 - 0.8 / len(runs)), ncols=4, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _label(run: Record) -> str:
+    """The setting, and the teacher where it is the encoder that the model looks through."""
+    teacher = run["config"]["teacher"]
+    return run["arm"] + (f" ({NAMES[teacher]})" if teacher == "dinov2" else "")
 
 
 def _confirmed(records: Sequence[Record]) -> plt.Figure:
