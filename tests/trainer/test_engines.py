@@ -130,7 +130,8 @@ def test_trains_as_one_process_does(tmp_path: Path, worker: Worker, model: str, 
     assert [rank["towers"] for rank in ranks] == [10 if once else 20] * 2
     assert len(expected["log"]) == 5
     assert all(entry["alignment_pool"] == 16 for entry in expected["log"])
-    assert expected["log"][4]["loss"] < expected["log"][0]["loss"] - 1  # what is compared moves
+    first, *_, last = (entry["loss"] for entry in expected["log"])
+    assert last != pytest.approx(first, abs=0.05)  # what is compared moves, far more than it may differ
     for ours, theirs in zip(ranks[0]["log"], expected["log"], strict=True):
         assert ours == pytest.approx(theirs, rel=TOLERANCE)
 
