@@ -29,6 +29,8 @@ def draw(results: dict[str, list[Record]], folder: Path) -> None:
         _save(_searched(searched, results["references"]), folder / "results-search.png")
     if results.get("confirmation"):
         _save(_confirmed(results["confirmation"]), folder / "results-confirmation.png")
+    if results.get("stages"):
+        _save(_confirmed(results["stages"]), folder / "results-stages.png")
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
