@@ -44,7 +44,7 @@ from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
-from .runs.record import go_on_with_measurements, public_ranking
+from .runs.record import go_on_with_measurements, public_ranking, put_ranking_aside
 from .runs.record_callback import RunRecordCallback
 from .runs.weights import kept_dtypes, load_weights
 from .runs.written_files import RANKING_FILE, written_by
@@ -375,8 +375,8 @@ class HeRATrainer(SFTTrainer):
         self._record.begin(self.train_dataset, self.aligned_heads or (), self.teacher_name, checkpoint)
         if self.is_world_process_zero():
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
-            if self.head_ranking is None:  # an earlier run's would be taken for the one that heads were chosen from
-                Path(str(self.args.output_dir), RANKING_FILE).unlink(missing_ok=True)
+            if self.head_ranking is None:
+                put_ranking_aside(str(self.args.output_dir))
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         self.best_step = None

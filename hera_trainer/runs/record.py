@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -238,6 +239,19 @@ def go_on_with_measurements(folder: str | os.PathLike, checkpoint: str | os.Path
             target = measurement_path(folder, measured, kind)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, partial(shutil.copyfile, path))
+
+
+def put_ranking_aside(folder: str | os.PathLike) -> None:
+    """Gives the ranking in a run's `output_dir` another name, under which it is no part of the run. To be called where
+    the run's heads were not chosen from it: it is an earlier run's, or the user's own.
+
+    Args:
+        folder (`str` or `os.PathLike`): The run's `output_dir`.
+    """
+    path = Path(folder, RANKING_FILE)
+    if path.is_file():
+        names = (path.with_suffix(f".{number}.json") for number in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def public_ranking(ranking: HeadRanking) -> HeadRanking:
