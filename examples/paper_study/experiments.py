@@ -41,6 +41,7 @@ SEARCHED: dict[str, Any] = {**SIGNATURE, "steps": 20}
 HELD: dict[str, Any] = {**CENTERED, "temperature": 0.3, "target_pull": 0.3, "alignment_weight": 0.5}
 NOT_ITS_OWN = ("efficientnet",)  # a teacher that the model does not look through
 BOTH = ("efficientnet", "dinov2")
+TAUGHT: dict[str, Any] = {**SEARCHED, "teacher": "efficientnet"}
 
 
 def references() -> list[Run]:
@@ -91,11 +92,10 @@ def similarity() -> list[Run]:
 def default() -> list[Run]:
     """The two best of the similarities, with fresh seeds."""
     cold = HELD | {"similarity": "cosine", "temperature": 0.01}
-    place: dict[str, Any] = {**SEARCHED, "teacher": "efficientnet"}
     runs: list[Run] = []
     for seed in range(1, 4):
-        runs += pair("centred, temperature 0.3", HELD, seed=seed, **place)
-        runs += pair("cosine, temperature 0.01", cold, seed=seed, **place)
+        runs += pair("centred, temperature 0.3", HELD, seed=seed, **TAUGHT)
+        runs += pair("cosine, temperature 0.01", cold, seed=seed, **TAUGHT)
     return runs
 
 
@@ -138,7 +138,7 @@ def heads() -> list[Run]:
 def weights() -> list[Run]:
     """All weights of projector and language model, at a rate that they bear."""
     lower: dict[str, Any] = {"learning_rate": 1e-4}
-    full: dict[str, Any] = {**SEARCHED, "teacher": "efficientnet", "adapter": "full"}
+    full: dict[str, Any] = {**TAUGHT, "adapter": "full"}
     return [Run("SFT", settings=SFT | lower, **full), *pair("all weights", HELD | lower, **full)]
 
 
@@ -147,7 +147,7 @@ FIRST: dict[str, Any] = {"max_steps": 40, "learning_rate": 2e-3}  # of the stage
 
 def stages() -> list[Run]:
     """Alignment in the stage that trains the projector, in the one after it, and in both."""
-    place: dict[str, Any] = {**SEARCHED, "teacher": "efficientnet", "in_full": True}
+    place: dict[str, Any] = {**TAUGHT, "in_full": True}
     control = HELD | CONTROL
     arms: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("neither", SFT, SFT),
