@@ -178,11 +178,15 @@ def confirmation() -> list[Run]:
 
 
 def use() -> list[Run]:
-    """Captions and questions mixed, so that the model can be asked something, too."""
+    """Stage 1 with captions and questions mixed, so that the model can be asked something, too, with fresh seeds."""
     mixed: dict[str, Any] = {**CONFIRMED, "images": "mixed"}
+    spread = {name: value for name, value in HELD.items() if name != "temperature"} | {
+        "alignment_objective": "uniformity"
+    }
+    arms = {"neither": SFT, "stage 1": HELD, "stage 1 control": HELD | CONTROL, "stage 1 uniformity": spread}
     runs = [Run("start", **{**mixed, "steps": 0})]
     for seed in range(1, 4):
-        runs += [Run("SFT", settings=SFT, seed=seed, **mixed), *pair("aligned", WARM, seed=seed, **mixed)]
+        runs += [Run(arm, seed, settings=SFT, before=FIRST | first, **mixed) for arm, first in arms.items()]
     return runs
 
 

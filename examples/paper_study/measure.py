@@ -23,6 +23,7 @@ from hera_trainer import (
     nearest_neighbors,
 )
 from hera_trainer.alignment.contrast import spread
+from hera_trainer.demo.evaluate import majority_accuracy
 from hera_trainer.evaluation.image_gain import other_rows
 from hera_trainer.heads.registry import unwrap_model
 from hera_trainer.objectives.metrics import neighbor_overlap
@@ -40,27 +41,36 @@ class HeldOut:
     Args:
         rows (`Dataset`): Columns `images`, `prompt` and `completion`.
         vectors (`Mapping[str, Tensor]`): By name of the encoder, `[N, d]`.
-        questions (`Dataset`): The same columns: short answers to questions about other images.
+        questions (`Dataset`): Short answers to questions about other images: the same columns, `question` and `answer`.
+        trained_questions (`Dataset`, *optional*): Questions that models are trained on.
     """
 
     rows: Dataset
     vectors: Mapping[str, Tensor]
     questions: Dataset
+    trained_questions: Dataset | None = None
 
     def neighbors(self) -> dict[str, Tensor]:
         """By name of the encoder, each image's neighbours `[N, k]`."""
         return {name: nearest_neighbors(vectors, NEIGHBORS) for name, vectors in self.vectors.items()}
 
     def references(self, seed: int = 0) -> dict[str, Any]:
-        """What scores are held against: what unrelated spaces score, and the two encoders each other."""
+        """What scores are held against: what unrelated spaces score, and the two encoders each other, and the accuracy
+        of giving each question's commonest answer."""
         first, second = self.neighbors().values()
         null = mutual_knn_null(first, second, seed=seed)
-        return {
+        found = {
             "n": len(self.rows),
             "k": NEIGHBORS,
             "null": [null.mean, null.p95],
             "ceiling": neighbor_overlap(first, second),
         }
+        if (trained := self.trained_questions) is not None:
+            found["questions"] = len(self.questions)
+            found["wording"] = majority_accuracy(
+                trained["answer"], self.questions["answer"], trained["question"], self.questions["question"]
+            )
+        return found
 
 
 @torch.no_grad()

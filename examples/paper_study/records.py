@@ -97,7 +97,16 @@ def seeds(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     return " / ".join(f"{value:{sign}.{digits}f}" for value in values)
 
 
-STAGES = ("neither", "stage 1", "stage 1 control", "stage 2", "stage 2 control", "both", "both control")
+STAGES = (
+    "neither",
+    "stage 1",
+    "stage 1 control",
+    "stage 1 uniformity",
+    "stage 2",
+    "stage 2 control",
+    "both",
+    "both control",
+)
 ARMS = ("SFT", "aligned", "aligned control", "uniformity", *STAGES)
 
 

@@ -32,6 +32,7 @@ COMPARED = (
     ("aligned", "SFT"),
     ("aligned", "uniformity"),
     ("uniformity", "SFT"),
+    ("stage 1", "stage 1 uniformity"),
     *((arm, other) for arm in ("stage 1", "stage 2", "both") for other in (f"{arm} control", "neither")),
 )
 
@@ -46,10 +47,14 @@ def references(records: Sequence[Record]) -> str:
     """What scores are held against."""
     found = records[0]["references"]
     null, p95 = found["null"]
+    wording = ""
+    if "wording" in found:
+        wording = f" The commonest answer to each of {found['questions']} questions is right in {found['wording']:.3f}."
     return (
         f"{found['n']} held-out images, k = {found['k']}. Unrelated spaces score {null:.3f} "
         f"(95th percentile {p95:.3f}), "
         f"DINOv2 ViT-S and EfficientNet-Lite2 score {found['ceiling']:.3f} with each other."
+        f"{wording}"
     )
 
 
@@ -197,6 +202,6 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "weights": stage1,
     "stages": stages,
     "confirmation": confirmation,
-    "use": confirmation,
+    "use": stages,
     "head_map": head_map,
 }

@@ -41,7 +41,8 @@ from hera_trainer.demo.job import IMAGE_SIZE, LINEAR_LAYERS
 from hera_trainer.demo.parts import build_llava, computes_bf16
 
 HELD_OUT, OPENMOJI_HELD_OUT, QUESTIONS = 360, 400, 240
-TRAINED_ON = 1920  # images, and as many questions
+MANY_QUESTIONS = 960  # for models that were trained on questions
+TRAINED_ON = 1920  # drawings of emoji, or questions
 RANKING_SAMPLES = 1000
 SAVE_STEPS = 10
 SETTINGS: dict[str, Any] = {
@@ -70,8 +71,9 @@ class Run:
         settings (`dict`): What of `HeRAConfig` is set besides [`SETTINGS`].
         adapter (`str`): What is trained: `"lora"` (adapter and projector), `"full"` (all but the vision tower), or
             `"projector"` (it alone).
-        images (`str`): `"emoji"`, by all artists with keywords, `"mixed"`, these and as many questions about shapes, or
-            `"openmoji"`, with their names alone. What is held out are emoji, and questions for the model's answers.
+        images (`str`): `"emoji"`, by all artists with keywords, `"openmoji"`, by one artist with their names alone, or
+            `"mixed"`, these and questions about shapes. What is held out are emoji, and questions for the model's
+            answers.
         start (`str`): The projector to begin with: `"stage1"`, or `"random"`, which has never seen an image.
         every (`int`, *optional*): Steps between two measurements on the way, of the heads with the image in context.
         in_full (`bool`): Measure all there is at the end.
@@ -128,8 +130,8 @@ class Laboratory:
 
     def _split(self, images: str, draw: int) -> tuple[Dataset, Dataset]:
         if images == "mixed":
-            train, held_out = self.rows("emoji", draw)
-            questions = self._with_vectors(easy_vqa("train", TRAINED_ON))
+            train, held_out = self.rows("openmoji", draw)
+            questions = self._with_vectors(self._questions())
             columns = ["images", "prompt", "completion", *ENCODERS]
             return concatenate_datasets([part.select_columns(columns) for part in (train, questions)]), held_out
         if images == "emoji":
@@ -151,11 +153,16 @@ class Laboratory:
         """What a run is measured on."""
         rows = self.rows(run.images, run.draw)[1]
         vectors = {name: torch.tensor(rows.with_format(None)[name][:]) for name in ENCODERS}
-        return HeldOut(rows, vectors, easy_vqa("test", QUESTIONS, seed=run.draw))
+        asked = run.images == "mixed"
+        questions = easy_vqa("test", MANY_QUESTIONS if asked else QUESTIONS, seed=run.draw)
+        return HeldOut(rows, vectors, questions, self._questions() if asked else None)
+
+    def _questions(self) -> Dataset:
+        return easy_vqa("train", TRAINED_ON)
 
     def ranking(self, run: Run, teacher: str) -> HeadRanking:
         """How the heads that runs begin with agree with an encoder, on captions to train on, text only."""
-        images = "emoji" if run.images == "mixed" else run.images
+        images = "openmoji" if run.images == "mixed" else run.images
         path = self.folder / f"ranking-{images}-{teacher}-{run.draw}.json"
         if not path.exists():
             rows = taught_by(self.rows(images, run.draw)[0], teacher)

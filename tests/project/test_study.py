@@ -6,19 +6,20 @@ import hashlib
 import importlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 from tiny import build_vlm, image_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hera_trainer import HeadRanking, VisionTeacher, add_teacher_features, get_head_accessor, mutual_knn, rank_heads
-from hera_trainer.demo.data import concept, is_reserved
+from hera_trainer.demo.data import concept, easy_vqa, is_reserved
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "paper_study"
 MODULES = (
@@ -191,6 +192,43 @@ def test_measured_as_the_library_does(modules: dict[str, ModuleType], lab: objec
     references = lab.held_out(run).references()
     assert references["ceiling"] == mutual_knn(*vectors.values(), 10)
     assert references["null"][0] == pytest.approx(10 / 19, abs=0.02)
+
+
+def test_questions_among_captions(modules: dict[str, ModuleType], lab: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are trained on with their vectors, and what the wording of the held-out questions tells is counted."""
+    train = modules["train"]
+    columns = {"images": List(Image(mode="RGB")), **dict.fromkeys(train.ENCODERS, List(Value("float64")))}
+    lab._splits["openmoji", 0] = tuple(
+        part.cast(Features({**part.features, **columns})) for part in lab._splits["emoji", 0]
+    )
+    monkeypatch.setattr(train, "TRAINED_ON", 30)
+    monkeypatch.setattr(train, "MANY_QUESTIONS", 20)
+
+    def with_vectors(lab: object, rows: Dataset) -> Dataset:
+        for name, size in (("dinov2", 6), ("efficientnet", 5)):
+            rows = rows.add_column(name, torch.ones(len(rows), size).tolist())
+        return rows
+
+    monkeypatch.setattr(train.Laboratory, "_with_vectors", with_vectors)
+    run = train.Run("start", images="mixed", steps=0)
+    rows, held_out = lab.rows("mixed", 0)
+    assert len(rows) == 28 + 30 and len(held_out) == 20
+    assert rows[-1]["efficientnet"] == [1] * 5 != rows[0]["efficientnet"]
+    asked = lab.held_out(run)
+    trained = easy_vqa("train", 30)
+    assert list(rows["completion"])[28:] == list(trained["completion"]) and len(asked.questions) == 20
+    answers: dict[str, list[str]] = {}
+    for question, answer in zip(trained["question"], trained["answer"], strict=True):
+        answers.setdefault(question, []).append(answer)
+    overall = Counter(trained["answer"]).most_common(1)[0][0]
+    right = [
+        answer == (Counter(answers[question]).most_common(1)[0][0] if question in answers else overall)
+        for question, answer in zip(asked.questions["question"], asked.questions["answer"], strict=True)
+    ]
+    references = asked.references()
+    assert references["wording"] == sum(right) / 20 and references["questions"] == 20
+    assert "20 questions is right in" in modules["tables"].references([{"references": references}])
+    assert "wording" not in lab.held_out(train.Run("start", steps=0)).references()
 
 
 def test_answers_that_are_right_are_those_of_greedy_decoding(modules: dict[str, ModuleType], lab: object) -> None:
