@@ -161,6 +161,15 @@ def stages() -> list[Run]:
     return runs
 
 
+def longer() -> list[Run]:
+    """Four times as many steps of stage 1: whether what alignment gives there is a head start alone."""
+    place: dict[str, Any] = {**TAUGHT, "in_full": True}
+    first = FIRST | {"max_steps": 160}
+    arms = {"neither": SFT, "stage 1": HELD, "stage 1 control": HELD | CONTROL}
+    runs = [Run("start", **{**place, "steps": 0})]
+    return runs + [Run(arm, settings=SFT, before=first | settings, **place) for arm, settings in arms.items()]
+
+
 # The confirmation: a teacher that the model does not look through, at the temperature at which it was seen to teach, on
 # other seeds and other held-out images, measured in full. Only these numbers are claims.
 SEEDS = range(1, 6)
@@ -212,6 +221,7 @@ EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "heads": heads,
     "weights": weights,
     "stages": stages,
+    "longer": longer,
     "head_map": head_map,
     "confirmation": confirmation,
     "use": use,

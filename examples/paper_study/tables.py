@@ -201,6 +201,7 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "heads": search,
     "weights": stage1,
     "stages": stages,
+    "longer": stages,
     "confirmation": confirmation,
     "use": stages,
     "head_map": head_map,
