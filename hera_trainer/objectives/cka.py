@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .objective import AlignmentObjective, valid_samples, zero_loss
+from .objective import TOLD_APART, AlignmentObjective, constant_heads, valid_samples, zero_loss
 from .queue import SampleQueue
 
 
@@ -18,10 +18,12 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `[...]`.
     """
+    # What a head of vectors that differ by rounding alone would have in all directions alike.
+    least = TOLD_APART**2 * x.detach().square().sum((-1, -2)) / len(y) ** 0.5
     x, y = x - x.mean(-2, keepdim=True), y - y.mean(-2, keepdim=True)
     # By Gram matrices [B, B]: a pool has fewer samples than a representation has dimensions.
     kernel, target = x @ x.transpose(-1, -2), y @ y.T
-    norms = torch.linalg.matrix_norm(kernel) * torch.linalg.matrix_norm(target)
+    norms = torch.linalg.matrix_norm(kernel).clamp_min(least) * torch.linalg.matrix_norm(target)
     return (kernel * target).sum((-1, -2)) / norms.clamp_min(1e-12)
 
 
@@ -29,6 +31,8 @@ class CKALoss(AlignmentObjective):
     """One minus the linear centred kernel alignment ([Kornblith et al., 2019](https://arxiv.org/abs/1905.00414)) of a
     head's representations and the teacher vectors, averaged over heads. CMAR, one of the methods that the HeRA paper
     compares with, aligns layers by CKA.
+
+    Of a head whose vectors differ by less than a hundredth of their length, the differences count as rounding.
 
     It needs no projection although the widths differ, no neighbours and no temperature.
 
@@ -46,3 +50,7 @@ class CKALoss(AlignmentObjective):
             if len(teacher) < self.least_samples:
                 return zero_loss(heads)
             return 1 - linear_cka(heads, teacher).mean()
+
+    def advice(self, spread: Tensor) -> str | None:
+        """Warns of heads that say the same of all samples."""
+        return constant_heads(spread)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .metrics import top_neighbors
-from .objective import AlignmentObjective, valid_samples, zero_loss
+from .objective import TOLD_APART, AlignmentObjective, constant_heads, valid_samples, zero_loss
 from .queue import SampleQueue
 
 # As CLIP bounds its logit scale by 100.
@@ -107,6 +107,10 @@ def _terms(z: Tensor, temperature: Tensor, pool: _Pool, z_grad: Tensor | None) -
     return total, temperature_grad
 
 
+def _norms(z: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of heads `[m, B, d_model]`, a few heads at a time.
 
@@ -128,12 +132,14 @@ class _CrossEntropy(torch.autograd.Function):
             part = slice(start, start + at_once)
             z = heads[part] if pool.past is None else torch.cat([heads[part], pool.past[part]], dim=1)
             centered = similarity == "centered_cosine"
+            least = torch.tensor(_EPSILON, device=z.device)
             if centered:
+                least = (TOLD_APART * _norms(z).mean(1, keepdim=True)).clamp_min(_EPSILON)
                 z = z - z.mean(1, keepdim=True)
             norm = None
             if similarity != "dot":
-                norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-                z = z / norm.clamp_min(_EPSILON)
+                norm = _norms(z)
+                z = z / norm.clamp_min(least)
             # Past samples have no gradient of their own, but a share in the mean.
             reached = z if centered else z[:, :own]
             z_grad = None
@@ -146,8 +152,8 @@ class _CrossEntropy(torch.autograd.Function):
                 continue
             if norm is not None:  # back through the division by the norm
                 norm = norm[:, : reached.shape[1]]
-                z_grad -= reached * ((z_grad * reached).sum(-1, keepdim=True) * (norm > _EPSILON))
-                z_grad /= norm.clamp_min(_EPSILON)
+                z_grad -= reached * ((z_grad * reached).sum(-1, keepdim=True) * (norm > least))
+                z_grad /= norm.clamp_min(least)
             if centered:
                 heads_grad[part] = z_grad[:, :own] - z_grad.mean(1, keepdim=True)
         count = len(heads) * len(pool.anchors)
@@ -182,7 +188,9 @@ class HeRALoss(AlignmentObjective):
             How head representations are compared: `"dot"`, dot products as eq. 4 is printed, where a few samples of
             large norm become everyone's neighbours; `"cosine"`, dot products of normalised vectors;
             `"centered_cosine"`, the same after the mean over the pool's valid samples, those of the queue included, is
-            taken away, with gradient: heads whose vectors are nearly parallel differ in nothing else.
+            taken away, with gradient: heads whose vectors are nearly parallel differ in nothing else. Vectors that are
+            then shorter than a hundredth of the head's mean norm are divided by that instead of their own norm, so that
+            a head which says the same of all samples is not moved by rounding.
         teacher_similarity (`str`, *optional*, defaults to `"cosine"`):
             How teacher vectors are compared when neighbours are looked up, of the same three.
 
@@ -303,6 +311,8 @@ class HeRALoss(AlignmentObjective):
 
     def advice(self, spread: Tensor) -> str | None:
         """Warns of heads whose representations are so nearly parallel that all logits are the same."""
+        if self.similarity == "centered_cosine":
+            return constant_heads(spread)
         flat = int((spread < _FLAT * self.temperature).sum())
         if self.similarity != "cosine" or 2 * flat < len(spread):
             return None

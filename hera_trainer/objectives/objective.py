@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from .queue import SampleQueue
 
+# Share of a head's norm below which differences between samples count as rounding. A head that attends to the first
+# token alone says the same of all samples; divided by what differs in it, it would have most of the gradient.
+TOLD_APART = 1e-2
+
 
 class AlignmentObjective(nn.Module):
     """Compares the representations of the aligned heads with the teacher vectors of one pool of samples.
@@ -83,6 +87,18 @@ def valid_samples(heads: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple
     float32."""
     heads, teacher = heads.float(), teacher.detach().float()
     return (heads, teacher) if valid is None else (heads[:, valid], teacher[valid])
+
+
+def constant_heads(spread: Tensor) -> str | None:
+    """What to say of heads that give all samples the same representation, by their spread `[m]`."""
+    constant = int((spread < TOLD_APART**2).sum())
+    if not constant:
+        return None
+    return (
+        f"{constant} of {len(spread)} aligned heads give all samples the same representation (`alignment_spread`), as "
+        "heads that attend to the first token alone do. There is nothing in them to align. Name others with "
+        "`aligned_heads`: `hera rank` scores all of them."
+    )
 
 
 def total(result: Tensor | dict[str, Tensor]) -> Tensor:

@@ -119,7 +119,7 @@ def test_unknown_similarities_are_refused(name: str) -> None:
 def test_what_all_samples_share_does_not_count_when_centered() -> None:
     """Nearly parallel vectors are as good as any others; uncentred, their loss says nothing and is warned of."""
     heads, teacher = inputs(2, 12)
-    parallel = heads + 100 * torch.nn.functional.normalize(torch.ones(6), dim=0)
+    parallel = heads + 30 * torch.nn.functional.normalize(torch.ones(6), dim=0)
     centered, plain = HeRALoss(3), HeRALoss(3, similarity="cosine")
     torch.testing.assert_close(centered(parallel, teacher), centered(heads, teacher), rtol=1e-4, atol=0)
     assert plain(parallel, teacher).item() == pytest.approx(math.log(11), abs=0.02)
@@ -128,6 +128,29 @@ def test_what_all_samples_share_does_not_count_when_centered() -> None:
     assert "Set `similarity='centered_cosine'`" in plain.advice(flat)
     assert "of 2 of 2 aligned heads" in plain.advice(flat)
     assert plain.advice(spread_out) is None and centered.advice(flat) is None
+
+
+def test_a_head_that_says_the_same_of_all_samples_has_no_more_gradient_than_others() -> None:
+    """Vectors of norm 1 or so that differ by 1e-5 in a common part of 1: by autograd of the loss with the differences
+    divided by a hundredth of the mean norm. Other heads are what they are without it."""
+    heads, teacher = inputs(2, 12)
+    heads[1] = torch.nn.functional.normalize(torch.ones(6), dim=0) + 1e-5 * heads[1]
+    criterion = HeRALoss(3)
+    loss, grad, _ = value_and_gradients(criterion, heads, teacher)
+    alone, alone_grad, _ = value_and_gradients(criterion, heads[:1], teacher)
+    torch.testing.assert_close(grad[0], alone_grad[0] / 2)
+    leaf = heads[1:].clone().double().requires_grad_()
+    differences = (leaf - leaf.mean(1, keepdim=True)) / (0.01 * leaf.norm(dim=-1).mean().detach())
+    expected = loss_by_loops(differences, teacher.double(), torch.tensor(math.log(0.3)).double(), 3, "dot")
+    (expected_grad,) = torch.autograd.grad(expected, leaf)
+    assert loss.item() == pytest.approx((alone.item() + expected.item()) / 2, rel=1e-6)
+    torch.testing.assert_close(
+        grad[1].double(), expected_grad[0] / 2, rtol=1e-2, atol=1e-2 * grad[1].abs().max().item()
+    )
+    assert grad[1].norm() < 10 * grad[0].norm()
+    valid = torch.ones(12, dtype=torch.bool)
+    assert "1 of 2 aligned heads give all samples the same" in criterion.advice(spread(heads, valid))
+    assert criterion.advice(spread(heads[:1], valid)) is None
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])

@@ -54,6 +54,20 @@ def test_values_and_gradients(name: str, left_out: tuple[int, ...]) -> None:
         assert torch.equal(objective(rounded.float(), teacher, valid), objective(rounded, teacher, valid))
 
 
+def test_cka_of_a_head_that_says_the_same_of_all_samples() -> None:
+    heads, teacher = inputs()
+    heads[1] = 1 + 1e-5 * heads[1]
+    leaf = heads.clone().requires_grad_()
+    objective = prepared("cka")
+    (grad,) = torch.autograd.grad(objective(leaf, teacher), leaf)
+    alone = heads[:1].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(cka_loss(alone, teacher), alone)
+    torch.testing.assert_close(grad[0], expected[0] / 2, rtol=1e-4, atol=1e-6)
+    assert grad[1].norm() < grad[0].norm()
+    spread = torch.tensor([0.5, 1e-8])
+    assert "1 of 2 aligned heads" in objective.advice(spread) and objective.advice(spread[:1]) is None
+
+
 @pytest.mark.parametrize("name", ["feature", "cka", "uniformity", "contrastive"])
 def test_a_pool_that_is_too_small_gives_a_connected_zero(name: str) -> None:
     objective = prepared(name)
