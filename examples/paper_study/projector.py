@@ -19,12 +19,12 @@ import torch
 from datasets import concatenate_datasets
 from images import captions, load_images, split
 from safetensors.torch import save_file
-from train import HELD_OUT, commit, scoring_labels_alone, versions
+from train import HELD_OUT, commit, versions
 
 from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.demo.data import easy_vqa
 from hera_trainer.demo.evaluate import accuracy, answer, majority_accuracy
-from hera_trainer.demo.job import IMAGE_SIZE
+from hera_trainer.demo.job import IMAGE_SIZE, scoring_labels_alone
 from hera_trainer.demo.parts import build_llava, computes_bf16, write_plainly
 
 LOG = Path(__file__).resolve().parent / "results" / "projector.json"

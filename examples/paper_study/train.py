@@ -8,8 +8,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
-from trl.trainer import utils as trl_utils
 
 from hera_trainer import (
     AttentionHead,
@@ -37,7 +35,7 @@ from hera_trainer import (
 )
 from hera_trainer.common.files import write_atomically
 from hera_trainer.demo.data import easy_vqa, emoji_captions
-from hera_trainer.demo.job import IMAGE_SIZE, LINEAR_LAYERS
+from hera_trainer.demo.job import IMAGE_SIZE, LINEAR_LAYERS, scoring_labels_alone
 from hera_trainer.demo.parts import build_llava, computes_bf16
 
 HELD_OUT, OPENMOJI_HELD_OUT, QUESTIONS = 360, 400, 240
@@ -200,18 +198,6 @@ def load_model(lab: Laboratory, run: Run) -> Any:
     """The model that a run begins with. For texts of 30 tokens, plain attention is the fastest on a CPU."""
     model: Any = AutoModelForImageTextToText.from_pretrained(lab.start(run.start), attn_implementation="eager")
     return model.to(lab.device)
-
-
-@contextmanager
-def scoring_labels_alone() -> Iterator[None]:
-    """Without Triton, TRL makes the logits of all positions and then masks them. Those with a label, a fifth, give the
-    same loss."""
-    uses_triton = trl_utils._use_triton
-    trl_utils._use_triton = lambda device: True
-    try:
-        yield
-    finally:
-        trl_utils._use_triton = uses_triton
 
 
 def train(lab: Laboratory, run: Run) -> dict[str, Any]:

@@ -23,7 +23,22 @@ from ..runs.record import RunRecord
 from ..runs.report import write_report
 from . import CREDITS
 from .evaluate import accuracy, answer, majority_accuracy
-from .job import ARMS, BATCH_SIZE, IMAGE_SIZE, STEPS, TEACHER_NAME, DemoData, load_data, make_trainer, quantization
+from .job import (
+    ARMS,
+    BATCH_SIZE,
+    IMAGE_SIZE,
+    STAGES,
+    STEPS,
+    TEACHER_NAME,
+    DemoData,
+    folder_of,
+    load_data,
+    load_model,
+    make_trainer,
+    quantization,
+    scoring_labels_alone,
+    steps_of,
+)
 from .parts import build_llava, computes_bf16, save_teacher
 from .table import closing_table, shown_answers
 
@@ -34,6 +49,7 @@ CONTEXTS = {"image in context": "image", "text only": "text"}
 # Logged values whose means over the last steps are printed.
 TRAINING = ("lm_loss", "alignment_loss", "alignment_pull")
 LAST_STEPS = 5
+Runs = dict[str, list[RunRecord]]  # of each arm, both stages
 
 
 class _Clock:
@@ -85,10 +101,10 @@ def run_demo(output_dir: str, steps: int | None = None, seed: int = 0) -> dict[s
     said = {"before": _answers(model, processor, data.questions)}
     del model
     for arm in ARMS:
-        clock.begin(arm, f"{arm}: {steps} steps of {BATCH_SIZE} samples, LoRA on the {_base()} model")
+        clock.begin(arm, f"{arm}: {_plan(steps)}")
         said[arm] = _train(out, data, arm, steps, seed)
     clock.end()
-    runs = {arm: read_run(out / arm.lower()) for arm in ARMS}
+    runs = {arm: [read_run(folder_of(out, arm, stage)) for stage in STAGES] for arm in ARMS}
     results = {
         "settings": {"steps": steps, "seed": seed, "heads": list(map(str, heads)), "questions": len(data.questions)},
         **_measured(runs, ranking, heads),
@@ -128,20 +144,25 @@ def _rank(model: Any, processor: Any, data: DemoData, out: Path) -> HeadRanking:
 
 
 def _train(out: Path, data: DemoData, arm: str, steps: int, seed: int) -> list[str]:
-    """Trains, saves the adapter, loads it with PEFT alone, and answers the held-out questions."""
-    trainer: HeRATrainer = make_trainer(out, data, arm, steps, seed)
-    trainer.train()
+    """Trains both stages, saves the adapter, loads it with PEFT alone, and answers the held-out questions."""
+    for stage in STAGES:
+        trainer: HeRATrainer = make_trainer(out, data, arm, stage, steps, seed)
+        with scoring_labels_alone():
+            trainer.train()
+        if stage == 1:
+            trainer.save_model()
     with replacing_folder(out / arm.lower() / "adapter") as adapter:
         trainer.save_model(str(adapter))
     processor = trainer.processing_class
     del trainer
-    model = AutoModelForImageTextToText.from_pretrained(out / "model", quantization_config=quantization())
-    model = PeftModel.from_pretrained(model, out / arm.lower() / "adapter")
+    model = PeftModel.from_pretrained(load_model(out, arm, 2), out / arm.lower() / "adapter")
     return _answers(model, processor, data.questions)
 
 
-def _base() -> str:
-    return "float32" if quantization() is None else "4-bit"
+def _plan(steps: int) -> str:
+    first, second = (steps_of(stage, steps) for stage in STAGES)
+    base = "float32" if quantization() is None else "4-bit"
+    return f"{first} steps of {BATCH_SIZE} samples for the projector alone, then {second} with LoRA on the {base} model"
 
 
 def _answers(model: Any, processor: Any, questions: Dataset) -> list[str]:
@@ -149,7 +170,7 @@ def _answers(model: Any, processor: Any, questions: Dataset) -> list[str]:
     return answer(model, processor, questions, batch_size=48, max_new_tokens=5, autocast_dtype=dtype)
 
 
-def _measured(runs: dict[str, RunRecord], ranking: HeadRanking, heads: Sequence[AlignedUnit]) -> dict[str, Any]:
+def _measured(runs: Runs, ranking: HeadRanking, heads: Sequence[AlignedUnit]) -> dict[str, Any]:
     """What the monitors measured on held-out captions: before training, and after each run."""
     groups: dict[str, Sequence[AlignedUnit]]
     groups = {"aligned": heads, "top": ranking.select("top", len(heads)), "all": ranking.heads()}
@@ -162,8 +183,8 @@ def _measured(runs: dict[str, RunRecord], ranking: HeadRanking, heads: Sequence[
             for group, units in groups.items()
         }
         null[name] = {"mean": found["before"].chance, "p95": found["before"].null_p95}
-    gains = {"before": runs["SFT"].image_gains[0]}
-    gains |= {arm: run.image_gains[max(run.image_gains)] for arm, run in runs.items()}
+    gains = {"before": runs["SFT"][0].image_gains[0]}
+    gains |= {arm: last.image_gains[max(last.image_gains)] for arm, (_, last) in runs.items()}
     return {
         "mknn": scores,
         "null": null,
@@ -172,21 +193,22 @@ def _measured(runs: dict[str, RunRecord], ranking: HeadRanking, heads: Sequence[
     }
 
 
-def _rankings(runs: dict[str, RunRecord], context: str) -> dict[str, HeadRanking]:
-    """Heads before training, which is the same for all runs, and after each run."""
+def _rankings(runs: Runs, context: str) -> dict[str, HeadRanking]:
+    """Heads before training, which is the same for all runs, and after each arm's last stage."""
     found: dict[str, HeadRanking] = {}
-    for arm, run in runs.items():
-        measured = run.before_after(context)
-        assert measured is not None  # the monitor measures before and after
-        found.setdefault("before", measured[0])
-        found[arm] = measured[1]
+    for arm, stages in runs.items():
+        first, last = (stage.before_after(context) for stage in stages)
+        assert first is not None and last is not None  # the monitor measures before and after
+        found.setdefault("before", first[0])
+        found[arm] = last[1]
     return found
 
 
-def _last(runs: dict[str, RunRecord], name: str) -> dict[str, float]:
+def _last(runs: Runs, name: str) -> dict[str, float]:
     """Mean of what was logged in the last steps, of the runs that logged it. SFT's loss is the language model's."""
     curves = {
-        arm: run.curve(name)[1] or (run.curve("loss")[1] if name == "lm_loss" else []) for arm, run in runs.items()
+        arm: last.curve(name)[1] or (last.curve("loss")[1] if name == "lm_loss" else [])
+        for arm, (_, last) in runs.items()
     }
     return {arm: sum(found[-LAST_STEPS:]) / len(found[-LAST_STEPS:]) for arm, found in curves.items() if found}
 
@@ -204,10 +226,10 @@ def _peak_memory() -> float:
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
 
 
-def _draw(out: Path, runs: dict[str, RunRecord], heads: Sequence[AlignedUnit]) -> None:
+def _draw(out: Path, runs: Runs, heads: Sequence[AlignedUnit]) -> None:
     """Heads after either run and their difference, and the page that sets the runs side by side."""
     after = _rankings(runs, "image")
     panels = {arm: after[arm] for arm in ARMS}
     title = "SmolLM2-135M: agreement of its heads with DINOv2 ViT-S on held-out captions, image in context"
     plot_head_scores(panels, out / "heads.png", heads, title, difference=True)
-    write_report([str(run.path) for run in runs.values()], out / "comparison.html")
+    write_report([str(stage.path) for stages in runs.values() for stage in stages], out / "comparison.html")
