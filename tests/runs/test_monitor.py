@@ -118,6 +118,16 @@ class TestValues:
         assert logged(run, "image_gain") == [gain.gain for gain in kept.values()]
         assert abs(kept[3].gain) > 1e-4 and kept[0].gain != kept[3].gain
 
+    def test_no_logits_of_all_positions_are_made(self, tmp_path):
+        """Neither training nor measuring calls the head on more than one: where texts are long, it would not fit."""
+        monitor = AlignmentMonitorCallback(held_out(), every=1, num_samples=14)
+        run = trainer(tmp_path, max_steps=1, callbacks=[monitor])
+        lengths = []
+        head = run.model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+        run.train()
+        assert logged(run, "image_gain") and set(lengths) == {1}
+
     def test_losses_are_logged_at_every_step_as_without(self, run, tmp_path):
         plain = trainer(tmp_path, max_steps=3, learning_rate=1e-2)
         plain.train()
