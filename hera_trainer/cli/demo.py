@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=positive,
         default=None,
-        help="optimizer steps of 64 samples, the last quarter of them with LoRA [40]",
+        help="optimizer steps of 64 samples, the last fifth of them with LoRA [40]",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of data, adapters and training [%(default)s]")
     return parser

@@ -23,7 +23,7 @@ IMAGE_SIZE = 56
 TEACHER_NAME = "DINOv2 ViT-S/14"
 BATCH_SIZE = 64
 STEPS = 40
-# The projector alone, which has never seen an image, and then LoRA for a quarter of the steps.
+# The projector alone, which has never seen an image, and then LoRA for a fifth of the steps.
 STAGES = (1, 2)
 LEARNING_RATES = {1: 2e-3, 2: 4e-4}
 HELD_OUT_CAPTIONS = 300
@@ -33,7 +33,7 @@ LINEAR_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_
 ARMS: dict[str, dict[str, Any]] = {
     "SFT": {"alignment_weight": 0.0},
     # Settings in which the teacher was seen to add something, beside a control (docs/results.md).
-    "HeRA": {"alignment_weight": 0.5, "target_pull": 0.3},
+    "HeRA": {"alignment_weight": 0.5},
 }
 
 
@@ -81,7 +81,7 @@ def load_data(out: Path, num_samples: int, seed: int) -> DemoData:
 
 def steps_of(stage: int, steps: int) -> int:
     """Steps of a stage, at least one, of `steps` in all."""
-    second = max(1, steps // 4)
+    second = max(1, steps // 5)
     return second if stage == 2 else max(1, steps - second)
 
 
