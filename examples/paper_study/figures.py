@@ -11,7 +11,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from records import MEASURES, NAMES, Record, aligned, aligned_heads, before_training, by_arm, interval, mknn, pairs, top
+from records import (
+    MEASURES,
+    NAMES,
+    Record,
+    aligned,
+    aligned_heads,
+    before_training,
+    by_arm,
+    can_be_shown,
+    interval,
+    mknn,
+    pairs,
+    top,
+)
 
 COLORS = {"SFT": "#888888", "aligned": "#1f77b4", "aligned control": "#ff7f0e", "uniformity": "#2ca02c"}
 LABELS = {"aligned": "aligned (HeRA)", "aligned control": "control: permuted teacher"}
@@ -22,14 +35,14 @@ SHOWN = ("aligned five", "aligned five, by the other encoder", "image gain", "ea
 def draw(results: dict[str, list[Record]], folder: Path) -> None:
     """Writes a PNG for each question that has results."""
     folder.mkdir(parents=True, exist_ok=True)
-    if results.get("signature"):
+    if can_be_shown("signature", results):
         _save(_signature(results["signature"]), folder / "results-signature.png")
     searched = {name: pairs(results[name]) for name in SEARCHES if pairs(results.get(name, []))}
     if searched:
         _save(_searched(searched, results["references"]), folder / "results-search.png")
-    if results.get("confirmation"):
+    if can_be_shown("confirmation", results):
         _save(_confirmed(results["confirmation"]), folder / "results-confirmation.png")
-    if results.get("stages"):
+    if can_be_shown("stages", results):
         _save(_confirmed(results["stages"]), folder / "results-stages.png")
 
 

@@ -26,6 +26,18 @@ def read_results(folder: Path) -> dict[str, list[Record]]:
     }
 
 
+# Experiments in which trained models are set beside the one before training.
+BESIDE_THE_START = ("signature", "stages", "longer", "confirmation", "use")
+
+
+def can_be_shown(name: str, results: dict[str, list[Record]]) -> bool:
+    """Whether enough runs of an experiment are done for its table."""
+    records = results.get(name, [])
+    if name in BESIDE_THE_START:
+        return any(record["arm"] == "start" for record in records)
+    return bool(records)
+
+
 def before_training(records: Sequence[Record]) -> Record:
     """The record of the model that an experiment's runs begin with."""
     return next(record for record in records if record["arm"] == "start")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import draw
-from records import RESULTS, Record, read_results
+from records import RESULTS, Record, can_be_shown, read_results
 from tables import SECTIONS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
@@ -31,7 +31,7 @@ def write_page(page: str, results: dict[str, list[Record]]) -> str:
     """The page with what stands between its markers made anew."""
     for name, section in SECTIONS.items():
         before, _, behind = section_of(page, name)
-        body = section(results[name]) if results.get(name) else "Not measured yet."
+        body = section(results[name]) if can_be_shown(name, results) else "Not measured yet."
         page = f"{before}\n\n{body}\n\n{behind}"
     return page
 

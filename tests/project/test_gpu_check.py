@@ -20,14 +20,10 @@ FOLDER = ROOT / "examples" / "gpu"
 
 @pytest.fixture(scope="module")
 def check() -> Iterator[ModuleType]:
-    path, modules = list(sys.path), set(sys.modules)
+    path = list(sys.path)
     sys.path.insert(0, str(FOLDER))
-    try:
-        yield import_module("check")
-    finally:
-        sys.path[:] = path
-        for name in {"check", "harness", "training_step", "training_step_parts"} - modules:
-            sys.modules.pop(name, None)
+    yield import_module("check")
+    sys.path[:] = path
 
 
 def test_on_the_cpu(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,12 +43,8 @@ PAGE = FOLDER.parents[1] / "docs" / "results.md"
 def modules() -> Iterator[dict[str, ModuleType]]:
     """The study's modules, which import each other by their bare names as scripts do."""
     sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in MODULES:
-            del sys.modules[name]
+    yield {name: importlib.import_module(name) for name in MODULES}
+    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture
@@ -519,6 +515,12 @@ def test_means_have_intervals(modules: dict[str, ModuleType]) -> None:
     # The mean of 1, 2, 3 is 2, its standard error 1 / sqrt(3), and Student's quantile of two degrees of freedom 4.303.
     assert report.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
     assert report.number([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
+
+
+def test_what_has_no_start_is_not_shown_yet(modules: dict[str, ModuleType]) -> None:
+    report, alone = modules["report"], record("SFT", 0, {2: [0.1] * 4}, 3.0)
+    assert report.write_page(PAGE.read_text(), {"use": [alone]}) == report.write_page(PAGE.read_text(), {})
+    assert modules["records"].can_be_shown("pull", {"pull": [alone]})
 
 
 def test_the_page_holds_what_was_measured(modules: dict[str, ModuleType]) -> None:
