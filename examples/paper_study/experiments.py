@@ -189,9 +189,7 @@ def confirmation() -> list[Run]:
 def use() -> list[Run]:
     """Stage 1 with captions and questions mixed, so that the model can be asked something, too, with fresh seeds."""
     mixed: dict[str, Any] = {**CONFIRMED, "images": "mixed"}
-    spread = {name: value for name, value in HELD.items() if name != "temperature"} | {
-        "alignment_objective": "uniformity"
-    }
+    spread = HELD | {"alignment_objective": "uniformity", "temperature": None}
     arms = {"neither": SFT, "stage 1": HELD, "stage 1 control": HELD | CONTROL, "stage 1 uniformity": spread}
     runs = [Run("start", **{**mixed, "steps": 0})]
     for seed in range(1, 4):

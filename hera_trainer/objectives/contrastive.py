@@ -132,7 +132,7 @@ class _CrossEntropy(torch.autograd.Function):
             part = slice(start, start + at_once)
             z = heads[part] if pool.past is None else torch.cat([heads[part], pool.past[part]], dim=1)
             centered = similarity == "centered_cosine"
-            least = torch.tensor(_EPSILON, device=z.device)
+            least = z.new_full((), _EPSILON)
             if centered:
                 least = (TOLD_APART * _norms(z).mean(1, keepdim=True)).clamp_min(_EPSILON)
                 z = z - z.mean(1, keepdim=True)

@@ -52,7 +52,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         patch.setattr(job, "easy_vqa", questions)
         for module in (run, job):
             patch.setattr(module, "quantization", lambda: None)
-        for module in (run, job):
             patch.setattr(module, "BATCH_SIZE", BATCH_SIZE)
         patch.setattr(job, "HELD_OUT_CAPTIONS", 14)
         patch.setattr(job, "QUESTIONS", 8)
@@ -85,8 +84,8 @@ def test_scoring_labels_alone_gives_the_same_run(
     monkeypatch.setattr(job, "quantization", lambda: None)
     for name in ("model", "head_ranking.json", "teacher"):
         (tmp_path / name).symlink_to(out / name)
+    data = read_data(out)
     for arm in job.ARMS:
-        data = read_data(out)
         trainer = job.make_trainer(tmp_path, data, arm, 1, STEPS, seed=0)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
