@@ -78,7 +78,7 @@ class HeRATrainer(SFTTrainer):
         teacher ([`VisionTeacher`] or `str`, *optional*):
             Teacher, instead of `args.teacher_model_name_or_path`.
         head_ranking ([`HeadRanking`] or path, *optional*):
-            Ready ranking. No ranking runs.
+            Ready ranking. No ranking runs. Without alignment, the monitor takes its groups of heads from it.
         **kwargs:
             All other arguments of [`~trl.SFTTrainer`].
 
@@ -140,7 +140,8 @@ class HeRATrainer(SFTTrainer):
     ) -> None:
         args = _as_hera_config(model, args)
         self.aligned_heads: list[AlignedUnit] | None = None
-        self.head_ranking: HeadRanking | None = None
+        ready = args.head_ranking_path if head_ranking is None else head_ranking
+        self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
         self.criterion: AlignmentObjective | None = None
         self.alignment: Alignment | None = None
         self.best_step: int | None = None
@@ -165,10 +166,10 @@ class HeRATrainer(SFTTrainer):
         )
         self.teacher_vectors.data_collator = self.data_collator
         if args.alignment_weight > 0:
-            self._init_alignment(head_ranking)
+            self._init_alignment()
         self._init_watching()
 
-    def _init_alignment(self, head_ranking: HeadRanking | str | os.PathLike | None) -> None:
+    def _init_alignment(self) -> None:
         """Everything about alignment that needs the model but neither teacher nor ranking."""
         args = self.args
         check_device_map(self.model)
@@ -200,8 +201,6 @@ class HeRATrainer(SFTTrainer):
                 f"`num_aligned_heads` ({args.num_aligned_heads}) exceeds the {len(units)} {units[0].kind}s of this "
                 f"{self._model_type!r} model. Lower it."
             )
-        ready = args.head_ranking_path if head_ranking is None else head_ranking
-        self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
         self.add_callback(ObjectiveCallback(self.alignment, args.objective_learning_rate))
 
     def _init_watching(self) -> None:
@@ -377,6 +376,7 @@ class HeRATrainer(SFTTrainer):
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
             if self.head_ranking is None:
                 put_ranking_aside(str(self.args.output_dir))
+        self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         self.best_step = None

@@ -74,7 +74,9 @@ PAPER = {"similarity": "cosine", "temperature": 0.07, "target_pull": None, "alig
 
 def pull() -> list[Run]:
     held = [(f"pull {p}", {"target_pull": p}) for p in (1.0, 0.1, 3.0, 0.03)]
-    return searched([*held, ("weight 0.01, cosine, temperature 0.07, as the paper", PAPER)])
+    fixed = [("weight 0.01, cosine, temperature 0.07, as the paper", PAPER)]
+    fixed.append(("weight 0.01, as by default", {"target_pull": None, "alignment_weight": 0.01}))
+    return searched([*held, *fixed])
 
 
 def similarity() -> list[Run]:

@@ -19,11 +19,12 @@ from ..data.checks import check_dataset, with_teacher_features
 from ..data.collator import TeacherCollator
 from ..data.rows import collatable
 from ..evaluation.image_gain import ImageGain, image_shape, measure_image_gain, other_rows
+from ..heads.checks import check_ranking
 from ..heads.head import AlignedUnit, granularity_of, parse_unit
 from ..heads.heat_map import pixels, plot_head_scores
 from ..heads.modes import evaluating
 from ..heads.ranking import HeadRanking, rank_heads
-from ..heads.registry import get_head_accessor
+from ..heads.registry import get_head_accessor, unwrap_model
 from ..heads.samples import draw_samples
 from ..teacher.column import TEACHER_COLUMN
 from ..teacher.encoder import VisionTeacher
@@ -73,8 +74,9 @@ class AlignmentMonitorCallback(TrainerCallback):
             Number of neighbours, `num_neighbors` of the trainer by default. Unrelated spaces score
             `k / (num_samples - 1)` on average. Runs with another k or `num_samples` cannot be compared.
         heads (sequence of [`AttentionHead`], [`DecoderLayer`] or `str`, *optional*):
-            The heads or layers of the group `aligned`, those that the trainer aligns by default. To be named in a
-            control run with `alignment_weight=0`, unless its `aligned_heads` names them.
+            The heads or layers of the group `aligned`, those that the trainer aligns by default. With
+            `alignment_weight=0`, those that it would align, by its `head_ranking_path` or `aligned_heads`; without
+            either there is no such group.
 
     Raises:
         `ValueError`: If a value is out of range. Data that cannot be used are refused before training starts.
@@ -169,6 +171,8 @@ class AlignmentMonitorCallback(TrainerCallback):
                 f"This model has no {missing[0].kind} {missing[0]}. Correct `heads` or `aligned_heads`, which name "
                 "heads or layers."
             )
+        if trainer.head_ranking is not None:
+            check_ranking(trainer.head_ranking, accessor, unwrap_model(trainer.model).config.model_type)
 
     def prepare(self, trainer: Any) -> None:
         """Attaches the teacher's vectors to the held-out rows. Called by the trainer in all processes, before training.
@@ -357,8 +361,13 @@ class AlignmentMonitorCallback(TrainerCallback):
         return [parse_unit(head) for head in self.heads or trainer.args.aligned_heads or ()]
 
     def _aligned(self) -> list[AlignedUnit]:
-        """The heads or layers of the group of that name: named ones, or those that the trainer chose."""
-        return self._named_heads(self._trainer) or self._trainer.aligned_heads or []
+        """The heads or layers of the group of that name: named ones, those that the trainer chose, or, without
+        alignment, those that it would choose."""
+        args, ranking = self._trainer.args, self._trainer.head_ranking
+        found = self._named_heads(self._trainer) or self._trainer.aligned_heads
+        if found or ranking is None:
+            return found or []
+        return ranking.select(args.head_selection, args.num_aligned_heads, args.seed, args.alignment_granularity)
 
     def _groups(self, context: str) -> dict[str, list[AlignedUnit]]:
         """The heads or layers whose mean scores are logged."""

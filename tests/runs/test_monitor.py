@@ -26,6 +26,7 @@ from hera_trainer import (
     rank_heads,
     read_run,
 )
+from hera_trainer.runs.plots import monitor_group
 from hera_trainer.runs.record import measurement_path, measurements
 
 K = 3
@@ -262,6 +263,30 @@ class TestUse:
             kept.monitored["text"][2].score(AttentionHead(0, 1)), abs=1e-6
         )
         assert not logged(run, "alignment_loss")
+
+    @pytest.mark.parametrize("granularity", ["head", "layer"])
+    def test_run_without_alignment_measures_the_same_groups(self, tmp_path, granularity):
+        """Given the same ranking: a baseline differs in nothing but the loss."""
+        settings = {"aligned_heads": None, "alignment_granularity": granularity, "num_aligned_heads": 2, "max_steps": 2}
+        watched = {"monitor_steps": 2, "eval_dataset": held_out(), "head_selection": "random"}
+        aligned = trainer(tmp_path / "a", **settings, **watched)
+        aligned.train()
+        path = str(tmp_path / "a" / "head_ranking.json")
+        baseline = trainer(tmp_path / "b", alignment_weight=0.0, head_ranking_path=path, **settings, **watched)
+        baseline.train()
+        ranking = read_run(tmp_path / "b").head_ranking
+        assert ranking.scores.equal(aligned.head_ranking.scores)
+        groups = {"aligned": aligned.aligned_heads, "top": ranking.select("top", 2, granularity=granularity)}
+        for context, measured in read_run(tmp_path / "b").monitored.items():
+            for name, units in groups.items():
+                means = [sum(map(measured[step].score, units)) / 2 for step in (0, 2)]
+                assert logged(baseline, f"{monitor_group(context)}/{name}") == pytest.approx(means, abs=1e-6)
+        assert baseline.aligned_heads is None
+
+    def test_ranking_of_another_model_without_alignment(self, tmp_path):
+        ranking = HeadRanking(torch.rand(7, 5), torch.rand(7), k=2, num_samples=20)
+        with pytest.raises(ValueError, match="has 3 layers"):
+            trainer(tmp_path, alignment_weight=0.0, head_ranking=ranking, monitor_steps=2, eval_dataset=held_out())
 
     def test_layers(self, tmp_path):
         """The groups are of layers, by the scores of the layers; named ones of a control run, too."""
