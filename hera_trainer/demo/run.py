@@ -89,6 +89,8 @@ def run_demo(output_dir: str, steps: int | None = None, seed: int = 0) -> dict[s
     """
     steps = STEPS if steps is None else steps
     out, clock = Path(output_dir), _Clock()
+    if not computes_bf16():
+        print("This CPU does not multiply in bfloat16: training takes about three times as long, in float32.")
     clock.begin("build", "A LLaVA-style model of SmolLM2-135M-Instruct and DINOv2 ViT-S/14")
     processor = _build(out)
     clock.begin("teacher", "Teacher vectors of OpenMoji and easy-VQA images (cached for the next run)")

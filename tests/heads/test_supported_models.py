@@ -229,7 +229,7 @@ def test_what_is_said_of_the_trainer() -> None:
     """On the page and in the README: as many types as run through it in `tests/trainer/test_families.py`."""
     assert [name for name, cells in page_rows().items() if cells[3] == "trainer"] == list(ALL_FAMILIES)
     readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
-    assert f" {len(ALL_FAMILIES)} of them run from images to a published adapter" in readme
+    assert f" {len(ALL_FAMILIES)} of them run from images to a saved adapter" in readme
 
 
 def test_a_causal_model_around_a_multimodal_models_decoder() -> None:
