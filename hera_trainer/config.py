@@ -380,13 +380,19 @@ class HeRAConfig(SFTConfig):
         """Number of valid samples, those of the queue included, below which a pool goes without the alignment loss."""
         return get_objective(self.alignment_objective).from_config(self).least_samples
 
+    @property
+    def num_process_batches(self) -> int:
+        """Batches of `per_device_train_batch_size` that all processes take at a time: one each, or one in all, which
+        `split_batches` divides among them."""
+        return 1 if getattr(self.accelerator_config, "split_batches", False) else self.world_size
+
     def pool_size(self, micro_batch_size: int | None = None) -> int:
         """Number of samples that are compared with each other in training, the queue left out.
 
         Args:
             micro_batch_size (`int`, *optional*): Instead of `per_device_train_batch_size`.
         """
-        size = (micro_batch_size or self.per_device_train_batch_size) * self.world_size
+        size = (micro_batch_size or self.per_device_train_batch_size) * self.num_process_batches
         return size * self.gradient_accumulation_steps if self.contrast_scope == "step" else size
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:

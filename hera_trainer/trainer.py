@@ -22,7 +22,13 @@ from trl import SFTConfig, SFTTrainer
 
 from .alignment.alignment import Alignment
 from .alignment.callback import ObjectiveCallback
-from .alignment.checks import check_arguments, check_device_map, check_loss_scaling, check_tokens_stay
+from .alignment.checks import (
+    check_arguments,
+    check_best_metric,
+    check_device_map,
+    check_loss_scaling,
+    check_tokens_stay,
+)
 from .alignment.eval_pools import EvalPools
 from .common.randomness import same_randomness
 from .config import HeRAConfig
@@ -175,9 +181,9 @@ class HeRATrainer(SFTTrainer):
         check_device_map(self.model)
         check_compiled(self.model)
         check_tokens_stay(self.model, self.accelerator)
-        check_loss_scaling(args, self.accelerator)
         check_decoder(self.model, get_head_accessor(self.model))
         self.criterion = self.create_criterion().to(args.device)
+        check_loss_scaling(self.criterion, args, self.accelerator)
         self.alignment = Alignment(
             self.model,
             self.criterion,
@@ -266,6 +272,7 @@ class HeRATrainer(SFTTrainer):
         """
         if self.alignment is None:
             return
+        self._place_model()
         # A run must draw the same random numbers whether teacher and ranking come from a cache or not.
         with same_randomness(self.args.device):
             check_not_packed(self.model)
@@ -273,7 +280,18 @@ class HeRATrainer(SFTTrainer):
                 # A checkpoint goes on with its own heads, also where others were chosen before it was named.
                 self.head_ranking = checkpoint_ranking(resume_from_checkpoint, RANKING_FILE) or self.head_ranking
             self._prepare_data(ranks_heads=self.args.aligned_heads is None and self.head_ranking is None)
+            check_best_metric(self.args, self.eval_dataset)
             self._choose_heads()
+
+    def _place_model(self) -> None:
+        """Moves the model to where it will be trained, if `Trainer` leaves that for later and it is whole there."""
+        full_eval = self.args.fp16_full_eval or self.args.bf16_full_eval
+        zero = self.accelerator.state.deepspeed_plugin
+        replicated = zero is not None and zero.zero_stage < 3
+        if getattr(self.model, "quantization_method", None) is not None:  # on its device since it was loaded
+            return
+        if (full_eval and not self.is_sharded and not self.is_model_parallel) or replicated:
+            self._move_model_to_device(self.model, self.args.device)
 
     def _prepare_data(self, ranks_heads: bool = False) -> None:
         """Any of the data sets and the collator may have been replaced since the last time."""
@@ -298,11 +316,12 @@ class HeRATrainer(SFTTrainer):
             heads = self.head_ranking.select(args.head_selection, args.num_aligned_heads, args.seed, granularity)
         if heads == self.aligned_heads:
             return
-        if granularity == "head":  # layers are read as they are
-            check_projections(self.model, accessor, sorted({head.layer for head in heads}))
-        with self.accelerator.autocast():
+        with self.accelerator.autocast():  # some kernels take nothing but 16 bit
+            if granularity == "head":  # layers are read as they are
+                check_projections(self.model, accessor, sorted({head.layer for head in heads}))
             check_trainable(self.model, accessor, heads, self.teacher_vectors.image_batch)
         self.alignment.align(heads)
+        check_loss_scaling(self.alignment.criterion, self.args, self.accelerator)
         self.aligned_heads = heads
         self._save_ranking(self.args.output_dir)
 
@@ -349,6 +368,10 @@ class HeRATrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         self._prepare_replaced_data()
         return super().get_eval_dataloader(self.teacher_vectors.prepare_eval(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        self._prepare_replaced_data()
+        return super().get_test_dataloader(self.teacher_vectors.prepare_eval(test_dataset))
 
     def _prepare_replaced_data(self) -> None:
         if self.teacher_vectors.width is not None or self._groups_neighbors:  # otherwise, nothing was prepared yet
@@ -484,7 +507,8 @@ class HeRATrainer(SFTTrainer):
         return not scaled
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.alignment is not None and self.model.training:
+        # All processes log these two together. What a callback logs, one of them may log alone.
+        if self.alignment is not None and not {"loss", "train_loss"}.isdisjoint(logs):
             logs.update(self.alignment.metrics())
         super().log(logs, start_time)
 

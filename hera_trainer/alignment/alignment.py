@@ -132,8 +132,10 @@ class Alignment:
 
     @property
     def device(self) -> torch.device:
-        """Where samples are compared."""
-        return self.accessor.decoder.get_input_embeddings().weight.device
+        """Where samples are compared. An engine may move the model there only when training begins."""
+        accelerator = self.contrast.accelerator
+        own = self.accessor.decoder.get_input_embeddings().weight.device
+        return own if accelerator is None else accelerator.device
 
     @property
     def heads(self) -> list[AlignedUnit]:
@@ -252,7 +254,17 @@ class Alignment:
 
     def term(self) -> Tensor:
         """The micro-batch's term of the step's loss, to be added to it before the backward: a scalar, weighted. The
-        terms of all micro-batches add up to the alignment loss of the step times its weight."""
+        terms of all micro-batches add up to the alignment loss of the step times its weight.
+
+        Raises:
+            `RuntimeError`: If the step needs a first pass and had none.
+        """
+        if self.needs_first_pass:
+            raise RuntimeError(
+                f"This optimizer step has {self._count} micro-batches, which are compared as one: `first_pass` reads "
+                "them before the first is trained on. Call it where `needs_first_pass` is true (a `training_step` of "
+                "your own: call `super()`'s), or set `contrast_scope='micro_batch'`."
+            )
         heads, teacher, mask = self.take()
         parameters = self.contrast.parameters
         if self.window is not None:

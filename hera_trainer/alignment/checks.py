@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from datasets import Dataset
 from torch import nn
 
 from ..config import HeRAConfig
 from ..data.pool import check_pool
 from ..heads.registry import unwrap_model
+from ..objectives.objective import AlignmentObjective
+from ..teacher.column import rows_with_vectors
 
 logger = get_logger(__name__)
 
@@ -31,6 +36,30 @@ def check_arguments(args: HeRAConfig) -> None:
             raise ValueError(
                 f"`{name}=True` mixes several samples in one sequence, so head representations cannot be pooled by "
                 f"sample. Set `{name}=False`, or `alignment_weight=0`."
+            )
+
+
+def check_best_metric(args: HeRAConfig, eval_dataset: Any) -> None:
+    """Refuses to choose the best model by an alignment loss that evaluation cannot give, as it has no full pool.
+
+    Args:
+        args ([`HeRAConfig`]): The settings.
+        eval_dataset: With teacher vectors, or a dictionary of such data sets.
+
+    Raises:
+        `ValueError`: Naming both numbers.
+    """
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    needed = max(args.pool_size(), args.least_samples())
+    for name, rows in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
+        if metric != (f"{name}_alignment_loss" if name else "alignment_loss") or not isinstance(rows, Dataset):
+            continue
+        usable = len(rows_with_vectors(rows))
+        if usable < needed:
+            raise ValueError(
+                f"`metric_for_best_model={args.metric_for_best_model!r}` needs {needed} evaluation rows with an image, "
+                f"as many as are compared in training, but there are {usable}. Evaluate on more, or choose by "
+                "`eval_loss`."
             )
 
 
@@ -67,15 +96,18 @@ def check_tokens_stay(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-def check_loss_scaling(args: HeRAConfig, accelerator: Accelerator) -> None:
-    """Refuses to learn the temperature under DeepSpeed in fp16: its engine scales the loss by a factor of its own, and
-    takes it out of the gradients of the model's parameters only.
+def check_loss_scaling(criterion: AlignmentObjective, args: HeRAConfig, accelerator: Accelerator) -> None:
+    """Refuses to train parameters of the objective under DeepSpeed in fp16: its engine scales the loss by a factor of
+    its own, and takes it out of the gradients of the model's parameters only.
 
     Raises:
         `ValueError`: Naming the settings that pass.
     """
-    if args.learn_temperature and accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "fp16":
+    trained = [name for name, parameter in criterion.named_parameters() if parameter.requires_grad]
+    if trained and accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "fp16":
+        contrastive = args.alignment_objective == "contrastive"
         raise ValueError(
-            "The temperature cannot be learned under DeepSpeed in fp16, whose loss scale is taken out of the model's "
-            "gradients only. Use bf16, or set `learn_temperature=False`."
+            f"The {args.alignment_objective} objective cannot train its own parameters ({', '.join(trained)}) under "
+            "DeepSpeed in fp16, whose loss scale is taken out of the model's gradients only. Use bf16"
+            f"{', or set `learn_temperature=False`' if contrastive else ''}."
         )

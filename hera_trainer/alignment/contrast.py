@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..common.precision import exact_products
 from ..objectives.objective import AlignmentObjective, total
 from ..objectives.queue import SampleQueue
 
@@ -130,7 +131,7 @@ class Contrast:
         (pool_heads, pool_teacher, pool_valid, pool_turns), start = self._gather(*columns)
         parameters = self.parameters
         # The first pass runs under autocast, which would round the backward of an objective, too.
-        with torch.enable_grad(), torch.autocast(pool_heads.device.type, enabled=False):
+        with torch.enable_grad(), exact_products(pool_heads.device):
             leaves = pool_heads.requires_grad_()
             result = self.criterion(leaves, pool_teacher, pool_valid, self.queue)
             parts = result if isinstance(result, dict) else {}

@@ -76,12 +76,12 @@ def check_pool(args: HeRAConfig, micro_batch_size: int | None = None) -> None:
     missing = least - args.queue_size
     if args.contrast_scope == "step":
         made_of = "`per_device_train_batch_size` x `gradient_accumulation_steps` x processes + `queue_size`"
-        numbers = f"{batch} x {args.gradient_accumulation_steps} x {args.world_size} + {args.queue_size}"
-        cure = f"gradient_accumulation_steps={-(-missing // (batch * args.world_size))}"
+        numbers = f"{batch} x {args.gradient_accumulation_steps} x {args.num_process_batches} + {args.queue_size}"
+        cure = f"gradient_accumulation_steps={-(-missing // (batch * args.num_process_batches))}"
     else:
         made_of = "`per_device_train_batch_size` x processes + `queue_size`"
-        numbers = f"{batch} x {args.world_size} + {args.queue_size}"
-        cure = f"per_device_train_batch_size={-(-missing // args.world_size)}"
+        numbers = f"{batch} x {args.num_process_batches} + {args.queue_size}"
+        cure = f"per_device_train_batch_size={-(-missing // args.num_process_batches)}"
     if args.alignment_objective != "contrastive":
         raise ValueError(
             f"Too few samples are compared for `alignment_objective={args.alignment_objective!r}`: {pool} ({made_of} = "

@@ -16,6 +16,7 @@ from torch import nn
 from ..common.files import write_atomically
 from ..common.processes import Team
 from ..heads.modes import evaluating
+from ..heads.pooling import pooling_mask
 from ..teacher.image_sources import column_images, column_videos, part_value, turns, typed_parts
 
 _COLUMNS = ("image", "images", "video", "videos")
@@ -73,6 +74,7 @@ def measure_image_gain(
     others: Mapping[int, int | None],
     batch_size: int,
     distributed: bool = False,
+    placeholder_ids: Sequence[int] = (),
     **options: Any,
 ) -> ImageGain:
     """Measures the loss of rows with their images and with those of others, in eval mode.
@@ -87,6 +89,9 @@ def measure_image_gain(
         distributed (`bool`, *optional*, defaults to `False`):
             Divide the batches among all processes of the run, each of which must then call this function alike. All
             get the same.
+        placeholder_ids (sequence of `int`, *optional*):
+            Tokens that stand for images, which carry labels in plain `messages` data. They are not counted: no model is
+            better at them for looking.
         options (`Any`): Further arguments of the model's forward.
 
     Returns:
@@ -102,7 +107,8 @@ def measure_image_gain(
             batch = batches[min(number, len(batches) - 1)]
             right = collate([read_row(row) for row, _ in batch])
             permuted = collate([with_images_of(read_row(row), read_row(other)) for row, other in batch])
-            summed = [_summed_loss(model, inputs, device, options) for inputs in (right, permuted)]
+            labelled = [_of_text(inputs, placeholder_ids) for inputs in (right, permuted)]
+            summed = [_summed_loss(model, inputs, device, options) for inputs in labelled]
             if number < len(batches):
                 sums += torch.tensor(summed, dtype=torch.float64).view(1, 4)
     loss, tokens, permuted_loss, permuted_tokens = team.gather_rows(sums).sum(0).tolist()
@@ -113,6 +119,12 @@ def measure_image_gain(
         rows=len(pairs),
         left_out=len(others) - len(pairs),
     )
+
+
+def _of_text(inputs: Mapping[str, Any], placeholder_ids: Sequence[int]) -> dict[str, Any]:
+    """A batch with labels at those positions alone that head representations are pooled over."""
+    labels, ids = inputs["labels"], inputs["input_ids"]
+    return {**inputs, "labels": labels.masked_fill(~pooling_mask(labels, ids, placeholder_ids), -100)}
 
 
 def _summed_loss(

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.precision import exact_products
 from .accessor import HeadAccessor
 from .head import AlignedUnit, AttentionHead, granularity_of
-from .modes import compiling_with_hooks, without_autocast
+from .modes import compiling_with_hooks
 from .projection import project_heads
 
 
@@ -49,7 +50,7 @@ def pool_heads(x: Tensor, mask: Tensor, num_heads: int, heads: Sequence[int] | N
     if heads is not None:
         x = x[:, :, list(heads)]
     count = mask.sum(1).clamp(min=1)
-    with without_autocast(x):
+    with exact_products(x.device):
         # Masked before the sum: attention may leave NaN at padding positions, and 0 * NaN is NaN.
         total = x.float().masked_fill(~mask[:, :, None, None], 0.0).sum(1)
     return total / count[:, None, None]
@@ -324,7 +325,7 @@ class HeadCapture:
                 return None
         stream = hidden_states_of(out)
         x = stream if self.granularity == "layer" else args[0]
-        with without_autocast(stream):
+        with exact_products(stream.device):
             vectors = self._read(layer, module, x, record.mask)
         if slot is None:
             # The leaf needs a gradient also where grad mode is off: reentrant checkpointing runs the first forward so.

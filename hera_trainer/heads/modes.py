@@ -85,9 +85,16 @@ def compiling_with_hooks() -> Iterator[None]:
         yield
 
 
-def without_autocast(tensor: torch.Tensor) -> torch.autocast:
-    """Autocast off for the device of `tensor`: head vectors and the loss are computed in float32."""
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+# Ways to initialize LoRA that take out of the base weights what the adapter then adds (PiSSA, OLoRA, ...).
+_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def adapters_complete_base(model: nn.Module) -> bool:
+    """Whether the base weights are a model only together with the adapters, which were initialized from them."""
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    adapters = (adapter for adapters in found if isinstance(adapters, dict) for adapter in adapters.values())
+    ways = {getattr(adapter, "init_lora_weights", None) for adapter in adapters}
+    return any(isinstance(way, str) and way.lower().startswith(_FROM_BASE) for way in ways)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .modes import without_autocast, without_bias, without_dropout
+from ..common.precision import exact_products
+from .modes import without_bias, without_dropout
 from .quantized import is_bitsandbytes, quantizes_activations
 
 _EXACT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -99,7 +100,7 @@ def _device(projection: nn.Module) -> torch.device:
 
 def _apply(projection: nn.Module, x: Tensor) -> Tensor:
     """`projection` on rows `[n, in_features]` without adapter dropout and without its own hooks, in float32."""
-    with without_autocast(x), without_dropout(projection):
+    with exact_products(x.device), without_dropout(projection):
         return projection.forward(x.to(_input_dtype(projection))).float()
 
 
@@ -137,7 +138,7 @@ def project_heads(projection: nn.Module, pooled: Tensor, heads: Sequence[int]) -
     pooled = pooled.float()
     weight = _dense_weight(projection)
     if weight is not None:
-        with without_autocast(pooled):
+        with exact_products(pooled.device):
             blocks = [weight[:, head * width : (head + 1) * width] for head in heads]
             return torch.einsum("bhd,hod->bho", pooled, torch.stack(blocks).float())
     total = input_width(projection) // width

@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .. import __version__
 from ..common.files import write_atomically
+from ..common.precision import exact_products
 from ..common.processes import Team
 from ..common.sharded import gathered_in_forward, part_of
 from ..objectives.metrics import check_clip_quantile, nearest_neighbors, neighbor_overlap
 from ..teacher.encoder import VisionTeacher
 from .head import AlignedUnit, AttentionHead, DecoderLayer
 from .heat_map import plot_head_scores
-from .modes import evaluating, without_autocast
+from .modes import evaluating
 from .observer import Observer, run_text, run_with_images
 from .pooling import placeholder_token_ids
 from .registry import get_head_accessor, unwrap_model
@@ -385,7 +386,7 @@ def rank_samples(
                     "neighbours. Use more data, or a smaller k."
                 )
             teacher = samples.teacher[pooled].to(observer.device)
-            with without_autocast(teacher):
+            with exact_products(teacher.device):
                 targets = nearest_neighbors(teacher, k, normalize, clip_quantile, center)
                 scores, layer_scores, null = score_layers(
                     accessor, layers, targets, normalize, clip_quantile, samples.seed, center

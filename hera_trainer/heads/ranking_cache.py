@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +12,17 @@ from datasets import Dataset
 from torch import nn
 
 from ..common.digest import weights_digest
+from ..common.precision import rounds_products
 from ..common.processes import Team
 from ..teacher.checkpoint import plain_config
 from ..teacher.vectors import cache_root
 from .accessor import HeadAccessor
-from .modes import without_adapters
+from .modes import adapters_complete_base, without_adapters
 from .ranking import HeadRanking, rank_samples
 from .registry import unwrap_model
 from .samples import draw_samples
 
-_RANKING_FORMAT = 2
+_RANKING_FORMAT = 3
 
 
 def cached_ranking(
@@ -40,8 +42,8 @@ def cached_ranking(
     teacher_name: str,
     progress: bool = True,
 ) -> HeadRanking:
-    """The ranking of the model's heads without adapters, from the cache where the same one was computed before. To be
-    called by all processes alike, which divide the work.
+    """The ranking of the model's heads without adapters (but for those that the base weights need), from the cache
+    where the same one was computed before. To be called by all processes alike, which divide the work.
 
     The cache goes by what the ranking is computed from, not by names: a data set's fingerprint does not tell what a
     function read from elsewhere, and another tokenizer makes other tokens of the same text.
@@ -62,13 +64,15 @@ def cached_ranking(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     samples = draw_samples(dataset, tokenizer, k, num_samples, seed)
     team = Team(distributed=True)
-    with without_adapters(model):
+    kept = adapters_complete_base(model)
+    with nullcontext() if kept else without_adapters(model):
         settings = {
             "format": _RANKING_FORMAT,
             "samples": samples.digest(),
-            "weights": weights_digest(accessor.decoder, adapters=False),
+            "weights": weights_digest(accessor.decoder, adapters=kept),
             "config": plain_config(getattr(accessor.decoder, "config", base.config)),
             "precision": precision,
+            "rounds_products": rounds_products(),
             "k": k,
             "num_samples": num_samples,
             "normalize": normalize,

@@ -355,9 +355,9 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
     paper_m = "5 (worst)" if kind == "head" else "5 heads (worst)"
     batch_size = trainer.micro_batch_size
     pool = args.pool_size(batch_size)
-    parts = f"{batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
+    parts = f"{batch_size} x {args.gradient_accumulation_steps} x {args.num_process_batches}"
     if args.contrast_scope == "micro_batch":
-        parts = f"{batch_size} x {args.world_size}"
+        parts = f"{batch_size} x {args.num_process_batches}"
     queue = f", and {args.queue_size} past ones" if args.queue_size else ""
     groups = f", in groups of {args.neighbor_group_size} neighbours" if args.neighbor_group_size else ""
     teacher = shown_name(trainer.teacher_name) or "vectors that came with the data"

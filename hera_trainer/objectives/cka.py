@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.precision import exact_products
 from .objective import TOLD_APART, AlignmentObjective, constant_heads, valid_samples, zero_loss
 from .queue import SampleQueue
 
@@ -45,7 +46,7 @@ class CKALoss(AlignmentObjective):
     def forward(
         self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: SampleQueue | None = None
     ) -> Tensor:
-        with torch.autocast(device_type=heads.device.type, enabled=False):
+        with exact_products(heads.device):
             heads, teacher = valid_samples(heads, teacher, valid)
             if len(teacher) < self.least_samples:
                 return zero_loss(heads)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..common.precision import exact_products
 from .metrics import top_neighbors
 from .objective import TOLD_APART, AlignmentObjective, constant_heads, valid_samples, zero_loss
 from .queue import SampleQueue
@@ -267,7 +268,7 @@ class HeRALoss(AlignmentObjective):
         Returns:
             `Tensor`: Scalar loss, float32.
         """
-        with torch.autocast(device_type=heads.device.type, enabled=False):
+        with exact_products(heads.device):
             heads, teacher = valid_samples(heads, teacher, valid)
             if len(teacher) + len(queue or ()) < self.least_samples:
                 return self._zero(heads)

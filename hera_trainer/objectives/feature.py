@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.precision import exact_products
 from .objective import AlignmentObjective, valid_samples, zero_loss
 from .queue import SampleQueue
 
@@ -58,7 +59,7 @@ class FeatureLoss(AlignmentObjective):
     def forward(
         self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: SampleQueue | None = None
     ) -> Tensor:
-        with torch.autocast(device_type=heads.device.type, enabled=False):
+        with exact_products(heads.device):
             heads, teacher = valid_samples(heads, teacher, valid)
             if not len(teacher):
                 return zero_loss(heads)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.precision import exact_products
+
 # Similarities held at a time: 2**24 float32 numbers are 64 MiB, whatever N is.
 _MAX_SIMILARITIES = 2**24
 
@@ -65,8 +67,8 @@ def neighbors_of_each(stacks: Iterable[Tensor], k: int, normalize: bool) -> Iter
         rows = min(n, max(1, _CACHED_SIMILARITIES // n))
         if side == n and (scratch is None or scratch.numel() < len(spaces) * rows * n):
             scratch = spaces.new_empty(len(spaces) * rows * n)
-        # Under autocast, similarities would be rounded to 16 bit and neighbours with them.
-        with torch.autocast(device_type=spaces.device.type, enabled=False):
+        # Rounded similarities would have other neighbours.
+        with exact_products(spaces.device):
             spaces = F.normalize(spaces, dim=-1) if normalize else spaces
             if scratch is None or side < n:
                 found = torch.stack([_top_neighbors_by_tiles(space, k, side) for space in spaces])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.precision import exact_products
 from .objective import AlignmentObjective, valid_samples, zero_loss
 from .queue import SampleQueue
 
@@ -33,7 +34,7 @@ class UniformityLoss(AlignmentObjective):
     def forward(
         self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: SampleQueue | None = None
     ) -> Tensor:
-        with torch.autocast(device_type=heads.device.type, enabled=False):
+        with exact_products(heads.device):
             heads, _ = valid_samples(heads, teacher, valid)
             count = heads.shape[1]
             if count < self.least_samples:

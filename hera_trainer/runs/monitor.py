@@ -325,6 +325,7 @@ class AlignmentMonitorCallback(TrainerCallback):
                 self._others,
                 trainer.args.per_device_eval_batch_size,
                 distributed=True,
+                placeholder_ids=trainer.teacher_vectors.placeholder_ids,
                 fused_lm_head=True,  # as SFTTrainer in training: the logits of all positions may not fit
             )
 

@@ -13,6 +13,7 @@ import torch
 from transformers import MODEL_MAPPING, BatchFeature, PreTrainedModel
 
 from ..common.digest import weights_digest
+from ..common.precision import exact_products
 from .checkpoint import TeacherCheckpoint, digest, plain_config, vision_tower
 from .readout import TeacherReadout
 
@@ -226,8 +227,8 @@ class VisionTeacher:
             # Even unmasked, a ViT-MAE shuffles its patches by random noise: fixed noise keeps order and draws nothing.
             patches = self.model.embeddings.patch_embeddings.num_patches
             inputs["noise"] = torch.arange(patches, device=self.model.device).expand(len(inputs["pixel_values"]), -1)
-        # A surrounding autocast would make the vectors depend on who asks.
-        with torch.autocast(self.model.device.type, enabled=False):
+        # A surrounding autocast, or TF32, would make the vectors depend on who asks.
+        with exact_products(self.model.device):
             return self.readout(self.model(**inputs))
 
 

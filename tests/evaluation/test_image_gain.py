@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hera_trainer.data.rows import collatable
 from hera_trainer.evaluation.image_gain import ImageGain, image_shape, measure_image_gain, other_rows, with_images_of
+from hera_trainer.heads.pooling import placeholder_token_ids
 
 
 class TestOtherRows:
@@ -134,6 +136,41 @@ def test_as_a_plain_loop_over_rows(family, batch_size):
     assert gain.tokens == tokens
     assert (gain.loss, gain.permuted_loss) == pytest.approx((loss, permuted_loss), abs=1e-6)
     assert gain.gain == gain.permuted_loss - gain.loss and abs(gain.gain) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_placeholders_do_not_count(family):
+    """They carry labels in plain `messages` data: hundreds an image, beside tens of words."""
+    model, processor = build_vlm(family)
+    ids = placeholder_token_ids(model.config, processor)
+    collator = DataCollatorForVisionLanguageModeling(processor)
+    rows = image_dataset(n=8, fmt="messages")
+
+    class Looks(torch.nn.Module):
+        """Loses 1 a token of text with the right images and 3 with others, and nothing at placeholders."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.calls, self.placeholders = torch.nn.Parameter(torch.zeros(1)), 0, 0
+
+        def forward(self, input_ids, labels, **kwargs):
+            self.calls += 1
+            is_image = torch.isin(input_ids, torch.tensor(ids))
+            labelled = labels[:, 1:] != -100
+            self.placeholders += int((labelled & is_image[:, 1:]).sum())
+            loss = torch.where(is_image, 0.0, 1.0 if self.calls % 2 else 3.0)[:, 1:]
+            return SimpleNamespace(loss=loss[labelled].mean())
+
+    def read(index):
+        return collatable(dict(rows[index]), collator)
+
+    others = {row: (row + 1) % 8 for row in range(8)}
+    counted = measure_image_gain(Looks(), read, collator, others, 1)
+    assert counted.gain < 1.9  # what labels alone say
+    looks = Looks()
+    gain = measure_image_gain(looks, read, collator, others, 1, placeholder_ids=ids)
+    assert (gain.loss, gain.permuted_loss) == pytest.approx((1, 3)) and looks.placeholders == 0
+    assert gain.tokens < counted.tokens
 
 
 def test_model_that_does_not_look():

@@ -132,6 +132,33 @@ def test_injected_adapters_are_off_while_ranking(tmp_path, off):
     assert torch.equal(bare.head_ranking.scores, adapted.head_ranking.scores)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_that_hold_a_part_of_the_base_model_are_on_while_ranking(tmp_path, init):
+    """PiSSA and its like take out of the base weights what the adapter adds: without it, there is half a model."""
+    model, processor = build_vlm("llava")
+    run = trainer(tmp_path / "a", model=model, processing_class=processor)
+    lora = LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=init)
+    adapted = HeRATrainer(
+        build_vlm("llava")[0],
+        config(tmp_path / "b"),
+        train_dataset=image_dataset(n=24, with_features=8),
+        processing_class=processor,
+        peft_config=lora,
+    )
+    for each in (run, adapted):
+        each.prepare_alignment()
+    torch.testing.assert_close(adapted.head_ranking.scores, run.head_ranking.scores)
+    assert adapted.aligned_heads == run.aligned_heads
+    with torch.no_grad():
+        layer = adapted.model.get_base_model().get_decoder().layers[0].self_attn.q_proj
+        layer.lora_B["default"].weight.mul_(-3)
+    again = HeRATrainer(
+        adapted.model, config(tmp_path / "c"), train_dataset=run.train_dataset, processing_class=processor
+    )
+    again.prepare_alignment()  # another model, which the cache tells apart
+    assert torch.equal(again.head_ranking.scores, rank_of(again).scores)
+
+
 def test_merged_adapters_are_off_while_ranking_and_merged_again(tmp_path):
     model, processor = build_vlm("llava")
     torch.manual_seed(0)

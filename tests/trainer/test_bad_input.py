@@ -13,9 +13,12 @@ from runs import NoStep
 from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
 from transformers import TrainerCallback
 
-from hera_trainer import HeadRanking, HeRAConfig, HeRATrainer
+import hera_trainer.trainer as trainer_module
+from hera_trainer import HeadRanking, HeRAConfig, HeRALoss, HeRATrainer
 from hera_trainer.alignment.checks import check_loss_scaling
 from hera_trainer.data.collator import TEACHER_COLUMN
+from hera_trainer.objectives.cka import CKALoss
+from hera_trainer.objectives.feature import FeatureLoss
 
 
 def trainer(tmp_path, dataset=None, family="llava", model=None, data_collator=None, **kwargs):
@@ -295,11 +298,30 @@ def test_model_split_over_devices(tmp_path):
         trainer(tmp_path, model=model)
 
 
-def test_fp16_under_deepspeed_needs_a_fixed_temperature() -> None:
+def test_fp16_under_deepspeed_needs_an_objective_without_trained_parameters() -> None:
     deepspeed = SimpleNamespace(mixed_precision="fp16", state=SimpleNamespace(deepspeed_plugin=object()))
-    learned, fixed = SimpleNamespace(learn_temperature=True), SimpleNamespace(learn_temperature=False)
-    with pytest.raises(ValueError, match="learn_temperature=False"):
-        check_loss_scaling(learned, deepspeed)
-    check_loss_scaling(fixed, deepspeed)
-    check_loss_scaling(learned, SimpleNamespace(mixed_precision="bf16", state=deepspeed.state))
-    check_loss_scaling(learned, SimpleNamespace(mixed_precision="fp16", state=SimpleNamespace(deepspeed_plugin=None)))
+    args = SimpleNamespace(alignment_objective="contrastive")
+    learned, fixed = HeRALoss(), HeRALoss(learn_temperature=False)
+    with pytest.raises(ValueError, match=r"\(log_temperature\).* set `learn_temperature=False`"):
+        check_loss_scaling(learned, args, deepspeed)
+    check_loss_scaling(fixed, args, deepspeed)
+    bf16 = SimpleNamespace(mixed_precision="bf16", state=deepspeed.state)
+    elsewhere = SimpleNamespace(mixed_precision="fp16", state=SimpleNamespace(deepspeed_plugin=None))
+    for accelerator in (bf16, elsewhere):
+        check_loss_scaling(learned, args, accelerator)
+    args.alignment_objective, projectors = "feature", FeatureLoss()
+    projectors.prepare(2, 8, 6, 0)
+    with pytest.raises(ValueError, match=r"The feature objective cannot train its own parameters .*Use bf16\.$"):
+        check_loss_scaling(projectors, args, deepspeed)
+    check_loss_scaling(CKALoss(), args, deepspeed)
+
+
+def test_projectors_are_refused_before_the_first_step(tmp_path, monkeypatch) -> None:
+    """They are made when the heads are known."""
+    run = trainer(tmp_path, alignment_objective="feature", aligned_heads=["L0H1"], callbacks=[NoStep()])
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
+    engine = SimpleNamespace(mixed_precision="fp16", state=state)
+    check = trainer_module.check_loss_scaling
+    monkeypatch.setattr(trainer_module, "check_loss_scaling", lambda objective, args, _: check(objective, args, engine))
+    with pytest.raises(ValueError, match="feature objective cannot train"):
+        run.train()
