@@ -110,6 +110,10 @@ def merge(model: Any) -> Any:
     merged = model.merge_and_unload(safe_merge=True)
     for name, parameter in merged.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    own, out = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if out is not None and out.weight is not own.weight:  # else who goes by the configuration would drop the head
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = False
     return merged
 
 

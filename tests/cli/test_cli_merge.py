@@ -129,6 +129,8 @@ def test_tied_embeddings_that_training_parted(tmp_path):
     expected = logits(model, base)
     assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
     torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
+    config = json.loads(Path(tmp_path / "merged", "config.json").read_text())  # by which others load it
+    assert not config["tie_word_embeddings"] and not config["text_config"].get("tie_word_embeddings", False)
 
 
 def error_of(arguments, capsys):
