@@ -30,6 +30,7 @@ from .alignment.checks import (
     check_tokens_stay,
 )
 from .alignment.eval_pools import EvalPools
+from .alignment.pull import advice as weak_pull_advice
 from .common.randomness import same_randomness
 from .config import HeRAConfig
 from .data.checks import check_dataset, check_steps
@@ -151,6 +152,7 @@ class HeRATrainer(SFTTrainer):
         self.criterion: AlignmentObjective | None = None
         self.alignment: Alignment | None = None
         self.best_step: int | None = None
+        self._has_advised = False
         self._batches: list[dict[str, Any]] = []
         self._neighbor_sampler: NeighborGroupSampler | None = None
         self._eval_pools: EvalPools | None = None
@@ -402,7 +404,7 @@ class HeRATrainer(SFTTrainer):
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        self.best_step = None
+        self.best_step, self._has_advised = None, False
         if self.alignment is not None:
             check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
             self.alignment.reset()
@@ -510,7 +512,16 @@ class HeRATrainer(SFTTrainer):
         # All processes log these two together. What a callback logs, one of them may log alone.
         if self.alignment is not None and not {"loss", "train_loss"}.isdisjoint(logs):
             logs.update(self.alignment.metrics())
+            self._advise_once(logs)
         super().log(logs, start_time)
+
+    def _advise_once(self, logs: dict[str, float]) -> None:
+        pull = logs.get("alignment_pull")
+        if self._has_advised or pull is None or self.args.target_pull is not None:
+            return
+        self._has_advised = True
+        if (advice := weak_pull_advice(pull, self.state.max_steps)) is not None:
+            logger.warning(advice)
 
     # Evaluation: the language-model loss as SFTTrainer has it, the alignment loss beside it
 

@@ -12,6 +12,25 @@ from torch import Tensor
 MIN_WEIGHT, MAX_WEIGHT = 1e-4, 1e2
 # Of the running mean over optimizer steps.
 _DECAY = 0.9
+# Below this pull nothing moved in the runs of some tens of steps that were measured (docs/results.md).
+_WEAK = 0.03
+_SHORT_RUN = 1000  # optimizer steps
+
+
+def advice(pull: float, steps: int) -> str | None:
+    """What to say of a run with a fixed weight whose pull is too weak for its length; `None` if it is not.
+
+    Args:
+        pull (`float`): The pull of its first steps.
+        steps (`int`): Optimizer steps of the run.
+    """
+    if pull >= _WEAK or steps >= _SHORT_RUN:
+        return None
+    return (
+        f"The alignment loss pulls at the aligned heads with {pull:.2g} of the strength of the language-model loss "
+        f"(`alignment_pull`), in a run of {steps} steps. In runs as short, so little moved nothing, and "
+        "`target_pull=0.3` did. (The default `alignment_weight` is the paper's, for thousands of steps.)"
+    )
 
 
 class Pull:

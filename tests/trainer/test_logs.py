@@ -23,6 +23,14 @@ class Logs(TrainerCallback):
             self.trainer.log({"mine": float(state.global_step)})
 
 
+class StopsAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
+
+
 def test_logs_of_a_callback_take_nothing_and_wait_for_nobody(tmp_path, monkeypatch):
     """The sums of all processes belong to the entry that all of them write."""
     plain = trainer(tmp_path / "a", max_steps=4, logging_steps=2, **NAMED)
@@ -56,3 +64,25 @@ def test_an_epoch_that_ends_with_an_evaluation(tmp_path):
         assert entry["lm_loss"] + entry["alignment_loss"] * run.args.alignment_weight == pytest.approx(
             entry["loss"], rel=1e-3
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"alignment_weight": 1e-4}, True),
+        ({"alignment_weight": 3.0}, False),
+        ({"alignment_weight": 1e-4, "target_pull": 0.3}, False),
+        ({"alignment_weight": 1e-4, "max_steps": 1000}, False),
+    ],
+)
+def test_a_pull_that_moves_nothing_in_a_short_run(tmp_path, caplog, settings, said):
+    """Is said once a run, at its first log."""
+    run = trainer(tmp_path, **{"max_steps": 3, **settings}, callbacks=[StopsAfter(3)], **NAMED)
+    for _ in range(2):
+        caplog.clear()
+        run.train()
+        found = [record.message for record in caplog.records if "pulls at the aligned heads" in record.message]
+        assert len(found) == said
+        if said:
+            pull = logged(run, "alignment_pull")[0]
+            assert f"with {pull:.2g} of the strength" in found[0] and "a run of 3 steps" in found[0]
