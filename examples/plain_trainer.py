@@ -87,7 +87,9 @@ class AlignedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log({**logs, **self.alignment.metrics()} if self.model.training else logs, start_time)
+        if "loss" in logs:  # all processes log it; what a callback logs, one of them may log alone
+            logs = {**logs, **self.alignment.metrics()}
+        super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

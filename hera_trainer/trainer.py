@@ -147,8 +147,8 @@ class HeRATrainer(SFTTrainer):
     ) -> None:
         args = _as_hera_config(model, args)
         self.aligned_heads: list[AlignedUnit] | None = None
-        ready = args.head_ranking_path if head_ranking is None else head_ranking
-        self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
+        self.head_ranking: HeadRanking | None = None
+        self._ready_ranking = args.head_ranking_path if head_ranking is None else head_ranking
         self.criterion: AlignmentObjective | None = None
         self.alignment: Alignment | None = None
         self.best_step: int | None = None
@@ -209,13 +209,20 @@ class HeRATrainer(SFTTrainer):
                 f"`num_aligned_heads` ({args.num_aligned_heads}) exceeds the {len(units)} {units[0].kind}s of this "
                 f"{self._model_type!r} model. Lower it."
             )
+        self._load_ranking()
         self.add_callback(ObjectiveCallback(self.alignment, args.objective_learning_rate))
+
+    def _load_ranking(self) -> None:
+        ready = self._ready_ranking
+        if self.head_ranking is None:
+            self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
 
     def _init_watching(self) -> None:
         args = self.args
         if args.monitor_steps is not None:
             self.add_callback(AlignmentMonitorCallback(every=args.monitor_steps, num_samples=args.monitor_num_samples))
         for monitor in self._monitors:  # before the teacher has worked for hours
+            self._load_ranking()
             monitor.check(self)
         self._record = RunRecordCallback()
         if args.alignment_weight > 0 or self._monitors:
@@ -282,7 +289,6 @@ class HeRATrainer(SFTTrainer):
                 # A checkpoint goes on with its own heads, also where others were chosen before it was named.
                 self.head_ranking = checkpoint_ranking(resume_from_checkpoint, RANKING_FILE) or self.head_ranking
             self._prepare_data(ranks_heads=self.args.aligned_heads is None and self.head_ranking is None)
-            check_best_metric(self.args, self.eval_dataset)
             self._choose_heads()
 
     def _place_model(self) -> None:
@@ -373,7 +379,9 @@ class HeRATrainer(SFTTrainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         self._prepare_replaced_data()
-        return super().get_test_dataloader(self.teacher_vectors.prepare_eval(test_dataset))
+        if self.teacher_vectors.can_attach(test_dataset):
+            test_dataset = self.teacher_vectors.attach(test_dataset, "test_dataset", self.teacher_vectors.width)
+        return super().get_test_dataloader(test_dataset)
 
     def _prepare_replaced_data(self) -> None:
         if self.teacher_vectors.width is not None or self._groups_neighbors:  # otherwise, nothing was prepared yet
@@ -390,11 +398,14 @@ class HeRATrainer(SFTTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
         self.prepare_alignment(checkpoint)
+        check_best_metric(self.args, self.eval_dataset)
         self._begin_watching(checkpoint)
         with self.alignment.attached():
             return super().train(checkpoint, *args, **kwargs)
 
     def _begin_watching(self, checkpoint: str | None) -> None:
+        if self._monitors:
+            self._load_ranking()
         prepare_monitors(self, self._monitors)
         self._record.begin(self.train_dataset, self.aligned_heads or (), self.teacher_name, checkpoint)
         if self.is_world_process_zero():
@@ -509,8 +520,8 @@ class HeRATrainer(SFTTrainer):
         return not scaled
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # All processes log these two together. What a callback logs, one of them may log alone.
-        if self.alignment is not None and not {"loss", "train_loss"}.isdisjoint(logs):
+        # All processes log these two, of training and at its end. What a callback logs, one of them may log alone.
+        if self.alignment is not None and not {"loss", "total_flos"}.isdisjoint(logs):
             logs.update(self.alignment.metrics())
             self._advise_once(logs)
         super().log(logs, start_time)

@@ -132,10 +132,11 @@ class Alignment:
 
     @property
     def device(self) -> torch.device:
-        """Where samples are compared. An engine may move the model there only when training begins."""
+        """Where samples are compared: where the model is, or, as an engine may move it there only when training begins,
+        where the accelerator is if the model is still in main memory."""
         accelerator = self.contrast.accelerator
         own = self.accessor.decoder.get_input_embeddings().weight.device
-        return own if accelerator is None else accelerator.device
+        return own if accelerator is None or own.type not in ("cpu", "meta") else accelerator.device
 
     @property
     def heads(self) -> list[AlignedUnit]:

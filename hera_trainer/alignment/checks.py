@@ -49,6 +49,8 @@ def check_best_metric(args: HeRAConfig, eval_dataset: Any) -> None:
     Raises:
         `ValueError`: Naming both numbers.
     """
+    if args.auto_find_batch_size:  # may find a smaller one, and compare fewer
+        return
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     needed = max(args.pool_size(), args.least_samples())
     for name, rows in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():

@@ -176,6 +176,13 @@ class TeacherVectors:
         self.eval_dataset[dataset] = self.attach(self.eval_dataset[dataset], "eval_dataset", self.width)
         return dataset
 
+    def can_attach(self, dataset: Any) -> bool:
+        """Whether a data set that need not be aligned can get vectors without asking for what training did not need."""
+        if self.width is None or not isinstance(dataset, (Dataset, IterableDataset)):
+            return False
+        names = getattr(dataset, "column_names", None) or ()
+        return TEACHER_COLUMN in names or (not self._brings_vectors and not {"image", "images"}.isdisjoint(names))
+
     @property
     def columns(self) -> TextColumns:
         """Which columns of text the collator trains on."""

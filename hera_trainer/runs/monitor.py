@@ -260,7 +260,7 @@ class AlignmentMonitorCallback(TrainerCallback):
 
     def _log(self, values: dict[str, float], control: TrainerControl) -> None:
         should_log = control.should_log
-        with evaluating(self._trainer.model):  # in training mode, it would take out what is summed up for the losses
+        with evaluating(self._trainer.model):  # in training mode, TRL would take out what it sums up for the losses
             self._trainer.log(values)
         control.should_log = should_log  # logging answers the request, which is meant for the losses
 

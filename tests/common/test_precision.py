@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
-from tiny import build_vlm
+from tiny import build_vlm, save_tiny_dinov2
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hera_trainer import AttentionHead, HeRALoss, get_head_accessor, mutual_knn
+from hera_trainer import AttentionHead, HeRALoss, VisionTeacher, get_head_accessor, mutual_knn
 from hera_trainer.alignment.contrast import Contrast
 from hera_trainer.common.precision import exact_products, rounds_products
 from hera_trainer.heads.projection import contributions_add_up, project_heads
@@ -107,6 +109,50 @@ def test_no_product_is_rounded(compute: Any) -> None:
     with Products() as products:
         compute()
     assert products.seen and set(products.seen) == {("ieee", "ieee")}
+
+
+class Convolutions(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::convolution":
+            self.seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("setting", ["none", "tf32", "ieee"])
+def test_a_teacher_rounds_nothing_by_whoever_asks(tmp_path: Path, setting: str) -> None:
+    teacher = VisionTeacher.from_pretrained(save_tiny_dinov2(tmp_path / "teacher"))
+    image = PIL.Image.new("RGB", (32, 32), "red")
+    torch.backends.fp32_precision = setting
+    before = torch.backends.cudnn.conv.fp32_precision
+    with Products() as products, Convolutions() as convolutions:
+        teacher.encode([image])
+    assert products.seen and not any("tf32" in each for each in products.seen)
+    assert convolutions.seen and "tf32" not in convolutions.seen
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to 10 bits behind the leading one."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_projection_that_is_rounded_adds_up(rounded: bool) -> None:
+    """The model's products may be rounded where those of the check are not."""
+    torch.manual_seed(0)
+    projection = torch.nn.Linear(576, 576, bias=False)
+    x = torch.randn(64, 576)
+    out = to_tf32(x) @ to_tf32(projection.weight).T if rounded else projection(x)
+    out = out.detach()
+    assert contributions_add_up(projection, 9, x, out) is not rounded  # a fault, unless the process rounds
+    torch.backends.fp32_precision = "tf32"
+    assert contributions_add_up(projection, 9, x, out)
+    assert not contributions_add_up(projection, 9, x, 1.1 * out)
 
 
 def test_no_product_of_the_heads_is_rounded() -> None:

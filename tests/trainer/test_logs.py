@@ -52,6 +52,23 @@ def test_logs_of_a_callback_take_nothing_and_wait_for_nobody(tmp_path, monkeypat
         assert logged(run, name) == pytest.approx(logged(plain, name), rel=1e-6)
 
 
+def test_evaluating_on_the_training_data(tmp_path):
+    """As callbacks do: `train_loss` is in that log, too."""
+    rows = image_dataset(n=12, seed=1, with_features=8)
+
+    class Evaluates(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % 2:
+                found.append(run.evaluate(rows, metric_key_prefix="train"))
+
+    found = []
+    run = trainer(tmp_path, max_steps=4, logging_steps=2, callbacks=[Evaluates()], **NAMED)
+    run.train()
+    for evaluated, entry in zip(found, [e for e in run.state.log_history if "loss" in e], strict=True):
+        assert evaluated["train_loss"] > 0 and "alignment_pull" not in evaluated
+        assert entry["lm_loss"] > 0 and entry["alignment_loss"] > 0
+
+
 def test_an_epoch_that_ends_with_an_evaluation(tmp_path):
     """The model is in eval mode when the epoch is logged."""
     rows = image_dataset(n=12, seed=1, with_features=8)

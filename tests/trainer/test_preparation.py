@@ -87,6 +87,10 @@ class TestBestModel:
         with pytest.raises(ValueError, match=r"needs 6 evaluation rows with an image.* there are 5"):
             run.train()
 
+    def test_evaluating_alone_chooses_no_model(self, tmp_path):
+        rows = image_dataset(n=5, seed=1, with_features=8)
+        assert self.run(tmp_path, rows).evaluate()["eval_alignment_left_out"] == 5
+
     @pytest.mark.parametrize("metric", ["eval_alignment_loss", "eval_loss"])
     def test_by_one_that_it_gives(self, tmp_path, metric):
         run = self.run(tmp_path, image_dataset(n=6 if "align" in metric else 5, seed=1, with_features=8), metric)
@@ -101,6 +105,22 @@ def test_predicting_gives_what_evaluating_gives(tmp_path):
     assert evaluated["eval_alignment_loss"] > 0
     for name in ("loss", "alignment_loss", "alignment_left_out"):
         assert predicted[f"test_{name}"] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-6)
+
+
+def test_predicting_on_rows_that_cannot_be_aligned(tmp_path):
+    """They need not be: nothing is asked of them, and no teacher is loaded for them."""
+    run = trainer(tmp_path, teacher=str(tmp_path / "nowhere"), **NAMED)
+    for rows in (image_dataset(n=6, seed=1), [dict(row) for row in image_dataset(n=6, seed=1)]):
+        metrics = run.predict(rows).metrics
+        assert metrics["test_loss"] > 0 and "test_alignment_loss" not in metrics
+
+
+def test_a_ranking_that_nothing_needs_is_not_read(tmp_path):
+    """Without alignment and without a monitor the trainer is SFTTrainer."""
+    run = trainer(tmp_path, alignment_weight=0.0, head_ranking_path=str(tmp_path / "nowhere.json"), max_steps=1)
+    run.train()
+    run.save_model()
+    assert run.head_ranking is None and not (tmp_path / "head_ranking.json").exists()
 
 
 def test_a_step_without_its_first_pass_is_refused(tmp_path, monkeypatch):
