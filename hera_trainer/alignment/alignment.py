@@ -136,7 +136,9 @@ class Alignment:
         where the accelerator is if the model is still in main memory."""
         accelerator = self.contrast.accelerator
         own = self.accessor.decoder.get_input_embeddings().weight.device
-        return own if accelerator is None or own.type not in ("cpu", "meta") else accelerator.device
+        if accelerator is None or own.type not in ("cpu", "meta") or own.type == accelerator.device.type:
+            return own
+        return accelerator.device
 
     @property
     def heads(self) -> list[AlignedUnit]:

@@ -22,7 +22,7 @@ from .ranking import HeadRanking, rank_samples
 from .registry import unwrap_model
 from .samples import draw_samples
 
-_RANKING_FORMAT = 3
+_RANKING_FORMAT = 2
 
 
 def cached_ranking(
@@ -72,7 +72,6 @@ def cached_ranking(
             "weights": weights_digest(accessor.decoder, adapters=kept),
             "config": plain_config(getattr(accessor.decoder, "config", base.config)),
             "precision": precision,
-            "rounds_products": rounds_products(),
             "k": k,
             "num_samples": num_samples,
             "normalize": normalize,
@@ -80,6 +79,9 @@ def cached_ranking(
             # Only where they are set, so that what was computed before there were such settings is found.
             **({} if clip_quantile is None else {"clip_quantile": clip_quantile}),
             **({"center": True} if center else {}),
+            **({"rounds_products": True} if rounds_products() else {}),
+            # Before there was this key, TF32 might have rounded what was computed on a GPU.
+            **({} if next(model.parameters()).device.type == "cpu" else {"exact": True}),
         }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         path = cache_root() / "head_rankings" / f"{key}.json"
