@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from copy import copy
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
@@ -50,6 +52,7 @@ from .hub.card import CardKeeper, write_model_card
 from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
+from .runs.control import mark_control
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
 from .runs.record import go_on_with_measurements, public_ranking, put_ranking_aside
 from .runs.record_callback import RunRecordCallback
@@ -160,11 +163,13 @@ class HeRATrainer(SFTTrainer):
         self._checkpoint_to_push: Path | None = None
         if args.alignment_weight > 0:  # what can be known without the model is said before it is loaded
             check_arguments(args)
-            push.check_publishable(vars(args), args.publish_control or not args.push_to_hub)
+            push.check_publishable(args.teacher_control, args.publish_control or not args.push_to_hub)
             check_dataset(train_dataset, "train_dataset")
             check_steps(train_dataset, args)
             check_neighbor_groups(args, train_dataset)
         super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
+        if isinstance(model, str):
+            _name_revision(self.model, (args.model_init_kwargs or {}).get("revision"))
         self.teacher_vectors = TeacherVectors(
             args,
             args.teacher_model_name_or_path if teacher is None else teacher,
@@ -255,6 +260,10 @@ class HeRATrainer(SFTTrainer):
     def is_sharded(self) -> bool:
         """Whether an engine (FSDP, DeepSpeed) holds the parameters and the optimizer."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _control(self) -> str:
+        return "none" if self.alignment is None else self.args.teacher_control
 
     @property
     def _model_type(self) -> str:
@@ -579,6 +588,8 @@ class HeRATrainer(SFTTrainer):
         card = CardKeeper(self.args.output_dir, folder)  # before PEFT rewrites what it finds
         super().save_model(output_dir, _internal_call)
         self._save_ranking(folder)
+        if self.args.should_save and folder is not None:
+            mark_control(folder, self._control)
         if self._rotates_itself:  # only now: `training_args.bin` tells the limit that was set
             self.args.save_total_limit = None
         # What pushes and checkpoints save gets its card from them. Here, PEFT has left a blank form.
@@ -709,7 +720,7 @@ class HeRATrainer(SFTTrainer):
         Raises:
             [`~hub.push.PushError`]: If it failed. The result is complete in `output_dir`; call it again.
         """
-        push.check_publishable(vars(self.args), self.args.publish_control)
+        push.check_publishable(self._control, self.args.publish_control)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()  # it reads the files that are about to be written
         folder, token = str(self.args.output_dir), token if token is not None else self.args.hub_token
@@ -754,6 +765,14 @@ class HeRATrainer(SFTTrainer):
         super()._finish_current_push()
         push.warn_of_failures(getattr(self, "push_in_progress", None))
         self.push_in_progress = None
+
+
+def _name_revision(model: nn.Module, revision: str | None) -> None:
+    """Lets an adapter say which revision of its base model it is trained on. It would be put on the newest one."""
+    if isinstance(model, PeftModel) and revision not in (None, "main"):
+        for name, config in model.peft_config.items():
+            model.peft_config[name] = config = copy(config)  # the user's own may serve another model next
+            config.revision = config.revision or revision
 
 
 def _as_hera_config(model: Any, args: TrainingArguments | None) -> HeRAConfig:

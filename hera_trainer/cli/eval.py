@@ -122,6 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.export is not None:
         if args.model is None:
             parser.error("--export needs MODEL")
+        _check_export(parser, args)
         print(_export(args), end="")
         return
     if args.metric is None:
@@ -356,6 +357,18 @@ def _report(results: dict[str, Any], metric_arguments: dict[str, dict[str, Any]]
 # --- Public benchmarks -----------------------------------------------------------------------------------------------
 
 
+# What has a meaning for the commands that are written.
+_EXPORTED = ("model", "export", "benchmarks", "model_type", "output", "revision", "base_model", "dtype")
+
+
+def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses options that the commands would not heed."""
+    for name, value in vars(args).items():
+        if name not in _EXPORTED and value != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} has no effect with --export, which asks nothing itself: leave it out")
+
+
 def _export(args: argparse.Namespace) -> str:
     from ..evaluation.benchmarks import choose_benchmarks, export_commands
     from .loading import adapter_folder, base_of, local_path, model_config
@@ -373,7 +386,15 @@ def _export(args: argparse.Namespace) -> str:
             f"It can't be read what type of model {args.model!r} is ({error}). Name its type, such as "
             "`--model-type qwen3_vl`; a name on the Hub is then taken for a full model."
         ) from error
-    merged = None
+    merged, chosen = None, {"revision": args.revision, "base_model": args.base_model}
+    options = [word for name, value in chosen.items() if value for word in (f"--{name.replace('_', '-')}", value)]
+    options += [] if args.dtype == "auto" else ["--dtype", args.dtype]
     if adapter is not None:  # beside a folder; of a name on the Hub, in the current folder
         merged = f"{path.rstrip('/') if Path(path).is_dir() else path.replace('/', '-')}-merged"
-    return export_commands(args.export, args.model, args.model_type, benchmarks, merged, args.output or "benchmarks")
+    elif options:
+        raise ValueError(
+            f"The harness loads the full model {args.model!r} itself, without {options[0]}. Leave it out; to evaluate "
+            "another revision or type of it, save that in a folder and name the folder."
+        )
+    output = args.output or "benchmarks"
+    return export_commands(args.export, args.model, args.model_type, benchmarks, merged, output, options)

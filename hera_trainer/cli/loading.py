@@ -23,9 +23,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
 )
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -99,9 +101,7 @@ def load_model(
         return _load_full(base, base_revision, dtype, load_in_4bit, device), load_processor(base, base_revision)
     whole = _trained_in_full(adapter)
     adapted = _put_adapter(_load_full(base, base_revision, dtype, load_in_4bit, device, whole), adapter)
-    own = any(Path(adapter, name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-    processor = load_processor(adapter, None) if own else load_processor(base, base_revision)
-    return adapted.eval(), processor
+    return adapted.eval(), _processor_of(adapter, base, base_revision)
 
 
 @contextmanager
@@ -204,6 +204,15 @@ def load_processor(path: str, revision: str | None = None) -> Any:
     """Processor of a model, or its tokenizer if it has no processor."""
     with _named(path):
         return AutoProcessor.from_pretrained(path, revision=revision)
+
+
+def _processor_of(adapter: str, base: str, base_revision: str | None) -> Any:
+    """The processor beside an adapter, or its base model's; for a language model without vision, the tokenizer."""
+    if type(model_config(base, base_revision)) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        own = Path(adapter, TOKENIZER_CONFIG_FILE).is_file()
+        return AutoTokenizer.from_pretrained(adapter) if own else load_processor(base, base_revision)
+    own = any(Path(adapter, name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    return load_processor(adapter) if own else load_processor(base, base_revision)
 
 
 def _trained_in_full(adapter: str) -> list[str]:

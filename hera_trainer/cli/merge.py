@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import replacing_folder, restore_folder
+from ..runs.control import mark_control, read_control
 from .parser import Parser
 
 
@@ -88,6 +89,7 @@ def merge_adapter(
         merged = merge(model)
         merged.save_pretrained(temporary, max_shard_size=max_shard_size)
         processor.save_pretrained(temporary)
+        mark_control(temporary, read_control(folder))
     return merged
 
 

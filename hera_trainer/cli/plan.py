@@ -110,11 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of_config(path: str | Path) -> tuple[str | None, dict[str, Any]]:
-    """Model and settings that a YAML file of `hera sft` has, TRL's defaults where it is silent.
+def settings_of_config(path: str | Path) -> tuple[str | None, str | None, dict[str, Any]]:
+    """Model, its revision, and the settings that a YAML file of `hera sft` has, TRL's defaults where it is silent.
 
     Raises:
-        `ValueError`: If the file is no YAML, or no mapping.
+        `ValueError`: If the file is no YAML, no mapping, or has a setting that cannot be planned for.
     """
     import yaml
 
@@ -128,23 +128,32 @@ def settings_of_config(path: str | Path) -> tuple[str | None, dict[str, Any]]:
         raise ValueError(f"{str(path)!r} is no YAML file of settings. Write `name: value` lines, as for `hera sft`.")
     found: dict[str, Any] = {"dtype": "float32", "use_peft": False, "lora_target_modules": None}
     found |= {name: value for name, value in content.items() if name in RunSettings.__dataclass_fields__}
-    if found["dtype"] == "auto":
+    if content.get("load_in_8bit"):
+        raise ValueError("8-bit weights cannot be planned for. Plan without `load_in_8bit`, or with `load_in_4bit`.")
+    loaded = content.get("model_init_kwargs") or {}
+    loaded = json.loads(loaded) if isinstance(loaded, str) else loaded
+    found["dtype"] = loaded.get("dtype", found["dtype"])
+    if found["dtype"] in ("auto", None):
         found["dtype"] = "bfloat16"
+    for name in ("image_feature_gib", "alignment_weight"):  # YAML takes 5e-1 for a text
+        if isinstance(found.get(name), str):
+            found[name] = float(found[name])
     if content.get("activation_checkpointing") is not None:  # the new name goes before the old one
         found["gradient_checkpointing"] = content["activation_checkpointing"]
-    for name in ("lora_target_modules", "aligned_heads"):  # words of one line are a list, as in `hera sft`
+    # Words of one line are a list, as in `hera sft`.
+    for name in ("lora_target_modules", "lora_modules_to_save", "aligned_heads"):
         if isinstance(found.get(name), str):
             found[name] = found[name].split()
     modules = found["lora_target_modules"]
     if isinstance(modules, list) and len(modules) == 1:  # as TRL does
         found["lora_target_modules"] = modules[0]
-    return content.get("model_name_or_path"), found
+    return content.get("model_name_or_path"), loaded.get("revision", content.get("model_revision")), found
 
 
-def _settings(args: argparse.Namespace) -> tuple[str, RunSettings]:
+def _settings(args: argparse.Namespace) -> tuple[str, str | None, RunSettings]:
     from ..planning.settings import RunSettings
 
-    name, values = settings_of_config(args.config) if args.config else (None, {})
+    name, revision, values = settings_of_config(args.config) if args.config else (None, None, {})
     given = {_SETTINGS.get(option, option): value for option, value in vars(args).items() if value is not None}
     values |= {name: value for name, value in given.items() if name in RunSettings.__dataclass_fields__}
     if args.target_modules:
@@ -156,7 +165,8 @@ def _settings(args: argparse.Namespace) -> tuple[str, RunSettings]:
     model = args.model or name
     if model is None:
         raise ValueError("Which model? Give its name or folder, or a --config file with `model_name_or_path`.")
-    return model, RunSettings(**values)
+    # A revision is one of the model that it was written for.
+    return model, args.revision or (revision if args.model is None else None), RunSettings(**values)
 
 
 def _gib(size: float) -> str:
@@ -242,7 +252,10 @@ def _pool_lines(settings: RunSettings) -> list[str]:
     batches, steps = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32)
     least = settings.least_pool
     made_of = "batch x accumulation x processes" if settings.contrast_scope == "step" else "batch x processes"
-    lines = ["", f"pools: {made_of} + queue; `-` is refused, since more than k + 1 = {least - 1} samples are needed"]
+    needed = f"at least {least} samples"
+    if settings.alignment_objective == "contrastive" and least == settings.num_neighbors + 2:
+        needed = f"more than k + 1 = {least - 1} samples"
+    lines = ["", f"pools: {made_of} + queue; `-` is refused, since {needed} are needed"]
     lines.append("  " + f"{'accumulation':>12}" + "".join(f"{step:>7}" for step in steps))
     for batch in batches:
         pools = [settings.pool_size(batch, step) for step in steps]
@@ -272,9 +285,9 @@ def main(arguments: Sequence[str]) -> None:
     from ..planning.plan import plan_run
     from .loading import local_path
 
-    name, settings = _settings(args)
+    name, revision, settings = _settings(args)
     name = local_path(name)
-    plan = plan_run(read_config(name, args.revision), settings)
+    plan = plan_run(read_config(name, revision), settings)
     if args.json:
         content = {"model": name, **plan.to_dict()}
         if args.gpu_memory:

@@ -107,10 +107,10 @@ def with_image_column(dataset: Dataset, image_column: str | None, caption_column
         raise ValueError(f"Say which column has the images: --image-column. There are {', '.join(names)}.")
     if caption_column is None and not set(_TEXT_COLUMNS) & set(names):
         raise ValueError(f"Say which column has the texts: --caption-column. There are {', '.join(names)}.")
-    if image_column not in (None, "image", "images"):
-        dataset = dataset.remove_columns([name for name in ("image", "images") if name in names])
-        dataset = dataset.rename_column(image_column, "image")
-    return dataset
+    if image_column is not None:
+        others = [name for name in ("image", "images") if name in names and name != image_column]
+        dataset = dataset.remove_columns(others) if others else dataset
+    return dataset if image_column in (None, "image", "images") else dataset.rename_column(image_column, "image")
 
 
 def with_text_column(dataset: Dataset, caption_column: str | None, context: str) -> Dataset:
@@ -263,5 +263,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"Heat map: {heat_map}")
     chosen = f" --head_selection {args.selection} --num_aligned_heads {args.m}"
     chosen = "" if (args.selection, args.m) == ("worst", 5) else chosen
+    chosen += f" --seed {args.seed}" if args.selection == "random" else ""
     chosen = f" --alignment_granularity layer{chosen}" if args.granularity == "layer" else chosen
     print(f"Train with: hera sft --head_ranking_path {output}{chosen} ...")

@@ -238,6 +238,7 @@ def export_commands(
     benchmarks: Sequence[Benchmark],
     merged: str | None = None,
     output: str = "benchmarks",
+    merge_options: Sequence[str] = (),
 ) -> str:
     """A shell script that runs benchmarks in another evaluation harness.
 
@@ -248,6 +249,7 @@ def export_commands(
         benchmarks (sequence of [`Benchmark`]): What to run.
         merged (`str`, *optional*): For an adapter, the folder that it is merged into; `None` for a full model.
         output (`str`, *optional*, defaults to `"benchmarks"`): Folder of the results.
+        merge_options (sequence of `str`, *optional*): Options of `hera merge`, such as `["--revision", "v2"]`.
 
     Returns:
         `str`: The script.
@@ -265,7 +267,7 @@ def export_commands(
     if merged is not None:
         lines += [
             "# Most models of the harness take no adapter. A second time, add --overwrite.",
-            shlex.join(["hera", "merge", model, merged]),
+            shlex.join(["hera", "merge", model, merged, *merge_options]),
             "",
         ]
     write = _lmms_eval if harness == "lmms-eval" else _vlmevalkit

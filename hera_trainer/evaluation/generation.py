@@ -69,7 +69,9 @@ def answer(
             # What many models say of sampling is of no use here, and would be warned about.
             **dict.fromkeys(("temperature", "top_p", "top_k"), None),
         )
-        new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        # What a decoder says of an encoder's prompt begins with its start token alone.
+        prompt_length = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        new_tokens = tokens[:, prompt_length:]
         return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
 

@@ -18,7 +18,7 @@ from ..teacher.image_sources import decoded, part_value, turns, typed_parts, wri
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "query", "text")
 ANSWER_COLUMNS = ("answer", "answers", "label", "completion", "messages")
-IMAGE_COLUMNS = ("images", "image")
+IMAGE_COLUMNS = ("image", "images")  # in this order, as in training
 ID_COLUMNS = ("id", "question_id")
 
 
@@ -26,9 +26,9 @@ class Questions:
     """A data set as questions.
 
     Rows are read as they are stored, and images are decoded when a question is asked for. Questions come in one of
-    these columns: `messages` (a conversation; what stands before the last turn of the assistant is asked, that turn is
-    the answer), `prompt` (a conversation or a text), `question`, `query` or `text`. Images stand in `images` or
-    `image`, or inside the messages.
+    these columns: `messages` or `prompt` (a conversation or a text), `question`, `query` or `text`. Where the last turn
+    of a conversation is the assistant's, that turn is the answer, and what stands before it is asked. Images stand in
+    `image` or `images`, or inside the messages.
 
     Args:
         dataset ([`~datasets.Dataset`]): The rows.
@@ -122,9 +122,8 @@ class Questions:
             asked = [{"role": "user", "content": "" if value is None else str(value)}]
         else:
             asked = [_clean(turn) for turn in value]
-            answers = [number for number, turn in enumerate(asked) if turn["role"] == "assistant"]
-            if self.prompt_column == "messages" and answers:
-                asked = asked[: answers[-1]]
+            if asked and asked[-1]["role"] == "assistant":  # the answer, which must not be shown
+                asked.pop()
         waiting = [image for name in self.image_columns for image in _listed(row[name])]
         parts = [(part, part_value(part)) for part, _ in typed_parts({"messages": asked}, "image", "image_url")]
         waiting = _without_repeats(waiting, [own for _, own in parts if own is not None], len(parts))
@@ -151,7 +150,8 @@ class Questions:
                 texts = [names[label] if label is not None and label >= 0 else None for label in labels]  # -1: none
                 value = texts if isinstance(value, list) else texts[0]
             elif _is_conversation(value):
-                value = answer_text({"messages": [_clean(turn) for turn in value][-1:]})
+                last = _clean(value[-1])
+                value = answer_text({"messages": [last]}) if last["role"] == "assistant" else None
             values[name] = value
         return next(iter(values.values()), None) if len(values) < 2 else values
 

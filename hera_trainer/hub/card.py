@@ -84,7 +84,7 @@ def write_model_card(
         template_str=files(__package__).joinpath("templates/model_card.md").read_text(encoding="utf-8"),
         title=model_name or folder.absolute().name,
         adapter=None if adapter is None else _adapter(adapter),
-        base=_base(base, on_hub=data.base_model is not None),
+        base=_base(base, adapter, on_hub=data.base_model is not None),
         datasets=", ".join(
             f"[{n}](https://huggingface.co/datasets/{n})" if _is_repo_id(n) else f"`{n}`" for n in names
         ),
@@ -188,11 +188,15 @@ def _adapter(model: PeftModel) -> dict[str, Any]:
     return {"name": "LoRA" if kind == "LORA" else kind, "mergeable": mergeable}
 
 
-def _base(name: str, on_hub: bool) -> dict[str, str]:
-    if on_hub:
-        return {"text": f"[{name}](https://huggingface.co/{name})", "load": name, "comment": ""}
-    text = f"`{name}`, a model that is not on the Hub" if name else "a model that is not on the Hub"
-    return {"text": text, "load": name or "base-model", "comment": "  # the folder of the base model"}
+def _base(name: str, adapter: PeftModel | None, on_hub: bool) -> dict[str, str]:
+    if not on_hub:
+        text = f"`{name}`, a model that is not on the Hub" if name else "a model that is not on the Hub"
+        return {"text": text, "load": f'"{name or "base-model"}"', "comment": "  # the folder of the base model"}
+    text, load = f"[{name}](https://huggingface.co/{name})", f'"{name}"'
+    revision = None if adapter is None else adapter.peft_config[adapter.active_adapter].revision
+    if revision is not None:
+        text, load = f"{text} at `{revision}`", f'{load}, revision="{revision}"'
+    return {"text": text, "load": load, "comment": ""}
 
 
 def _quantization(model: Any) -> str | None:

@@ -31,6 +31,7 @@ from ..runs.checkpoints import MARKER_FILE
 from ..runs.written_files import (
     ADAPTER_FILES,
     CARD_FILE,
+    CONTROL_FILE,
     MODEL_FILES,
     MONITOR_FOLDER,
     PLOTS_FOLDER,
@@ -41,7 +42,7 @@ from ..runs.written_files import (
 logger = logging.get_logger(__name__)
 
 # All of these are patterns of paths: what is named by none of them stays.
-_RECORD = (RUN_FILE, RANKING_FILE, trainer.TRAINER_STATE_NAME, f"{MONITOR_FOLDER}/step-*.json")
+_RECORD = (RUN_FILE, CONTROL_FILE, RANKING_FILE, trainer.TRAINER_STATE_NAME, f"{MONITOR_FOLDER}/step-*.json")
 _OWN = (CARD_FILE, f"{PLOTS_FOLDER}/heads*.png", *_RECORD)
 
 _PROCESSOR = (
@@ -51,7 +52,8 @@ _PROCESSOR = (
 )
 # As a single process, DDP, FSDP and DeepSpeed write it.
 _RESUMING = (
-    *(RANKING_FILE, trainer.TRAINER_STATE_NAME, STATE_FILE, OBJECTIVE_FILE, QUEUE_FILE, MARKER_FILE, "rng_state*.pth"),
+    *(RANKING_FILE, CONTROL_FILE, trainer.TRAINER_STATE_NAME, STATE_FILE, OBJECTIVE_FILE, QUEUE_FILE, MARKER_FILE),
+    "rng_state*.pth",
     *(trainer.OPTIMIZER_NAME, trainer.OPTIMIZER_NAME_BIN, trainer.SCHEDULER_NAME, trainer.SCALER_NAME),
     f"{trainer.FSDP_MODEL_NAME}*.bin",
     *(f"{trainer.FSDP_MODEL_NAME}_*/{name}" for name in ("*.distcp", ".metadata")),

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME
 
 from .. import __version__
 from ..common.redaction import is_local, is_secret, shown_name
-from ..runs.written_files import RUN_FILE
+from ..runs.control import read_control
 from .files import checkpoint_files, publishable_files
 
 logger = get_logger(__name__)
@@ -62,8 +62,7 @@ def push_folder(
     path = Path(folder)
     if not (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG_NAME).is_file():
         raise ValueError(f"{str(folder)!r} holds neither a model nor an adapter. Name the `output_dir` of a run.")
-    record = path / RUN_FILE
-    check_publishable((json.loads(record.read_text()).get("config") or {}) if record.is_file() else {}, publish_control)
+    check_publishable(read_control(path), publish_control)
     api = hub_api(token)
     with explained(repo_id, path):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -71,18 +70,17 @@ def push_folder(
     return upload(api, repo_id, path, result_files(path, None, token), commit_message, token, revision)
 
 
-def check_publishable(config: Mapping[str, Any], allowed: bool) -> None:
+def check_publishable(control: str, allowed: bool) -> None:
     """Refuses the result of a control run.
 
     Args:
-        config (mapping): Settings of the run.
+        control (`str`): `teacher_control` of the run, `"none"` where there was no alignment.
         allowed (`bool`): Whether it may be published all the same.
 
     Raises:
         `ValueError`: If it may not.
     """
-    control = config.get("teacher_control") or "none"
-    if control != "none" and config.get("alignment_weight") != 0 and not allowed:
+    if control != "none" and not allowed:
         raise ValueError(
             f"This is a control run (`teacher_control={control!r}`): it was trained with other images' teacher vectors,"
             " and nobody should take it for an aligned model. Set `publish_control=True` if it shall be published."

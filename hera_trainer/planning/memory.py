@@ -179,6 +179,17 @@ def alignment_bytes(
     }
 
 
+def projector_bytes(heads: int, width: int, teacher_width: int) -> int:
+    """Bytes of the projectors of [`FeatureLoss`], a head's each, with their gradients and AdamW's two states, float32.
+
+    Args:
+        heads (`int`): Aligned heads m.
+        width (`int`): `d_model`.
+        teacher_width (`int`): Width of the teacher's vectors.
+    """
+    return 4 * _FLOAT * heads * teacher_width * (width + 1 + teacher_width + 1)
+
+
 def input_bytes(config: Any, image: ImageShape) -> int:
     """Bytes of a sample's pixels, float32. The processors of the Qwen models give every image as two equal frames."""
     vision = getattr(config, "vision_config", None)
@@ -298,8 +309,10 @@ class StepMemory:
         settings = self.settings
         if not settings.alignment_weight:
             return {}
-        features = {"image_features": self.features(size).device}
-        return features | alignment_bytes(
+        more = {"image_features": self.features(size).device}
+        if settings.alignment_objective == "feature":
+            more["projectors"] = projector_bytes(settings.num_heads, self.parts.d_model, settings.teacher_dim)
+        return more | alignment_bytes(
             heads=settings.num_heads,
             pool=settings.pool_size(size) - settings.queue_size,
             width=self.parts.d_model,

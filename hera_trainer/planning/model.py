@@ -181,7 +181,13 @@ def weight_sizes(model: Any) -> WeightSizes:
     )
 
 
-def attach_lora(model: Any, r: int, target_modules: str | list[str] | None) -> None:
+def attach_lora(
+    model: Any,
+    r: int,
+    target_modules: str | list[str] | None,
+    modules_to_save: list[str] | None = None,
+    use_dora: bool = False,
+) -> None:
     """Puts LoRA adapters on a meta model, in place, as PEFT itself does it.
 
     Args:
@@ -189,9 +195,12 @@ def attach_lora(model: Any, r: int, target_modules: str | list[str] | None) -> N
         r (`int`): Rank.
         target_modules (`str` or `list[str]`, *optional*):
             `"all-linear"`, a regular expression, names; `None` for PEFT's own choice for the type.
+        modules_to_save (`list[str]`, *optional*): Modules of which the adapter holds whole copies.
+        use_dora (`bool`, *optional*, defaults to `False`): DoRA.
 
     Raises:
         `ValueError`: If PEFT finds no such module.
     """
-    lora = LoraConfig(r=r, target_modules=target_modules, task_type="CAUSAL_LM")
+    more: dict[str, Any] = {"modules_to_save": modules_to_save, "use_dora": use_dora}
+    lora = LoraConfig(r=r, target_modules=target_modules, task_type="CAUSAL_LM", **more)
     get_peft_model(model, lora, low_cpu_mem_usage=True)

@@ -103,7 +103,7 @@ def aligned_heads(settings: RunSettings, accessor: HeadAccessor) -> list[Aligned
         heads = parse_units(settings.aligned_heads, granularity)
     elif settings.head_ranking_path:
         ranking = HeadRanking.load(os.fspath(settings.head_ranking_path))
-        heads = ranking.select(settings.head_selection, settings.num_aligned_heads, granularity=granularity)
+        heads = ranking.select(settings.head_selection, settings.num_aligned_heads, settings.seed, granularity)
     else:
         return None
     missing = sorted(set(heads) - set(units))
@@ -143,7 +143,8 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
     counts, sizes = parts.counts(), weight_sizes(model)
     work = operations(parts, image, settings.text_tokens)
     if settings.use_peft:
-        attach_lora(model, settings.lora_r, settings.lora_target_modules)
+        adapted = settings.lora_target_modules, settings.lora_modules_to_save, settings.use_dora
+        attach_lora(model, settings.lora_r, *adapted)
     tensors = [p for p in model.parameters() if p.requires_grad]
     # TRL makes the adapters of a quantized model bfloat16; PEFT makes those of any other float32.
     element = 2 if settings.load_in_4bit else tensors[0].element_size()

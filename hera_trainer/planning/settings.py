@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..heads.head import GRANULARITIES
+from ..objectives.contrastive import HeRALoss
+from ..objectives.registry import get_objective
 
 # Optimizers whose state is known, by their names in `TrainingArguments.optim`.
 OPTIMIZERS = (
@@ -24,20 +26,25 @@ class RunSettings:
         use_peft (`bool`, *optional*, defaults to `True`): LoRA; without it, all weights are trained.
         lora_r (`int`, *optional*, defaults to `16`): Rank.
         lora_target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As PEFT has it.
+        lora_modules_to_save (`list[str]`, *optional*): Modules of which the adapter holds whole copies.
+        use_dora (`bool`, *optional*, defaults to `False`): DoRA.
         optim (`str`, *optional*, defaults to `"adamw_torch_fused"`): Optimizer.
         per_device_train_batch_size (`int`, *optional*, defaults to `8`): Samples of a micro-batch.
         gradient_accumulation_steps (`int`, *optional*, defaults to `4`): Micro-batches of an optimizer step.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are recomputed.
         alignment_weight (`float`, *optional*, defaults to `0.01`): Weight of the alignment loss; 0 plans SFTTrainer.
+        alignment_objective (`str`, *optional*, defaults to `"contrastive"`): What is minimised.
         contrast_scope (`str`, *optional*, defaults to `"step"`): Which samples are compared.
         image_feature_gib (`float`, *optional*, defaults to `1.0`): GiB of image features kept between the two passes.
         queue_size (`int`, *optional*, defaults to `0`): Past samples that join.
         num_neighbors (`int`, *optional*, defaults to `10`): Neighbours k.
+        neighbor_group_size (`int`, *optional*, defaults to `0`): Samples of a group of neighbours in a pool.
         alignment_granularity (`str`, *optional*, defaults to `"head"`): Whether heads or whole layers are aligned.
         num_aligned_heads (`int`, *optional*, defaults to `5`): Heads (or layers) m.
         aligned_heads (`list[str]`, *optional*): Explicit heads or layers.
         head_ranking_path (`str`, *optional*): A ranking of which the worst heads are taken.
         head_selection (`str`, *optional*, defaults to `"worst"`): Which heads of the ranking.
+        seed (`int`, *optional*, defaults to `42`): Seed, which random heads are drawn with.
         processes (`int`, *optional*, defaults to `1`): Processes, each with a GPU of its own.
         teacher_dim (`int`, *optional*, defaults to `1024`): Width of the teacher's vectors (DINOv2-large).
         image_size (`tuple[int, int]`, *optional*, defaults to `(640, 480)`): Width and height of an image.
@@ -51,20 +58,25 @@ class RunSettings:
     use_peft: bool = True
     lora_r: int = 16
     lora_target_modules: str | list[str] | None = "all-linear"
+    lora_modules_to_save: list[str] | None = None
+    use_dora: bool = False
     optim: str = "adamw_torch_fused"
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 4
     gradient_checkpointing: bool = True
     alignment_weight: float = 0.01
+    alignment_objective: str = "contrastive"
     contrast_scope: str = "step"
     image_feature_gib: float = 1.0
     queue_size: int = 0
     num_neighbors: int = 10
+    neighbor_group_size: int = 0
     alignment_granularity: str = "head"
     num_aligned_heads: int = 5
     aligned_heads: list[str] | None = None
     head_ranking_path: str | None = None
     head_selection: str = "worst"
+    seed: int = 42
     processes: int = 1
     teacher_dim: int = 1024
     image_size: tuple[int, int] = (640, 480)
@@ -74,7 +86,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         least = dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_neighbors"), 1)
         least |= dict.fromkeys(("num_aligned_heads", "processes", "teacher_dim", "text_tokens", "lora_r"), 1)
-        for name, bound in {**least, "queue_size": 0}.items():
+        for name, bound in {**least, "queue_size": 0, "neighbor_group_size": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < bound:
                 raise ValueError(f"`{name}` must be a whole number of at least {bound}, got {value!r}.")
@@ -88,6 +100,7 @@ class RunSettings:
             raise ValueError(f"`contrast_scope` must be 'step' or 'micro_batch', got {self.contrast_scope!r}.")
         if self.alignment_granularity not in GRANULARITIES:
             raise ValueError(f"`alignment_granularity` must be 'head' or 'layer', got {self.alignment_granularity!r}.")
+        get_objective(self.alignment_objective)  # says which there are
         if self.optim not in OPTIMIZERS:
             raise ValueError(
                 f"The state of optimizer {self.optim!r} is not known here. Plan with one of: {', '.join(OPTIMIZERS)}."
@@ -111,5 +124,7 @@ class RunSettings:
 
     @property
     def least_pool(self) -> int:
-        """The smallest pool that is not refused."""
-        return self.num_neighbors + 2
+        """The smallest pool, the queue included, that is not refused."""
+        objective = get_objective(self.alignment_objective)
+        least = self.num_neighbors + 2 if issubclass(objective, HeRALoss) else objective.least_samples
+        return max(least, self.neighbor_group_size + self.queue_size)

@@ -16,6 +16,7 @@ from transformers import utils as names
 
 RANKING_FILE = "head_ranking.json"
 RUN_FILE = "hera_run.json"  # in the `output_dir` of a run, not in its checkpoints
+CONTROL_FILE = "hera_control.json"  # beside whatever a control run saves
 CARD_FILE = REPOCARD_NAME
 PLOTS_FOLDER = "hera"
 MONITOR_FOLDER = "alignment_monitor"

@@ -158,6 +158,20 @@ def test_processor_beside_the_adapter_is_taken(base, tmp_path):
     assert load_model(tmp_path)[1].chat_template == "own template"
 
 
+def test_tokenizer_beside_the_adapter_of_a_language_model_is_taken(tmp_path):
+    tokenizer = build_vlm("llava")[1].tokenizer
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "base")
+    tokenizer.chat_template = "template of the base"
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "adapter"))
+    assert load_model(tmp_path / "adapter")[1].chat_template == "template of the base"
+    tokenizer.chat_template = "template that was trained with"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert load_model(tmp_path / "adapter")[1].chat_template == "template that was trained with"
+
+
 def test_base_model_that_moved(base, tmp_path):
     model = adapted(base)
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "away")

@@ -14,6 +14,7 @@ from tiny import image_dataset, save_vlm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from hera_trainer.cli import main
+from hera_trainer.runs.control import mark_control, read_control
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,14 @@ def error_of(arguments, capsys):
     (line,) = [line for line in lines if line.startswith("hera merge: error: ")]
     assert lines[-1] == line
     return line
+
+
+@pytest.mark.parametrize("control", ["none", "permuted"])
+def test_a_control_run_is_still_known_as_such(base, tmp_path, control):
+    save_adapter(base, tmp_path / "adapter")
+    mark_control(tmp_path / "adapter", control)
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    assert read_control(tmp_path / "merged") == control
 
 
 def test_refusals(base, tmp_path, capsys):

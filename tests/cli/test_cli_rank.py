@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import build_vlm, image_dataset, save_tiny_dinov2, save_vlm
 from tiny_teachers import count_work
 from transformers import AutoModelForImageTextToText
+from trl import TrlParser
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hera_trainer import HeadRanking, HeRAConfig, HeRATrainer, add_teacher_features, rank_heads
@@ -71,6 +72,18 @@ def test_ranking_is_that_of_rank_heads(parts, capsys):
     assert " ".join(f"{head}={ranking.score(head):.4f}" for head in heads) in out
     assert f"--head_ranking_path {parts / 'ranking.json'} --head_selection top --num_aligned_heads 2" in out
     assert (parts / "ranking.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_draws_the_random_heads_that_were_shown(parts, tmp_path, capsys):
+    ranking = run(parts, parts / "model", parts / "rows", "--m", 3, "--selection", "random", "--seed", 5)
+    out = capsys.readouterr().out
+    shown = re.search(r"^random: (.*)$", out, re.MULTILINE).group(1)
+    options = re.search(r"hera sft --head_ranking_path \S+ (.*) \.\.\.", out).group(1).split()
+    (args,) = TrlParser(HeRAConfig).parse_args_and_config(
+        [*options, "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    )
+    heads = ranking.select(args.head_selection, args.num_aligned_heads, args.seed)
+    assert [part.split("=")[0] for part in shown.split()] == list(map(str, heads))
 
 
 def test_scores_stand_beside_what_to_hold_them_against(parts, tmp_path, capsys):

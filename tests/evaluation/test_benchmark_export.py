@@ -193,6 +193,16 @@ def test_command_line_reads_the_type_of_an_adapter(tmp_path, capsys):
     assert f"hera merge {tmp_path}/run {tmp_path}/run-merged" in script
     assert f"--model qwen2_5_vl --model_args pretrained={tmp_path}/run-merged," in script
 
+    moved = ["--base-model", base, "--revision", "v2", "--dtype", "bfloat16"]
+    assert main(["eval", str(tmp_path / "run"), "--export", "lmms-eval", *moved]) == 0
+    wanted = f"--revision v2 --base-model {base} --dtype bfloat16"
+    assert f"hera merge {tmp_path}/run {tmp_path}/run-merged {wanted}\n" in capsys.readouterr().out
+    assert main(["eval", base, "--export", "lmms-eval", "--revision", "v2"]) == 1
+    assert "loads the full model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", base, "--export", "lmms-eval", "--load-in-4bit"])
+    assert "--load-in-4bit has no effect" in capsys.readouterr().err
+
     assert main(["eval", "someone/some-model", "--export", "lmms-eval", "--model-type", "llava"]) == 0
     assert "--model llava_hf --model_args pretrained=someone/some-model" in capsys.readouterr().out
     assert main(["eval", "someone/some-model", "--export", "lmms-eval"]) == 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 
 import datasets
 import pytest
 import torch
 from tiny import FAMILIES, build_vlm, image_dataset
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hera_trainer.evaluation import generation
 from hera_trainer.evaluation.generation import answer, predict, read_predictions
@@ -57,6 +59,26 @@ def test_answers_are_greedy(llava):
             tokens = torch.cat([tokens, torch.tensor([[new[-1]]])], 1)
     expected = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
     assert answer(model, processor, [conversation], LENGTH) == [expected]
+
+
+def test_what_a_decoder_says_of_an_encoders_prompt(llava):
+    """Its tokens do not begin with the prompt's."""
+    tokenizer = copy(llava[1].tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    start = {"decoder_start_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = T5ForConditionalGeneration(T5Config(initializer_factor=8.0, **sizes, **start)).eval()
+    question = "What is the colour of the shape in this picture?"
+    text = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+    tokens = tokenizer(question, return_tensors="pt")
+    said, stop = [tokenizer.pad_token_id], model.generation_config.eos_token_id
+    with torch.no_grad():
+        while len(said) <= LENGTH and said[-1] != stop:
+            said.append(int(model(**tokens, decoder_input_ids=torch.tensor([said])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(said[1:], skip_special_tokens=True).strip()
+    assert expected and tokens["input_ids"].shape[1] > LENGTH
+    assert answer(model, tokenizer, [text], LENGTH) == [expected]
 
 
 def test_sampling_settings_of_the_model_are_ignored(llava, questions):

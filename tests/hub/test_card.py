@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from contextlib import contextmanager
@@ -129,6 +130,26 @@ class TestMetadata:
             assert ("# Mine" in (folder / "README.md").read_text()) == (folder != other)
             assert "# Mine" in (out / "README.md").read_text()
         assert "hera" in card_of(other).data.tags
+
+    def test_the_revision_of_the_base_model(self, tmp_path):
+        """An adapter that does not name it would be put on the newest one."""
+        base = save_vlm("llava", tmp_path / "my-base")
+        lora = LoraConfig(r=4, target_modules="all-linear")
+        for revision, said in (("v2", "v2"), ("main", None), (None, None)):
+            run = HeRATrainer(
+                base,
+                config(tmp_path / "out", max_steps=1, model_init_kwargs=revision and {"revision": revision}),
+                train_dataset=image_dataset(n=24, with_features=8),
+                peft_config=lora,
+            )
+            run.save_model()
+            assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == said
+            assert lora.revision is None  # the user's own
+            run.model.config._name_or_path = "Org/Model-2B"
+            run.create_model_card()
+            text = card_of(tmp_path / "out").text
+            assert ('from_pretrained("Org/Model-2B", revision="v2", dtype' in text) == (said is not None)
+            assert ('from_pretrained("Org/Model-2B", dtype' in text) == (said is None)
 
     def test_saved_again_beside_the_card_of_a_checkpoint(self, tmp_path):
         """PEFT edits a card that it finds: the local base model, and the tag by which a generated card is known."""

@@ -9,11 +9,12 @@ import torch
 from recipes import RECIPES
 from tiny import save_vlm
 
-from hera_trainer import HeadRanking, HeRAConfig
+from hera_trainer import HeadRanking, HeRAConfig, get_head_accessor
 from hera_trainer.cli import main
 from hera_trainer.data.pool import check_pool
-from hera_trainer.planning.model import read_config
-from hera_trainer.planning.plan import GIB, RunSettings, plan_run, usable_bytes
+from hera_trainer.objectives.feature import FeatureLoss
+from hera_trainer.planning.model import meta_model, read_config
+from hera_trainer.planning.plan import GIB, RunSettings, aligned_heads, plan_run, usable_bytes
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,35 @@ def test_pools_are_refused_where_training_refuses_them(tmp_path):
                             check_pool(config)
 
 
+@pytest.mark.parametrize("objective", ["contrastive", "feature", "cka", "uniformity"])
+@pytest.mark.parametrize("group", [0, 4])
+def test_pools_of_other_objectives_and_groups(tmp_path, objective, group):
+    for batch in (1, 2, 3, 4, 12):
+        values = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1, "neighbor_group_size": group}
+        values["alignment_objective"] = objective
+        config, settings = HeRAConfig(str(tmp_path), use_cpu=True, bf16=False, **values), RunSettings(**values)
+        if settings.pool_size() >= settings.least_pool:
+            check_pool(config)
+        else:
+            with pytest.raises(ValueError, match=r"Too few samples|`neighbor_group_size`"):
+                check_pool(config)
+
+
+def test_the_projectors_of_the_feature_objective(folder, capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("use_peft: true\nlora_target_modules: all-linear\ndtype: bfloat16\nalignment_objective: feature\n")
+    planned, plain = as_json([folder, "--config", str(path)], capsys), as_json([folder], capsys)
+    objective = FeatureLoss()
+    objective.prepare(5, 64, 1024, seed=0)
+    optimizer = torch.optim.AdamW(objective.parameters())
+    sum(p.sum() for p in objective.parameters()).backward()
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    held = [*objective.parameters(), *(p.grad for p in objective.parameters()), *states]
+    assert planned["alignment"]["projectors"] == sum(tensor.nbytes for tensor in held)
+    assert planned["total"] == plain["total"] + planned["alignment"]["projectors"]
+
+
 def test_the_table_of_pools(folder, capsys):
     main(["plan", folder, "--batch-size", "1", "--k", "10"])
     text = capsys.readouterr().out
@@ -121,6 +151,18 @@ def test_the_first_pass_of_real_heads(folder, capsys, tmp_path):
     assert named["first_pass"]["deepest head in layer 1"] < max(guesses.values()) < 1 / 3
     alone = as_json([folder, "--heads", "L1H2", "--accumulation", "1"], capsys)["first_pass"]
     assert set(alone.values()) == {0.0}
+
+
+def test_random_heads_are_those_that_training_draws(folder, tmp_path):
+    ranking = HeadRanking(torch.rand(3, 4), torch.ones(3), k=5, num_samples=100)
+    ranking.save(tmp_path / "ranking.json")
+    drawn = {"head_ranking_path": str(tmp_path / "ranking.json"), "head_selection": "random", "num_aligned_heads": 3}
+    accessor = get_head_accessor(meta_model(read_config(folder)))
+    for seed in range(4):
+        args = HeRAConfig(str(tmp_path), use_cpu=True, bf16=False, seed=seed, **drawn)
+        trained = ranking.select(args.head_selection, args.num_aligned_heads, args.seed)
+        assert aligned_heads(RunSettings(seed=seed, **drawn), accessor) == trained
+    assert aligned_heads(RunSettings(**drawn), accessor) == ranking.select("random", 3, HeRAConfig.seed)
 
 
 def test_image_features_of_a_frozen_tower(folder, capsys):
@@ -214,6 +256,36 @@ def test_files_are_read_as_training_reads_them(folder, tmp_path, capsys):
     found = as_json([folder, "--config", str(path)], capsys)
     options = ["--target-modules", "q_proj", "v_proj", "--heads", "L0H3", "L1H2", "--dtype", "float32"]
     assert found == as_json([folder, *options, "--no-checkpointing"], capsys)
+
+
+def test_what_training_takes_from_a_file_is_planned_for(folder, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+
+    def planned(more=""):
+        path.write_text(f"use_peft: true\nlora_target_modules: q_proj v_proj\n{more}")
+        return as_json([folder, "--config", str(path)], capsys)
+
+    plain, head = planned(), meta_model(read_config(folder)).get_output_embeddings().weight
+    assert planned("lora_modules_to_save: lm_head\n")["trained"] == plain["trained"] + head.numel()
+    assert planned("use_dora: true\n")["trained"] > plain["trained"]
+    short = planned("model_init_kwargs: {dtype: bfloat16}\n")
+    assert short["fixed"]["weights"] == planned("dtype: null\n")["fixed"]["weights"] == plain["fixed"]["weights"] / 2
+    assert planned("image_feature_gib: 5e-1\n")["settings"]["image_feature_gib"] == 0.5
+    path.write_text("load_in_8bit: true\n")
+    assert main(["plan", folder, "--config", str(path)]) == 1
+    assert "Plan without `load_in_8bit`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["model_revision: v2", "model_init_kwargs: {revision: v2}"])
+def test_the_revision_of_a_file_is_read(folder, tmp_path, monkeypatch, line):
+    found = []
+    monkeypatch.setattr("hera_trainer.planning.model.read_config", lambda *given: found.append(given[1]) or config)
+    config = read_config(folder)
+    adapter = "use_peft: true\nlora_target_modules: all-linear"
+    (tmp_path / "run.yaml").write_text(f"model_name_or_path: {folder}\n{adapter}\n{line}\n")
+    for options in ([], ["--revision", "v3"], [folder]):  # another model has revisions of its own
+        assert main(["plan", *options, "--config", str(tmp_path / "run.yaml")]) == 0
+    assert found == ["v2", "v3", None]
 
 
 def test_a_baseline_costs_no_alignment(folder, tmp_path, capsys):

@@ -25,7 +25,7 @@ def gpu_of(recipe: Path) -> int:
 @cache
 def plan_of(recipe: Path) -> RunPlan:
     """The plan of a recipe's settings, with the model's configuration from `published_configs`."""
-    model, settings = settings_of_config(recipe)
+    model, _, settings = settings_of_config(recipe)
     return plan_run(PUBLISHED[model](), RunSettings(**settings))
 
 

@@ -9,6 +9,8 @@ from runs import logged, trainer
 from tiny import image_dataset
 
 from hera_trainer.hub.push import push_folder
+from hera_trainer.runs.checkpoints import find_checkpoint
+from hera_trainer.runs.control import read_control
 from hera_trainer.teacher.column import TEACHER_COLUMN
 from hera_trainer.teacher.control import permuted_vectors
 
@@ -87,10 +89,11 @@ def test_the_card_and_the_report_say_so_first_and_nothing_is_published(tmp_path)
     run = trainer(tmp_path, teacher_control="permuted", **settings)
     run.train()
     run.save_model()
+    refusal = r"control run \(`teacher_control='permuted'`\).*publish_control=True"
     text = (tmp_path / "README.md").read_text()
     assert "> **A control run.**" in text.split("\n\n")[2]
     for push in (run.push_to_hub, lambda: push_folder(tmp_path, "user/model")):
-        with pytest.raises(ValueError, match=r"control run \(`teacher_control='permuted'`\).*publish_control=True"):
+        with pytest.raises(ValueError, match=refusal):
             push()
     with pytest.raises(ValueError, match="publish_control=True"):
         trainer(tmp_path / "other", teacher_control="permuted", push_to_hub=True, **settings)
@@ -98,6 +101,20 @@ def test_the_card_and_the_report_say_so_first_and_nothing_is_published(tmp_path)
     from hera_trainer import write_report
 
     assert "control run</strong>, trained with other images" in write_report(tmp_path).read_text()
+
+
+def test_whatever_a_control_run_saves_is_known_as_such(tmp_path):
+    settings = {"dataset": image_dataset(n=24, with_features=8), "max_steps": 1, "aligned_heads": ["L0H1"]}
+    run = trainer(tmp_path / "run", teacher_control="permuted", save_strategy="steps", save_steps=1, **settings)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    for saved in (tmp_path / "final", tmp_path / "run" / "checkpoint-1"):
+        with pytest.raises(ValueError, match=r"control run \(`teacher_control='permuted'`\).*publish_control=True"):
+            push_folder(saved, "user/model")
+    assert find_checkpoint(str(tmp_path / "run" / "checkpoint-1"), str(tmp_path / "run")) is not None
+    aligned = trainer(tmp_path / "run", **settings)
+    aligned.save_model(str(tmp_path / "final"))  # the same folder, another run
+    assert read_control(tmp_path / "final") == "none"
 
 
 def test_streams_are_refused(tmp_path):

@@ -1,0 +1,39 @@
+"""The mark of a control run, beside whatever it saves: nobody should take that for an aligned model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ..common.files import write_atomically
+from .written_files import CONTROL_FILE, RUN_FILE
+
+
+def mark_control(folder: str | os.PathLike, control: str) -> None:
+    """Marks what is saved in a folder as a control run's, or takes the mark of what was there before away.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where a model or an adapter is saved.
+        control (`str`): `teacher_control` of the run that saves it; `"none"` takes the mark away.
+    """
+    path = Path(folder, CONTROL_FILE)
+    if control == "none":
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"teacher_control": control})
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_control(folder: str | os.PathLike) -> str:
+    """`teacher_control` of the run that saved what a folder holds: `"none"` if it is no control run's.
+
+    Args:
+        folder (`str` or `os.PathLike`): The `output_dir` of a run, a checkpoint, or a folder that `save_model` wrote.
+    """
+    mark, record = Path(folder, CONTROL_FILE), Path(folder, RUN_FILE)
+    if mark.is_file():
+        return str(json.loads(mark.read_text())["teacher_control"])
+    config = (json.loads(record.read_text()).get("config") or {}) if record.is_file() else {}
+    return "none" if config.get("alignment_weight") == 0 else str(config.get("teacher_control") or "none")
