@@ -358,9 +358,8 @@ class HeRAConfig(SFTConfig):
     def _check_objective(self) -> None:
         for name in ("similarity", "teacher_similarity", "metric_similarity"):
             self._check_choice(name, SIMILARITIES)
-        if self.temperature is None:
-            self.temperature = TEMPERATURES[self.similarity]
-        self._check_at_least("temperature", MIN_TEMPERATURE)
+        if self.temperature is not None:  # `None` stays, so that it follows a similarity that is set later
+            self._check_at_least("temperature", MIN_TEMPERATURE)
         if self.objective_learning_rate is not None:
             self._check_at_least("objective_learning_rate", 0)
         if self.target_pull is not None:
@@ -375,6 +374,11 @@ class HeRAConfig(SFTConfig):
                 f"`queue_size` ({self.queue_size}) has no effect with `alignment_objective="
                 f"{self.alignment_objective!r}`, which compares samples of one pool. Set `queue_size=0`."
             )
+
+    @property
+    def initial_temperature(self) -> float:
+        """`temperature`, or where it is `None` that of the `similarity`."""
+        return TEMPERATURES[self.similarity] if self.temperature is None else self.temperature
 
     def least_samples(self) -> int:
         """Number of valid samples, those of the queue included, below which a pool goes without the alignment loss."""

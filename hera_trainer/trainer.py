@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
@@ -48,7 +48,7 @@ from .heads.ranking import HeadRanking
 from .heads.ranking_cache import cached_ranking
 from .heads.registry import get_head_accessor, unwrap_model
 from .hub import push
-from .hub.card import CardKeeper, write_model_card
+from .hub.card import CardKeeper, licensed, write_model_card
 from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
@@ -169,7 +169,7 @@ class HeRATrainer(SFTTrainer):
             check_neighbor_groups(args, train_dataset)
         super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
         if isinstance(model, str):
-            _name_revision(self.model, (args.model_init_kwargs or {}).get("revision"))
+            _name_revision(self.model, cast(dict[str, Any], args.model_init_kwargs or {}).get("revision"))
         self.teacher_vectors = TeacherVectors(
             args,
             args.teacher_model_name_or_path if teacher is None else teacher,
@@ -673,7 +673,7 @@ class HeRATrainer(SFTTrainer):
     ) -> None:
         """Writes the model card, and the heat maps that it shows, into `output_dir`.
 
-        With `alignment_weight=0`, the card is that of [`~trl.SFTTrainer`].
+        With `alignment_weight=0`, the card is that of [`~trl.SFTTrainer`], with the licence.
 
         Args:
             model_name (`str`, *optional*): Name of the model.
@@ -684,7 +684,8 @@ class HeRATrainer(SFTTrainer):
                 Licence, such as `"apache-2.0"`; a licence that was written into the card by hand stays otherwise.
         """
         if self.criterion is None:
-            super().create_model_card(model_name, dataset_name, tags)  # type: ignore[arg-type]
+            with licensed(str(self.args.output_dir), license, writes=self.is_world_process_zero()):
+                super().create_model_card(model_name, dataset_name, tags)  # type: ignore[arg-type]
         elif self.is_world_process_zero():
             write_model_card(self, super().create_model_card, model_name, dataset_name, tags, license)
 

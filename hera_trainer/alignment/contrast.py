@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,12 @@ def spread(heads: Tensor, valid: Tensor) -> Tensor:
     return 1 - (unit.sum(1).square().sum(-1) - count) / (count * (count - 1)).clamp(min=1)
 
 
+def _kept_where_it_is() -> AbstractContextManager:
+    """Keeps hooks of `activation_offloading` from what the objective saves for its own backward, which would count as
+    the step's first."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 class Contrast:
     """Compares samples of all processes with each other, and with a queue of past ones if there is one.
 
@@ -131,13 +138,14 @@ class Contrast:
         (pool_heads, pool_teacher, pool_valid, pool_turns), start = self._gather(*columns)
         parameters = self.parameters
         # The first pass runs under autocast, which would round the backward of an objective, too.
-        with torch.enable_grad(), exact_products(pool_heads.device):
+        with torch.enable_grad(), exact_products(pool_heads.device), _kept_where_it_is():
             leaves = pool_heads.requires_grad_()
             result = self.criterion(leaves, pool_teacher, pool_valid, self.queue)
             parts = result if isinstance(result, dict) else {}
             loss = total(result)
             gradients = torch.autograd.grad(loss, [leaves, *parameters], allow_unused=True, materialize_grads=True)
         heads_grad, *parameter_grads = gradients
+        loss = loss.detach()
         finite = loss.isfinite() & torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
         samples = pool_valid.sum() + len(self.queue or ())
         taken = finite & pool_valid.any() & (samples >= self.criterion.least_samples)
@@ -148,7 +156,7 @@ class Contrast:
             order = order[usable[order]]
             self.queue.push(pool_heads[:, order], pool_teacher[order])
         return PoolLoss(
-            value=torch.where(taken, loss.detach(), 0.0),
+            value=torch.where(taken, loss, 0.0),
             heads_grad=torch.where(taken, heads_grad[:, start : start + own] * self.num_processes, 0.0),
             parameter_grads=[torch.where(taken, gradient, 0.0) for gradient in parameter_grads],
             samples=samples * taken,

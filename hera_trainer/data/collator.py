@@ -112,7 +112,7 @@ def checked_vector(vector: Any, place: str, width: int | None = None) -> Tensor:
         width (`int`, *optional*): Numbers that it must have.
 
     Raises:
-        `ValueError`: If it is no list of finite numbers, or has another width.
+        `ValueError`: If it is no list of finite numbers, is zero, or has another width.
     """
     try:
         values = torch.as_tensor(vector, dtype=torch.float32)
@@ -128,6 +128,10 @@ def checked_vector(vector: Any, place: str, width: int | None = None) -> Tensor:
     if not values.isfinite().all():
         raise ValueError(
             f"{place}: the vector in column `{TEACHER_COLUMN}` has NaN or infinity. Repair it, or set it to null."
+        )
+    if not values.any():
+        raise ValueError(
+            f"{place}: the vector in column `{TEACHER_COLUMN}` is zero, which has no neighbours. Set it to null."
         )
     return values
 

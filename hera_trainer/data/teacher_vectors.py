@@ -130,10 +130,13 @@ class TeacherVectors:
         rows: Any = train_dataset
         is_control = self.args.teacher_control == "permuted"
         if is_new:
-            if is_control:
-                _check_control(rows)
             # The column names of a stream may not be known before it is opened.
-            self._brings_vectors = TEACHER_COLUMN in (getattr(rows, "column_names", None) or ())
+            brings_vectors = TEACHER_COLUMN in (getattr(rows, "column_names", None) or ())
+            # Rows of what was prepared here before (`train_dataset.select(...)`) have the column, too.
+            is_derived = brings_vectors and self.train_dataset is not None and not self._brings_vectors
+            self._brings_vectors = brings_vectors and not is_derived
+            if is_control:
+                _check_control(rows, is_derived)
             check_dataset(rows, "train_dataset")
             if isinstance(rows, IterableDataset):
                 rows = open_stream(rows, "train_dataset", self.columns)
@@ -325,7 +328,13 @@ class TeacherVectors:
         return None if vectors is None else vectors.to(self.args.device)
 
 
-def _check_control(rows: Any) -> None:
+def _check_control(rows: Any, is_derived: bool) -> None:
+    if is_derived:
+        raise ValueError(
+            f"`train_dataset` was replaced by rows that have other images' `{TEACHER_COLUMN}` already, since "
+            f"`teacher_control='permuted'` was applied to them: choose rows before the trainer prepares its data, or "
+            f"remove the column (`remove_columns({TEACHER_COLUMN!r})`), to have it computed anew."
+        )
     if isinstance(rows, IterableDataset):
         raise ValueError(
             "`teacher_control='permuted'` gives each image another image's teacher vector, for which all images must be"

@@ -53,15 +53,35 @@ def check_decoder(model: nn.Module, accessor: HeadAccessor) -> None:
         )
 
 
+# Adapters by which a token's output depends on other tokens, or on more than what the projection is given: where aLoRA
+# acts, and which of several adapters Arrow and Lily mix, is decided for whole tokens, not for a head's slice of one.
+_MIXED = {"ALoraLinearVariant": "aLoRA", "ArrowLinearVariant": "Arrow"}
+
+
+def _mixing_adapter(projection: nn.Module) -> str | None:
+    """Name of an adapter on a projection whose update cannot be told apart by heads, if it has one."""
+    if type(projection).__module__.startswith("peft.tuners.lily."):
+        return "Lily"
+    variants = getattr(projection, "lora_variant", {}).values()
+    return next((_MIXED[name] for variant in variants if (name := type(variant).__name__) in _MIXED), None)
+
+
 def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence[int]) -> None:
     """Runs a few tokens through the text decoder and checks, on what really flowed through the output projections of
     `layers`, that the contributions of all heads plus the bias add up to the projection's output.
 
     Raises:
         `ValueError`: If a projection is bypassed, or its heads don't add up (wrong head size, fused or patched
-            projection), or it passes no gradient.
+            projection, an adapter that heads have in common), or it passes no gradient.
     """
     model_type = unwrap_model(model).config.model_type
+    for layer in layers:
+        if (adapter := _mixing_adapter(accessor.projection(layer))) is not None:
+            raise ValueError(
+                f"The {adapter} adapter on the output projection of layer {layer} cannot be told apart by attention "
+                "heads, so they would be aligned without it. Leave the output projections out of its `target_modules`, "
+                'or train with `alignment_granularity="layer"`.'
+            )
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def watch(layer: int) -> Any:

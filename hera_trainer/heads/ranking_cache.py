@@ -19,7 +19,7 @@ from ..teacher.vectors import cache_root
 from .accessor import HeadAccessor
 from .modes import adapters_complete_base, without_adapters
 from .ranking import HeadRanking, rank_samples
-from .registry import unwrap_model
+from .registry import has_common_layout, unwrap_model
 from .samples import draw_samples
 
 _RANKING_FORMAT = 2
@@ -80,6 +80,7 @@ def cached_ranking(
             **({} if clip_quantile is None else {"clip_quantile": clip_quantile}),
             **({"center": True} if center else {}),
             **({"rounds_products": True} if rounds_products() else {}),
+            **({} if has_common_layout(model) else {"layout": _layout(accessor)}),
             # Before there was this key, TF32 might have rounded what was computed on a GPU.
             **({} if next(model.parameters()).device.type == "cpu" else {"exact": True}),
         }
@@ -106,3 +107,10 @@ def cached_ranking(
     if team.index == team.sharers(path.parent)[0]:  # one process writes it, on each file system
         ranking.save(path)
     return ranking
+
+
+def _layout(accessor: HeadAccessor) -> list[Any]:
+    """What an accessor of the user's own takes for layers and heads: it may be corrected between two runs."""
+    names = {id(module): name for name, module in accessor.decoder.named_modules()}
+    heads = {i: [accessor.num_heads(i), names.get(id(accessor.projection(i)))] for i in accessor.layers_with_heads}
+    return [[names.get(id(layer)), *heads.get(i, [])] for i, layer in enumerate(accessor.layers)]

@@ -76,6 +76,11 @@ def register_head_accessor(model_type: str, factory: HeadAccessorFactory) -> Non
     _FACTORIES[model_type] = factory
 
 
+def has_common_layout(model: nn.Module) -> bool:
+    """Whether the accessor of a model's type is the common one, and not one of the user's own."""
+    return _FACTORIES.get(unwrap_model(model).config.model_type) is decoder_accessor
+
+
 def supported_model_types() -> list[str]:
     """Model types that have an accessor."""
     return sorted(_FACTORIES)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -59,9 +60,7 @@ def write_model_card(
     """
     folder = Path(str(trainer.args.output_dir))
     path = folder / CARD_FILE
-    kept = _written_by_hand(path)
-    if license is not None:
-        kept = {"license": license, **{name: value for name, value in kept.items() if not name.startswith("license")}}
+    kept = _written_by_hand(path, license)
     adapter = trainer.model if isinstance(trainer.model, PeftModel) else None
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     write_trl_card(model_name, None, tags)
@@ -156,15 +155,35 @@ def is_own_text(path: Path) -> bool:
     return bool(text.strip()) and not any(mark in card for mark in _GENERATED)
 
 
-def _written_by_hand(path: Path) -> dict[str, Any]:
-    """What a card that is there already says of licence and language."""
-    if not path.is_file():
-        return {}
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError):  # the new card takes its place, as TRL's does
-        return {}
-    return {name: data[name] for name in _KEPT if data.get(name) is not None}
+@contextmanager
+def licensed(folder: str | os.PathLike, license: str | None, writes: bool) -> Iterator[None]:
+    """Puts a licence, or what a card of before says of it by hand, into the card that is written inside.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the card is.
+        license (`str`, *optional*): Licence, by default the one that is in the card already.
+        writes (`bool`): Whether this process writes it.
+    """
+    path = Path(folder, CARD_FILE)
+    kept = _written_by_hand(path, license) if writes else {}
+    yield
+    if kept:
+        card = ModelCard.load(path)
+        for name, value in kept.items():
+            setattr(card.data, name, value)
+        card.save(path)
+
+
+def _written_by_hand(path: Path, license: str | None) -> dict[str, Any]:
+    """What a card that is there already says of licence and language; a licence that is given goes before."""
+    data: dict[str, Any] = {}
+    # One that cannot be read is replaced by the new card, as by TRL's.
+    with suppress(ValueError, yaml.YAMLError):
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+    kept = {name: data[name] for name in _KEPT if data.get(name) is not None}
+    if license is None:
+        return kept
+    return {"license": license, **{name: value for name, value in kept.items() if not name.startswith("license")}}
 
 
 def _is_repo_id(name: str) -> bool:
@@ -394,8 +413,8 @@ def _objective_settings(trainer: HeRATrainer) -> list[tuple[str, str, str, bool]
     now = trainer.criterion.metrics().get("temperature") if trainer.criterion is not None else None
     if now is not None:
         learned = f"learned ({now:.4g} now)" if args.learn_temperature else "fixed"
-        same = args.temperature == 0.07 and args.learn_temperature
-        rows.append(("temperature, τ", f"{args.temperature:g}, {learned}", "0.07, learned", same))
+        same = args.initial_temperature == 0.07 and args.learn_temperature
+        rows.append(("temperature, τ", f"{args.initial_temperature:g}, {learned}", "0.07, learned", same))
         rows.append(("similarity of heads", args.similarity, "not centered", args.similarity != "centered_cosine"))
         rows.append(("similarity of teacher vectors", args.teacher_similarity, "not stated", True))
     return rows

@@ -37,8 +37,8 @@ class RunRecord:
         path (`Path`): The run's folder.
         record (`dict[str, Any]`):
             Content of `hera_run.json`: `model`, `dataset`, `adapter`, `aligned_heads`, `config`, `versions`,
-            `hardware`, `started`, `finished`, `resumed_from`, `files` (what saving the result writes). Empty where
-            there is no such file.
+            `hardware`, `started`, `finished`, `seconds` (of training, so far), `resumed_from`, `files` (what saving the
+            result writes). Empty where there is no such file.
         log_history (`list[dict]`): What was logged, as `TrainerState.log_history` has it.
         head_ranking ([`HeadRanking`] or `None`): The ranking that the aligned heads were chosen from.
         monitored (`dict[str, dict[int, HeadRanking]]`):

@@ -49,6 +49,7 @@ class RunRecordCallback(TrainerCallback):
         self.begin(None)
         self._record: dict[str, Any] = {}
         self._written = -float("inf")
+        self._began, self._earlier_seconds = 0.0, 0.0
 
     def begin(
         self,
@@ -76,11 +77,14 @@ class RunRecordCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
+        earlier = self._earlier()
+        self._began, self._earlier_seconds = time.monotonic(), earlier.get("seconds") or 0.0
         self._record = {
             **describe_run(args, model, self.dataset, self.aligned_heads),
             "teacher": public_name(self.teacher) if self.teacher else None,
-            "started": self._started(),
+            "started": earlier.get("started") or _now(),
             "finished": None,
+            "seconds": self._earlier_seconds,
             "resumed_from": None if self.resumed_from is None else Path(self.resumed_from).name,
             "files": _files(model, kwargs.get("processing_class")),
         }
@@ -94,6 +98,7 @@ class RunRecordCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._record:  # never behind a checkpoint
+            self._write_record(args)
             self._write_state(args, state)
 
     def on_train_end(
@@ -105,11 +110,14 @@ class RunRecordCallback(TrainerCallback):
             self._write_state(args, state)
             self._record = {}  # what a later `evaluate` logs is not of this run
 
-    def _started(self) -> str:
-        earlier = None if self.resumed_from is None else _read_if_whole(Path(self.resumed_from).parent / RUN_FILE)
-        return (earlier or {}).get("started") or _now()
+    def _earlier(self) -> dict[str, Any]:
+        """The record of the run that goes on, as far as there is one."""
+        found = None if self.resumed_from is None else _read_if_whole(Path(self.resumed_from).parent / RUN_FILE)
+        return found or {}
 
     def _write_record(self, args: TrainingArguments) -> None:
+        # Of training itself: a run that goes on may have lain dead for days.
+        self._record["seconds"] = round(self._earlier_seconds + time.monotonic() - self._began, 1)
         _write(Path(str(args.output_dir), RUN_FILE), json.dumps(self._record, indent=1))
 
     def _write_state(self, args: TrainingArguments, state: TrainerState) -> None:

@@ -66,7 +66,8 @@ class TeacherCheckpoint:
             folder = Path(self.name)
             found = {path for pattern in (*_WEIGHT_FILES, *_CONFIG_FILES) for path in folder.glob(pattern)}
             source = {path.name: _file_digest(path) for path in found}
-        return digest(source=source, preprocessing=self.image_processor.to_dict(), dtype=str(dtype or torch.float32))
+        pixels = preprocessing(self.image_processor)
+        return digest(source=source, preprocessing=pixels, dtype=str(dtype or torch.float32))
 
     def load_model(self, dtype: torch.dtype | None) -> PreTrainedModel:
         """Loads the vision encoder, alone where transformers can load it so. It must have all weights that are read."""
@@ -94,6 +95,13 @@ class TeacherCheckpoint:
             if missing:
                 raise ValueError(f"the checkpoint lacks weights of its vision encoder, such as {min(missing)!r}")
         return encoder
+
+
+def preprocessing(image_processor: Any) -> dict[str, Any]:
+    """What determines the pixels that an image processor makes: its settings, and which library resizes."""
+    # torchvision goes without a name here, so that what was computed with it before is found.
+    backend = {"backend": "PIL"} if type(image_processor).__name__.endswith("Pil") else {}
+    return {**image_processor.to_dict(), **backend}
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def check_teacher_features(dataset: datasets.Dataset) -> int:
         `int`: `d_teacher`, the one width of all vectors.
 
     Raises:
-        ValueError: If the column holds no lists of numbers, a vector contains NaN, infinity or null, two vectors differ
-            in width, or no row has a vector. Rows are named.
+        ValueError: If the column holds no lists of numbers, a vector contains NaN, infinity or null or is zero, two
+            vectors differ in width, or no row has a vector. Rows are named.
     """
     vectors = dataset.select_columns([TEACHER_COLUMN]).with_format("arrow")
     first_row = width = None
@@ -53,7 +53,15 @@ def check_teacher_features(dataset: datasets.Dataset) -> int:
         if width == 0:
             raise ValueError(f"Column `{TEACHER_COLUMN}` has an empty vector in row {first_row}; use null instead.")
         values = pc.list_flatten(column).cast(pa.float64()).to_numpy(zero_copy_only=False)  # null becomes NaN
-        bad = np.flatnonzero(~np.isfinite(values.reshape(-1, width)).all(axis=1))
+        values = values.reshape(-1, width)
+        zero = np.flatnonzero((values == 0).all(axis=1))
+        if len(zero):
+            raise ValueError(
+                f"Column `{TEACHER_COLUMN}` has a vector of zeros in row {start + present[zero[0]]}, which is near to "
+                "and far from no other: its neighbours would be drawn by chance. Set it to null, as of a row without "
+                "an image, or remove the column to have it computed."
+            )
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(bad):
             raise ValueError(
                 f"Column `{TEACHER_COLUMN}` has NaN, infinity or null inside the vector of row "

@@ -14,7 +14,7 @@ from transformers import MODEL_MAPPING, BatchFeature, PreTrainedModel
 
 from ..common.digest import weights_digest
 from ..common.precision import exact_products
-from .checkpoint import TeacherCheckpoint, digest, plain_config, vision_tower
+from .checkpoint import TeacherCheckpoint, digest, plain_config, preprocessing, vision_tower
 from .readout import TeacherReadout
 
 
@@ -153,14 +153,14 @@ class VisionTeacher:
         return digest(
             weights=weights_digest(self.model),
             config=plain_config(self.model.config),
-            preprocessing=self.image_processor.to_dict(),
+            preprocessing=preprocessing(self.image_processor),
         )
 
     def _state(self) -> str:
         """Changes with the preprocessing, with the dtype of a parameter, and when one is written to; not with the
         device."""
         parameters = [(tensor.dtype, tensor._version) for tensor in self.model.parameters()]
-        return digest(parameters=parameters, preprocessing=self.image_processor.to_dict())
+        return digest(parameters=parameters, preprocessing=preprocessing(self.image_processor))
 
     def to(self, device: str | torch.device) -> VisionTeacher:
         """Moves the encoder to `device` and returns the teacher itself."""

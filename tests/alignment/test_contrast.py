@@ -49,6 +49,16 @@ def test_which_samples_can_take_part() -> None:
     assert teacher.valid(mask).tolist() == [i in (0, 2, 3, 5, 7, 8) for i in range(9)]
 
 
+@pytest.mark.parametrize("criterion", [HeRALoss(num_neighbors=3), CKALoss(), UniformityLoss()])
+def test_hooks_of_activation_offloading_see_nothing_of_it(criterion: AlignmentObjective) -> None:
+    """Its backward within the step's forward would be taken for the step's first."""
+    packed: list[Tensor] = []
+    heads, teacher, mask = batch_of(9)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        pool = Contrast(criterion)(heads.requires_grad_(), teacher.vectors, teacher.valid(mask))
+    assert not packed and pool.heads_grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("left_out", [(), (1, 4, 6)])
 def test_a_pool_is_compared_with_itself(left_out: tuple[int, ...]) -> None:
     heads, teacher, mask = batch_of(9, without_image=left_out)

@@ -84,7 +84,7 @@ def test_activated_lora(tmp_path):
         tokens = processor.tokenizer.encode("assistant", add_special_tokens=False)
         torch.manual_seed(0)
         lora = LoraConfig(
-            target_modules=["q_proj", "v_proj", "o_proj"],
+            target_modules=["q_proj", "v_proj"],
             init_lora_weights=False,
             task_type="CAUSAL_LM",
             alora_invocation_tokens=tokens,

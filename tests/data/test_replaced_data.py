@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from hera_trainer import AttentionHead, HeadRanking, HeRAConfig, HeRATrainer
+from hera_trainer import AttentionHead, HeadRanking, HeRAConfig, HeRATrainer, add_teacher_features
 from hera_trainer.data.collator import TEACHER_COLUMN, TeacherCollator
 
 HEADS = ["L0H1", "L2H3"]
@@ -32,6 +34,27 @@ def make(tmp_path, teacher, **kwargs):
 
 
 class TestReplacedTrainingData:
+    def test_rows_of_what_was_prepared_keep_their_teacher(self, tmp_path, teacher):
+        run = make(tmp_path, teacher, queue_size=4)
+        run.prepare_alignment()
+        name, identity = run.teacher_name, run.teacher_vectors.identity
+        run.train_dataset = run.train_dataset.select(range(20))
+        run.train()
+        assert run.teacher_name == name != "" and run.teacher_vectors.identity == identity
+        assert json.loads((tmp_path / "hera_run.json").read_text())["teacher"] == Path(name).name
+
+    def test_rows_of_a_control_run_are_not_permuted_twice(self, tmp_path, teacher):
+        run = make(tmp_path, teacher, teacher_control="permuted")
+        run.prepare_alignment()
+        rows = run.train_dataset
+        run.train_dataset = rows.select(range(20))
+        with pytest.raises(ValueError, match=r"was applied to them: choose rows before"):
+            run.train()
+        run.train_dataset = rows.select(range(20)).remove_columns(TEACHER_COLUMN)
+        run.train()
+        right = add_teacher_features(image_dataset(n=24, seed=1).select(range(20)), teacher)[TEACHER_COLUMN]
+        assert run.teacher_vectors.right_rows[TEACHER_COLUMN][:] == right[:]
+
     @pytest.mark.parametrize("when", ["at once", "after preparing", "after evaluating", "after training"])
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_new_rows_are_trained_on_as_if_given_at_first(self, tmp_path, teacher, when, accumulation):

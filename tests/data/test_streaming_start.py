@@ -301,6 +301,7 @@ def test_a_damaged_image_among_the_first_rows(tmp_path, teacher):
         ([1.0] * 3, "has 3 numbers, the training data has 8"),
         ([*VECTORS[0][:7], float("nan")], "has NaN or infinity"),
         ([*VECTORS[0][:7], float("inf")], "has NaN or infinity"),
+        ([0.0] * 8, "is zero, which has no neighbours"),
         ([], "holds no list of numbers"),
     ],
 )

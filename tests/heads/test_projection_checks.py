@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LilyConfig, LoraConfig, get_peft_model
 from projections import randomize_adapters
 from tiny import FAMILIES, build_vlm, image_dataset
 from torch import Tensor, nn
@@ -223,3 +223,22 @@ def test_linear_attention_layers_below_a_head_count() -> None:
     model, _ = build_vlm("qwen3_5")
     model = only("language_model.layers.2.linear_attn")(model)
     check_trainable(model, get_head_accessor(model), [AttentionHead(3, 0)])
+
+
+@pytest.mark.parametrize(
+    ("adapter", "config"),
+    [
+        ("aLoRA", LoraConfig(alora_invocation_tokens=[5], task_type="CAUSAL_LM", target_modules=["v_proj", "o_proj"])),
+        ("Lily", LilyConfig(target_modules=["v_proj", "o_proj"])),
+    ],
+)
+def test_adapters_that_heads_have_in_common_are_refused(adapter, config) -> None:
+    """Where and which of their matrices act is decided for whole tokens: a head's slice would meet others."""
+    model = get_peft_model(build_vlm("llava")[0], config)
+    with pytest.raises(ValueError, match=f"The {adapter} adapter on the output projection of layer 1 cannot be told"):
+        check_projections(model, get_head_accessor(model), [1])
+
+
+def test_adapters_beside_the_output_projections_are_not() -> None:
+    model = get_peft_model(build_vlm("llava")[0], LilyConfig(target_modules=["v_proj"]))
+    check_projections(model, get_head_accessor(model), [0, 1])

@@ -9,8 +9,9 @@ from runs import config
 from tiny import build_vlm, image_dataset
 from tokenizers.normalizers import Replace
 
-from hera_trainer import HeadRanking, HeRATrainer, rank_heads
+from hera_trainer import HeadAccessor, HeadRanking, HeRATrainer, decoder_accessor, rank_heads
 from hera_trainer.common.digest import weights_digest
+from hera_trainer.heads import registry
 
 
 def trainer(folder, model=None, processing_class=None, train_dataset=None) -> HeRATrainer:
@@ -47,6 +48,25 @@ def test_cache_notices_a_rewritten_head(tmp_path):
             with torch.no_grad():
                 model.get_decoder().layers[0].self_attn.o_proj.weight[:, 16:32].mul_(torch.rand(64, 16))
         runs.append(trainer(tmp_path / name, model=model, processing_class=processor))
+        runs[-1].prepare_alignment()
+    expected = rank_of(runs[1])
+    assert torch.equal(runs[1].head_ranking.scores, expected.scores)
+    assert not torch.equal(runs[0].head_ranking.scores, expected.scores)
+
+
+@pytest.mark.parametrize(("divisor", "first"), [(2, 0), (1, 1)], ids=["number of heads", "a layer without"])
+def test_cache_notices_a_corrected_accessor(tmp_path, monkeypatch, divisor, first):
+    def mistaken(model):
+        right = decoder_accessor(model)
+        attentions = {i: layer.self_attn for i, layer in enumerate(right.layers) if i >= first}
+        projections = {i: attention.o_proj for i, attention in attentions.items()}
+        heads = {i: right.num_heads(i) // divisor for i in projections}
+        return HeadAccessor(right.decoder, right.layers, attentions, projections, heads)
+
+    runs = []
+    for name, accessor in (("a", mistaken), ("b", lambda model: decoder_accessor(model))):
+        monkeypatch.setitem(registry._FACTORIES, "llava", accessor)
+        runs.append(trainer(tmp_path / name))
         runs[-1].prepare_alignment()
     expected = rank_of(runs[1])
     assert torch.equal(runs[1].head_ranking.scores, expected.scores)

@@ -131,6 +131,14 @@ class TestMetadata:
             assert "# Mine" in (out / "README.md").read_text()
         assert "hera" in card_of(other).data.tags
 
+    def test_the_licence_of_a_baseline(self, tmp_path):
+        run = lora_run(tmp_path / "out", alignment_weight=0)
+        run.create_model_card(license="mit")
+        assert card_of(tmp_path / "out").data.license == "mit"
+        run.create_model_card()  # stays
+        card = card_of(tmp_path / "out")
+        assert card.data.license == "mit" and "sft" in card.data.tags and "hera" not in card.text.lower()
+
     def test_the_revision_of_the_base_model(self, tmp_path):
         """An adapter that does not name it would be put on the newest one."""
         base = save_vlm("llava", tmp_path / "my-base")

@@ -15,7 +15,8 @@ from hera_trainer import cli
 from hera_trainer.runs.record import RunRecord, read_run
 from hera_trainer.runs.report import page as report_page
 from hera_trainer.runs.report import write_report
-from hera_trainer.runs.report.curves import curves_section
+from hera_trainer.runs.report.curves import _skipped, curves_section
+from hera_trainer.runs.report.settings import duration
 
 pytest.importorskip("plotly")
 
@@ -168,6 +169,19 @@ def test_settings_that_were_changed_come_first(tmp_path):
     assert ["alignment_weight", "0.01"] in everything
     assert page.tables["Versions"][1:] == [["trl", "1.16.0"]]
     assert ["duration", "1 h 14 min"] in page.tables["Time"]
+
+
+def test_the_time_that_a_run_lay_dead_does_not_count(tmp_path):
+    days = {"started": "2026-01-01T08:00:00+00:00", "finished": "2026-01-05T09:00:00+00:00"}
+    for seconds, shown in ((5400.4, "1 h 30 min"), (None, "")):
+        write_json(tmp_path / "hera_run.json", record(**days, seconds=seconds, resumed_from="checkpoint-2"))
+        assert duration(read_run(tmp_path)) == shown
+
+
+def test_steps_whose_loss_was_not_finite_had_samples_enough(tmp_path):
+    log = [{"step": step, "alignment_skipped": 1.0, "alignment_not_finite": float(step > 1)} for step in (1, 2, 3)]
+    too_few, not_finite = _skipped(RunRecord(tmp_path, {}, log))
+    assert (list(too_few.values), list(not_finite.values)) == ([1.0, 1.0, 1.0], [0.0, 1.0, 2.0])
 
 
 @pytest.mark.parametrize(("similarity", "own"), [("centered_cosine", 0.3), ("cosine", 0.07)])

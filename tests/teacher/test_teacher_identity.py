@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_teachers import SQUARE, VIT, save_dinov2
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoModel, BitImageProcessor, BitImageProcessorPil, ViTConfig, ViTImageProcessor, ViTModel
 
 from hera_trainer.teacher.encoder import VisionTeacher, teacher_identity
 
@@ -178,3 +178,12 @@ def test_identity_notices_every_number_and_is_that_of_what_is_in_memory(dinov2):
     with torch.no_grad():
         other.model.layernorm.weight[3] += 1
     assert loaded.identity != other.identity
+
+
+def test_identity_tells_what_resizes_images(dinov2):
+    """The two libraries make slightly different pixels of an image."""
+    model = AutoModel.from_pretrained(dinov2)
+    settings = BitImageProcessor.from_pretrained(dinov2).to_dict()
+    settings.pop("image_processor_type", None)
+    both = VisionTeacher(model, BitImageProcessor(**settings)), VisionTeacher(model, BitImageProcessorPil(**settings))
+    assert both[0].identity != both[1].identity

@@ -200,6 +200,13 @@ def test_existing_column_is_returned_untouched_without_a_teacher(kind):
     assert check_teacher_features(dataset.select([2, 1])) == 2
 
 
+def test_existing_column_with_zeros_for_rows_without_an_image():
+    """They would have neighbours by their place in the data."""
+    rows = [[1.0, 0.0], None, *[[0.0, 1.0]] * 2000, [0.0, -0.0], [0.0, 0.0]]
+    with pytest.raises(ValueError, match=r"vector of zeros in row 2002.*Set it to null"):
+        check_teacher_features(with_column(rows, List(Value("float32"))))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
 def test_existing_column_with_numbers_that_are_not_finite(bad):
     rows = [[1.0, 2.0]] * 3000

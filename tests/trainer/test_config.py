@@ -29,7 +29,7 @@ DEFAULTS = {
     "head_selection": "worst",
     "aligned_heads": None,
     "num_neighbors": 10,
-    "temperature": 0.3,
+    "temperature": None,
     "learn_temperature": True,
     "alignment_objective": "contrastive",
     "target_pull": None,
@@ -241,6 +241,17 @@ def test_from_the_command_line(tmp_path: Path, parser_class: type[HfArgumentPars
         words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     (args,) = parser_class((HeRAConfig,)).parse_args_into_dataclasses(words)
     assert own_values(args) == CHANGED
+
+
+def test_the_temperature_follows_a_similarity_that_is_set_later(tmp_path: Path) -> None:
+    args = HeRAConfig(**sft_args(tmp_path))
+    for similarity, temperature in (("centered_cosine", 0.3), ("cosine", 0.07), ("dot", 1.0)):
+        swept = dataclasses.replace(args, similarity=similarity)
+        args.similarity = similarity
+        for config in (args, swept):
+            assert HeRALoss.from_config(config).temperature == pytest.approx(temperature)
+            assert config.initial_temperature == temperature
+    assert dataclasses.replace(args, temperature=0.5).initial_temperature == 0.5
 
 
 def test_switches_on_the_command_line(tmp_path: Path) -> None:

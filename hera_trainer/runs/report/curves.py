@@ -119,14 +119,13 @@ def _reference(run: RunRecord, context: str) -> str:
 
 
 def _skipped(run: RunRecord) -> list[Series]:
-    found = []
-    for key, name, color in (
-        ("alignment_skipped", "too few samples", "--series-1"),
-        ("alignment_not_finite", "not finite", "--series-2"),
-    ):
-        steps, values = run.curve(key)
-        found.append(Series(name, color, steps, list(accumulate(values))))
-    return found
+    not_finite = dict(zip(*run.curve("alignment_not_finite"), strict=True))
+    steps, skipped = run.curve("alignment_skipped")  # for whatever reason
+    too_few = [value - not_finite.get(step, 0) for step, value in zip(steps, skipped, strict=True)]
+    return [
+        Series("too few samples", "--series-1", steps, list(accumulate(too_few))),
+        Series("not finite", "--series-2", list(not_finite), list(accumulate(not_finite.values()))),
+    ]
 
 
 def _left_out(run: RunRecord) -> str:

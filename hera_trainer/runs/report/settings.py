@@ -80,12 +80,16 @@ def time_text(value: Any) -> str:
 
 
 def seconds_of(run: RunRecord) -> float | None:
-    """How long the run took in seconds, `None` if it is not known."""
-    started, finished = _time(run.record.get("started")), _time(run.record.get("finished"))
+    """How long training took in seconds, without the time that a run lay dead before it went on; `None` if it is not
+    known."""
+    finished = _time(run.record.get("finished"))
+    if finished is not None and run.record.get("seconds") is not None:
+        return float(run.record["seconds"])
+    started = None if run.record.get("resumed_from") else _time(run.record.get("started"))
     if started is not None and finished is not None:
         return (finished - started).total_seconds()
     runtimes = run.curve("train_runtime")[1]
-    return runtimes[-1] if runtimes else None
+    return runtimes[-1] if runtimes and not run.record.get("resumed_from") else None
 
 
 def duration(run: RunRecord) -> str:
