@@ -167,6 +167,8 @@ class HeRATrainer(SFTTrainer):
             check_dataset(train_dataset, "train_dataset")
             check_steps(train_dataset, args)
             check_neighbor_groups(args, train_dataset)
+        else:  # nobody should take a baseline for an aligned model
+            self._tag_names, self._name, self._paper = SFTTrainer._tag_names, SFTTrainer._name, SFTTrainer._paper
         super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
         if isinstance(model, str):
             _name_revision(self.model, cast(dict[str, Any], args.model_init_kwargs or {}).get("revision"))
