@@ -168,7 +168,9 @@ class HeRATrainer(SFTTrainer):
             check_steps(train_dataset, args)
             check_neighbor_groups(args, train_dataset)
         else:  # nobody should take a baseline for an aligned model
-            self._tag_names, self._name, self._paper = SFTTrainer._tag_names, SFTTrainer._name, SFTTrainer._paper
+            for name in ("_tag_names", "_name", "_paper"):
+                if getattr(self, name) is getattr(HeRATrainer, name):  # and not a subclass's own
+                    setattr(self, name, getattr(SFTTrainer, name))
         super().__init__(model, args, data_collator, train_dataset, *sft_args, **kwargs)
         if isinstance(model, str):
             _name_revision(self.model, cast(dict[str, Any], args.model_init_kwargs or {}).get("revision"))
@@ -761,6 +763,7 @@ class HeRATrainer(SFTTrainer):
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         written = written_by(self.model, self.processing_class)
+        mark_control(str(self.args.output_dir), self._control)
         jobs = push.push_checkpoint(self._hub, self._repo_name, checkpoint, written, self.args, self.state)
         self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # it takes a list
 

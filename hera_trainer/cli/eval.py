@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="what is right; several with commas for a dictionary [answer, answers, label, completion or messages]",
     )
-    data.add_argument("--image-column", nargs="+", default=None, help="columns of images [images or image]")
+    data.add_argument("--image-column", nargs="+", default=None, help="columns of images [image or images]")
     data.add_argument("--system", default=None, help="system turn before each question")
     data.add_argument("--suffix", default="", help=r"text behind each question; \n is a line break")
     model = parser.add_argument_group("model")

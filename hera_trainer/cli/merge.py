@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import replacing_folder, restore_folder
-from ..runs.control import mark_control, read_control
 from .parser import Parser
 
 
@@ -71,6 +70,7 @@ def merge_adapter(
         `OSError`: If a model is not found.
         `ValueError`: If `output` exists, `adapter` is none or can't be merged, or the base model is stored quantized.
     """
+    from ..runs.control import mark_control, read_control
     from .loading import adapter_folder, base_of, load_model, local_path
 
     name = local_path(adapter)
@@ -84,12 +84,13 @@ def merge_adapter(
     restore_folder(target)
     _check_target(target, overwrite, [Path(folder), Path(base[0])])
     _check_not_quantized(*base)
+    control = read_control(folder)
     model, processor = load_model(folder, dtype=dtype, device=device, base_model=base_model)
     with replacing_folder(target) as temporary:
         merged = merge(model)
         merged.save_pretrained(temporary, max_shard_size=max_shard_size)
         processor.save_pretrained(temporary)
-        mark_control(temporary, read_control(folder))
+        mark_control(temporary, control)
     return merged
 
 

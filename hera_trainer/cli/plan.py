@@ -129,15 +129,15 @@ def settings_of_config(path: str | Path) -> tuple[str | None, str | None, dict[s
     found: dict[str, Any] = {"dtype": "float32", "use_peft": False, "lora_target_modules": None}
     found |= {name: value for name, value in content.items() if name in RunSettings.__dataclass_fields__}
     if content.get("load_in_8bit"):
-        raise ValueError("8-bit weights cannot be planned for. Plan without `load_in_8bit`, or with `load_in_4bit`.")
+        raise ValueError("8-bit weights cannot be planned for. Take `load_in_8bit` out of the file to plan without.")
     loaded = content.get("model_init_kwargs") or {}
     loaded = json.loads(loaded) if isinstance(loaded, str) else loaded
     found["dtype"] = loaded.get("dtype", found["dtype"])
     if found["dtype"] in ("auto", None):
         found["dtype"] = "bfloat16"
-    for name in ("image_feature_gib", "alignment_weight"):  # YAML takes 5e-1 for a text
-        if isinstance(found.get(name), str):
-            found[name] = float(found[name])
+    for name in ("image_feature_gib", "alignment_weight"):
+        if isinstance(found.get(name), str):  # YAML takes 5e-1 for a text
+            found[name] = _number(name, found[name])
     if content.get("activation_checkpointing") is not None:  # the new name goes before the old one
         found["gradient_checkpointing"] = content["activation_checkpointing"]
     # Words of one line are a list, as in `hera sft`.
@@ -148,6 +148,13 @@ def settings_of_config(path: str | Path) -> tuple[str | None, str | None, dict[s
     if isinstance(modules, list) and len(modules) == 1:  # as TRL does
         found["lora_target_modules"] = modules[0]
     return content.get("model_name_or_path"), loaded.get("revision", content.get("model_revision")), found
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"`{name}` must be a number, got {text!r}.") from None
 
 
 def _settings(args: argparse.Namespace) -> tuple[str, str | None, RunSettings]:

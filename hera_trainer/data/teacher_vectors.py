@@ -18,7 +18,7 @@ from ..config import HeRAConfig
 from ..heads.pooling import pooling_mask
 from ..heads.text import TextColumns
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_vectors
-from ..teacher.control import permuted_vectors
+from ..teacher.control import distinct_vectors, permuted_vectors
 from ..teacher.encoder import VisionTeacher, teacher_identity
 from .checks import check_dataset, check_width, with_teacher_features
 from .collator import ROW_PLACE, TEACHER_IMAGES, TeacherCollator, check_collator, check_ranked_text
@@ -130,13 +130,11 @@ class TeacherVectors:
         rows: Any = train_dataset
         is_control = self.args.teacher_control == "permuted"
         if is_new:
-            # The column names of a stream may not be known before it is opened.
-            brings_vectors = TEACHER_COLUMN in (getattr(rows, "column_names", None) or ())
-            # Rows of what was prepared here before (`train_dataset.select(...)`) have the column, too.
-            is_derived = brings_vectors and self.train_dataset is not None and not self._brings_vectors
-            self._brings_vectors = brings_vectors and not is_derived
+            is_derived = self._is_derived(rows)
             if is_control:
                 _check_control(rows, is_derived)
+            if not is_derived:  # the column names of a stream may not be known before it is opened
+                self._brings_vectors = TEACHER_COLUMN in (getattr(rows, "column_names", None) or ())
             check_dataset(rows, "train_dataset")
             if isinstance(rows, IterableDataset):
                 rows = open_stream(rows, "train_dataset", self.columns)
@@ -165,6 +163,14 @@ class TeacherVectors:
         if is_collated_anew:
             check_expected_pool(self.args, self.count_rows())
         return rows, eval_dataset, collator
+
+    def _is_derived(self, rows: Any) -> bool:
+        """Whether rows have the column from what was prepared here before, as `train_dataset.select(...)` has."""
+        before = self.train_dataset
+        if not isinstance(before, Dataset) or not isinstance(rows, Dataset) or TEACHER_COLUMN not in rows.column_names:
+            return False
+        check_teacher_features(rows)
+        return distinct_vectors(rows) <= distinct_vectors(before)
 
     def prepare_eval(self, dataset: Any) -> Any:
         """What to evaluate on where another data set is named than the run's.
@@ -331,9 +337,9 @@ class TeacherVectors:
 def _check_control(rows: Any, is_derived: bool) -> None:
     if is_derived:
         raise ValueError(
-            f"`train_dataset` was replaced by rows that have other images' `{TEACHER_COLUMN}` already, since "
-            f"`teacher_control='permuted'` was applied to them: choose rows before the trainer prepares its data, or "
-            f"remove the column (`remove_columns({TEACHER_COLUMN!r})`), to have it computed anew."
+            f"`train_dataset` was replaced by rows of what it was, which may have other images' `{TEACHER_COLUMN}` "
+            "already: `teacher_control='permuted'` was applied to them. Choose rows before the trainer prepares its "
+            f"data, or remove the column (`remove_columns({TEACHER_COLUMN!r})`) to have it computed anew."
         )
     if isinstance(rows, IterableDataset):
         raise ValueError(

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from ..common.files import write_atomically
 from .written_files import CONTROL_FILE, RUN_FILE
 
@@ -32,7 +34,10 @@ def read_control(folder: str | os.PathLike) -> str:
     Args:
         folder (`str` or `os.PathLike`): The `output_dir` of a run, a checkpoint, or a folder that `save_model` wrote.
     """
-    mark, record = Path(folder, CONTROL_FILE), Path(folder, RUN_FILE)
+    folder = Path(folder)
+    mark, record = folder / CONTROL_FILE, folder / RUN_FILE
+    if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and not record.is_file():
+        record = folder.parent / RUN_FILE
     if mark.is_file():
         return str(json.loads(mark.read_text())["teacher_control"])
     config = (json.loads(record.read_text()).get("config") or {}) if record.is_file() else {}

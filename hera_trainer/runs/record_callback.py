@@ -49,7 +49,8 @@ class RunRecordCallback(TrainerCallback):
         self.begin(None)
         self._record: dict[str, Any] = {}
         self._written = -float("inf")
-        self._began, self._earlier_seconds = 0.0, 0.0
+        self._began = 0.0
+        self._earlier_seconds: float | None = 0.0
 
     def begin(
         self,
@@ -78,7 +79,9 @@ class RunRecordCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         earlier = self._earlier()
-        self._began, self._earlier_seconds = time.monotonic(), earlier.get("seconds") or 0.0
+        # What an earlier part took is not known of a run that began before it was counted.
+        self._earlier_seconds = earlier.get("seconds") if self.resumed_from is not None else 0.0
+        self._began = time.monotonic()
         self._record = {
             **describe_run(args, model, self.dataset, self.aligned_heads),
             "teacher": public_name(self.teacher) if self.teacher else None,
@@ -117,7 +120,8 @@ class RunRecordCallback(TrainerCallback):
 
     def _write_record(self, args: TrainingArguments) -> None:
         # Of training itself: a run that goes on may have lain dead for days.
-        self._record["seconds"] = round(self._earlier_seconds + time.monotonic() - self._began, 1)
+        earlier = self._earlier_seconds
+        self._record["seconds"] = None if earlier is None else round(earlier + time.monotonic() - self._began, 1)
         _write(Path(str(args.output_dir), RUN_FILE), json.dumps(self._record, indent=1))
 
     def _write_state(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -164,12 +168,15 @@ def describe_run(
         dataset: The training data.
         aligned_heads (sequence of [`AttentionHead`] or of [`DecoderLayer`]): The heads or layers that are aligned.
     """
+    config = public_settings(args.to_dict())
+    if "temperature" in config and config["temperature"] is None:  # so that the record says which it was
+        config["temperature"] = args.initial_temperature  # type: ignore[attr-defined]
     return {
         "model": public_name(unwrap_model(model).config.name_or_path),
         "dataset": _dataset_name(dataset),
         "adapter": _adapter(model),
         "aligned_heads": [str(head) for head in aligned_heads],
-        "config": public_settings(args.to_dict()),
+        "config": config,
         "versions": {
             "hera-trainer": __version__,
             **{name: version(name) for name in _LIBRARIES},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import datasets
 import numpy as np
@@ -52,18 +53,28 @@ def permuted_vectors(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
     return attach(dataset.remove_columns(TEACHER_COLUMN), vectors, key)
 
 
+def distinct_vectors(dataset: datasets.Dataset) -> set[bytes]:
+    """Digests of the vectors that the rows of a data set have."""
+    return {digest for _, digest in _digests(dataset, rows_with_vectors(dataset))}
+
+
 def _distinct(dataset: datasets.Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first row of each distinct vector, and which of them each of `rows` has."""
-    table = dataset.select_columns([TEACHER_COLUMN]).with_format("numpy", dtype=np.float32)
     known: dict[bytes, int] = {}
     first: list[int] = []
     numbers: list[int] = []
+    for row, digest in _digests(dataset, rows):
+        if digest not in known:
+            known[digest] = len(first)
+            first.append(row)
+        numbers.append(known[digest])
+    return np.asarray(first, dtype=np.int64), np.asarray(numbers, dtype=np.int64)
+
+
+def _digests(dataset: datasets.Dataset, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    """Each of `rows`, and a digest of its vector."""
+    table = dataset.select_columns([TEACHER_COLUMN]).with_format("numpy", dtype=np.float32)
     for start in range(0, len(rows), _ROWS_PER_READ):
         read = rows[start : start + _ROWS_PER_READ]
         for row, vector in zip(read, table[read][TEACHER_COLUMN], strict=True):
-            digest = hashlib.sha256(np.ascontiguousarray(vector).tobytes()).digest()
-            if digest not in known:
-                known[digest] = len(first)
-                first.append(row)
-            numbers.append(known[digest])
-    return np.asarray(first, dtype=np.int64), np.asarray(numbers, dtype=np.int64)
+            yield row, hashlib.sha256(np.ascontiguousarray(vector).tobytes()).digest()

@@ -48,12 +48,29 @@ class TestReplacedTrainingData:
         run.prepare_alignment()
         rows = run.train_dataset
         run.train_dataset = rows.select(range(20))
-        with pytest.raises(ValueError, match=r"was applied to them: choose rows before"):
+        with pytest.raises(ValueError, match=r"was applied to them\. Choose rows before"):
             run.train()
         run.train_dataset = rows.select(range(20)).remove_columns(TEACHER_COLUMN)
         run.train()
         right = add_teacher_features(image_dataset(n=24, seed=1).select(range(20)), teacher)[TEACHER_COLUMN]
         assert run.teacher_vectors.right_rows[TEACHER_COLUMN][:] == right[:]
+
+    def test_nor_are_those_that_brought_their_vectors(self, tmp_path, teacher):
+        run = make(tmp_path, teacher, teacher_control="permuted", dataset=image_dataset(n=24, seed=1, with_features=8))
+        run.prepare_alignment()
+        run.train_dataset = run.train_dataset.select(range(20))
+        with pytest.raises(ValueError, match=r"was applied to them\. Choose rows before"):
+            run.train()
+
+    @pytest.mark.parametrize("control", ["none", "permuted"])
+    def test_other_rows_may_bring_vectors_of_their_own(self, tmp_path, teacher, control):
+        run = make(tmp_path, teacher, teacher_control=control)
+        run.prepare_alignment()
+        assert run.teacher_name
+        new = image_dataset(n=24, seed=2, with_features=run.teacher_vectors.width)
+        run.train_dataset = new
+        run.train()
+        assert run.teacher_name == "" and run.teacher_vectors.right_rows[TEACHER_COLUMN][:] == new[TEACHER_COLUMN][:]
 
     @pytest.mark.parametrize("when", ["at once", "after preparing", "after evaluating", "after training"])
     @pytest.mark.parametrize("accumulation", [1, 2])

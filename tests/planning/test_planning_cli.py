@@ -273,7 +273,7 @@ def test_what_training_takes_from_a_file_is_planned_for(folder, tmp_path, capsys
     assert planned("image_feature_gib: 5e-1\n")["settings"]["image_feature_gib"] == 0.5
     path.write_text("load_in_8bit: true\n")
     assert main(["plan", folder, "--config", str(path)]) == 1
-    assert "Plan without `load_in_8bit`" in capsys.readouterr().err
+    assert "Take `load_in_8bit` out of the file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["model_revision: v2", "model_init_kwargs: {revision: v2}"])

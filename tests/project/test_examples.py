@@ -83,7 +83,7 @@ def test_own_loop_has_the_gradients_of_the_trainer(tmp_path: Path, example: Any,
     assert set(gradients) == set(recorder.gradients)
     assert_gradients_equal(gradients, recorder.gradients, tolerance=1e-4)
     # The trainer logs the temperature after its step, the loop takes none.
-    assert logs.pop("temperature") == pytest.approx(trainer.args.temperature)
+    assert logs.pop("temperature") == pytest.approx(trainer.args.initial_temperature)
     assert logs == pytest.approx({name: entry[name] for name in logs}, rel=1e-4)
 
 

@@ -179,7 +179,11 @@ class TestWriting:
         trainer(tmp_path, max_steps=2, **settings).train(resume_from_checkpoint=True)
         kept = read_run(tmp_path)
         assert (kept.record["started"], kept.record["resumed_from"]) == ("2026-01-01T00:00:00+00:00", "checkpoint-1")
+        assert kept.record["seconds"] > record["seconds"] > 0  # both parts, not the time between
         assert kept.curve("loss")[0] == [1, 2]
+        (tmp_path / RUN_FILE).write_text(json.dumps({**kept.record, "seconds": None}))  # of an earlier version
+        trainer(tmp_path, max_steps=3, **settings).train(resume_from_checkpoint=True)
+        assert read_run(tmp_path).record["seconds"] is None
         trainer(tmp_path, max_steps=1).train()
         assert read_run(tmp_path).record["started"] > "2026-01-02"
         assert read_run(tmp_path).curve("loss")[0] == [1]  # although `checkpoint-2` is still there
