@@ -420,7 +420,8 @@ class HeRATrainer(SFTTrainer):
         if self._monitors:
             self._load_ranking()
         prepare_monitors(self, self._monitors)
-        self._record.begin(self.train_dataset, self.aligned_heads or (), self.teacher_name, checkpoint)
+        teacher = None if self.alignment is None else self.teacher_name  # without alignment, none has taught
+        self._record.begin(self.train_dataset, self.aligned_heads or (), teacher, checkpoint)
         if self.is_world_process_zero():
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
             if self.head_ranking is None:

@@ -262,6 +262,7 @@ class TestUse:
         assert logged(run, "alignment_mknn/aligned")[1] == pytest.approx(
             kept.monitored["text"][2].score(AttentionHead(0, 1)), abs=1e-6
         )
+        assert kept.record["teacher"] is None  # none has taught, whatever encoder would have
         assert not logged(run, "alignment_loss")
 
     @pytest.mark.parametrize("granularity", ["head", "layer"])
