@@ -31,12 +31,12 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..teacher.image_sources import IMAGE_COLUMNS
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # Endings of data files, and the builders of `datasets` that read them.
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-
-IMAGE_COLUMNS = ("image", "images")
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
@@ -101,7 +101,8 @@ def load_model(
         return _load_full(base, base_revision, dtype, load_in_4bit, device), load_processor(base, base_revision)
     whole = _trained_in_full(adapter)
     adapted = _put_adapter(_load_full(base, base_revision, dtype, load_in_4bit, device, whole), adapter)
-    return adapted.eval(), _processor_of(adapter, base, base_revision)
+    sees = type(adapted.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return adapted.eval(), _processor_of(adapter, base, base_revision, sees)
 
 
 @contextmanager
@@ -206,13 +207,12 @@ def load_processor(path: str, revision: str | None = None) -> Any:
         return AutoProcessor.from_pretrained(path, revision=revision)
 
 
-def _processor_of(adapter: str, base: str, base_revision: str | None) -> Any:
+def _processor_of(adapter: str, base: str, base_revision: str | None, sees: bool) -> Any:
     """The processor beside an adapter, or its base model's; for a language model without vision, the tokenizer."""
-    if type(model_config(base, base_revision)) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        own = Path(adapter, TOKENIZER_CONFIG_FILE).is_file()
-        return AutoTokenizer.from_pretrained(adapter) if own else load_processor(base, base_revision)
-    own = any(Path(adapter, name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-    return load_processor(adapter) if own else load_processor(base, base_revision)
+    files = ("processor_config.json", "preprocessor_config.json") if sees else (TOKENIZER_CONFIG_FILE,)
+    if not any(Path(adapter, name).is_file() for name in files):
+        return load_processor(base, base_revision)
+    return load_processor(adapter) if sees else AutoTokenizer.from_pretrained(adapter)
 
 
 def _trained_in_full(adapter: str) -> list[str]:

@@ -99,18 +99,20 @@ def with_image_column(dataset: Dataset, image_column: str | None, caption_column
     Raises:
         `ValueError`: If a column is missing.
     """
+    from ..teacher.image_sources import IMAGE_COLUMNS
+
     names = dataset.column_names
     for option, name in (("--image-column", image_column), ("--caption-column", caption_column)):
         if name is not None and name not in names:
             raise ValueError(f"{option}: the data set has no column {name!r}. It has {', '.join(names)}.")
-    if image_column is None and not {"image", "images"} & set(names):
+    if image_column is None and not set(IMAGE_COLUMNS) & set(names):
         raise ValueError(f"Say which column has the images: --image-column. There are {', '.join(names)}.")
     if caption_column is None and not set(_TEXT_COLUMNS) & set(names):
         raise ValueError(f"Say which column has the texts: --caption-column. There are {', '.join(names)}.")
     if image_column is not None:
-        others = [name for name in ("image", "images") if name in names and name != image_column]
+        others = [name for name in IMAGE_COLUMNS if name in names and name != image_column]
         dataset = dataset.remove_columns(others) if others else dataset
-    return dataset if image_column in (None, "image", "images") else dataset.rename_column(image_column, "image")
+    return dataset if image_column in (None, *IMAGE_COLUMNS) else dataset.rename_column(image_column, "image")
 
 
 def with_text_column(dataset: Dataset, caption_column: str | None, context: str) -> Dataset:

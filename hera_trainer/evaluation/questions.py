@@ -14,11 +14,10 @@ import PIL.Image
 from trl.data_utils import prepare_multimodal_messages
 
 from ..heads.text import answer_text
-from ..teacher.image_sources import decoded, part_value, turns, typed_parts, written_image
+from ..teacher.image_sources import IMAGE_COLUMNS, decoded, part_value, turns, typed_parts, written_image
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "query", "text")
 ANSWER_COLUMNS = ("answer", "answers", "label", "completion", "messages")
-IMAGE_COLUMNS = ("image", "images")  # in this order, as in training
 ID_COLUMNS = ("id", "question_id")
 
 

@@ -87,7 +87,6 @@ class RunRecordCallback(TrainerCallback):
             "teacher": public_name(self.teacher) if self.teacher else None,
             "started": earlier.get("started") or _now(),
             "finished": None,
-            "seconds": self._earlier_seconds,
             "resumed_from": None if self.resumed_from is None else Path(self.resumed_from).name,
             "files": _files(model, kwargs.get("processing_class")),
         }

@@ -101,6 +101,9 @@ def part_value(part: Mapping[str, Any]) -> Any:
     return None
 
 
+IMAGE_COLUMNS = ("image", "images")  # of a row that has both, the first counts
+
+
 def column_images(row: Mapping[str, Any]) -> list[Any]:
     """What stands in the row's column of images, which may hold one image or a list, without nulls."""
     if "image" in row:
