@@ -39,6 +39,8 @@ def signature() -> list[Run]:
 # same pull, so that a temperature is not taken for a weight.
 SEARCHED: dict[str, Any] = {**SIGNATURE, "steps": 20}
 HELD: dict[str, Any] = {**CENTERED, "temperature": 0.3, "target_pull": 0.3, "alignment_weight": 0.5}
+CKA: dict[str, Any] = {"alignment_objective": "cka", "temperature": None}
+TOP = {"head_selection": "top"}
 NOT_ITS_OWN = ("efficientnet",)  # a teacher that the model does not look through
 BOTH = ("efficientnet", "dinov2")
 TAUGHT: dict[str, Any] = {**SEARCHED, "teacher": "efficientnet"}
@@ -101,6 +103,15 @@ def default() -> list[Run]:
     return runs
 
 
+def leads() -> list[Run]:
+    """Another objective and other heads, with the seeds of `default`."""
+    runs: list[Run] = []
+    for seed in range(1, 4):
+        for name, settings in (("CKA", CKA), ("top 5", TOP)):
+            runs += pair(name, HELD | settings, seed=seed, **TAUGHT)
+    return runs
+
+
 def micro_batches(size: int, **settings: Any) -> dict[str, Any]:
     """Steps of 64 in micro-batches, with two neighbours: more would leave nothing to tell apart in the smallest."""
     return {
@@ -128,11 +139,11 @@ def pool() -> list[Run]:
 def heads() -> list[Run]:
     return searched(
         [
-            ("top 5", {"head_selection": "top"}),
+            ("top 5", TOP),
             ("random 5", {"head_selection": "random"}),
             ("worst 20", {"num_aligned_heads": 20}),
             ("feature", {"alignment_objective": "feature", "temperature": None}),
-            ("CKA", {"alignment_objective": "cka", "temperature": None}),
+            ("CKA", CKA),
         ]
     )
 
@@ -169,7 +180,9 @@ def longer() -> list[Run]:
     first = FIRST | {"max_steps": 160}
     arms = {"neither": SFT, "stage 1": HELD, "stage 1 control": HELD | CONTROL}
     runs = [Run("start", **{**place, "steps": 0})]
-    return runs + [Run(arm, settings=SFT, before=first | settings, **place) for arm, settings in arms.items()]
+    for seed in range(3):
+        runs += [Run(arm, seed, settings=SFT, before=first | settings, **place) for arm, settings in arms.items()]
+    return runs
 
 
 # The confirmation: a teacher that the model does not look through, at the temperature at which it was seen to teach, on
@@ -219,6 +232,7 @@ EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "default": default,
     "pool": pool,
     "heads": heads,
+    "leads": leads,
     "weights": weights,
     "stages": stages,
     "longer": longer,
