@@ -174,6 +174,16 @@ def stages() -> list[Run]:
     return runs
 
 
+def stages_confirmed() -> list[Run]:
+    """Alignment in the first stage again, with fresh seeds and another draw of held-out images."""
+    place: dict[str, Any] = {**TAUGHT, "in_full": True, "draw": 1}
+    arms = {"neither": SFT, "stage 1": HELD, "stage 1 control": HELD | CONTROL}
+    runs = [Run("start", **{**place, "steps": 0})]
+    for seed in range(3, 6):
+        runs += [Run(arm, seed, settings=SFT, before=FIRST | settings, **place) for arm, settings in arms.items()]
+    return runs
+
+
 def longer() -> list[Run]:
     """Four times as many steps of stage 1: whether what alignment gives there is a head start alone."""
     place: dict[str, Any] = {**TAUGHT, "in_full": True}
@@ -235,6 +245,7 @@ EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "leads": leads,
     "weights": weights,
     "stages": stages,
+    "stages_confirmed": stages_confirmed,
     "longer": longer,
     "head_map": head_map,
     "confirmation": confirmation,
