@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
@@ -12,7 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from records import (
-    MEASURES,
+    ACCURACY,
+    BESIDE_THE_START,
+    HEADS,
     NAMES,
     Record,
     aligned,
@@ -21,15 +24,17 @@ from records import (
     by_arm,
     can_be_shown,
     interval,
+    measures_of,
     mknn,
     pairs,
     top,
+    worst,
 )
 
 COLORS = {"SFT": "#888888", "aligned": "#1f77b4", "aligned control": "#ff7f0e", "uniformity": "#2ca02c"}
 LABELS = {"aligned": "aligned (HeRA)", "aligned control": "control: permuted teacher"}
 SEARCHES = ("temperature", "pull", "similarity", "pool", "heads")
-SHOWN = ("aligned five", "aligned five, by the other encoder", "image gain", "easy-VQA accuracy", "held-out loss")
+SHOWN = ("aligned five", "aligned five, by the other encoder", "image gain", ACCURACY, "held-out loss")
 
 
 def draw(results: dict[str, list[Record]], folder: Path) -> None:
@@ -40,10 +45,11 @@ def draw(results: dict[str, list[Record]], folder: Path) -> None:
     searched = {name: pairs(results[name]) for name in SEARCHES if pairs(results.get(name, []))}
     if searched:
         _save(_searched(searched, results["references"]), folder / "results-search.png")
-    if can_be_shown("confirmation", results):
-        _save(_confirmed(results["confirmation"]), folder / "results-confirmation.png")
-    if can_be_shown("stages", results):
-        _save(_confirmed(results["stages"]), folder / "results-stages.png")
+    for name in BESIDE_THE_START[1:]:
+        if can_be_shown(name, results):
+            _save(_confirmed(results[name]), folder / f"results-{name.replace('_', '-')}.png")
+    if can_be_shown("head_map", results):
+        _save(_firm(results["head_map"]), folder / "results-head-map.png")
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -110,24 +116,46 @@ def _label(run: Record) -> str:
     return run["arm"] + (f" ({NAMES[teacher]})" if teacher == "dinov2" else "")
 
 
+def _firm(records: Sequence[Record]) -> plt.Figure:
+    """Of how many of the worst five two rankings on other samples agree, by the number of samples."""
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    drawn = [record for record in records if record["arm"] == "captions"]
+    counts = sorted({record["config"]["samples"] for record in drawn})
+    for count in counts:
+        maps = [record for record in drawn if record["config"]["samples"] == count]
+        common = [len(worst(one) & worst(other)) for one, other in combinations(maps, 2)]
+        places = [counts.index(count) + 0.08 * (i - (len(common) - 1) / 2) for i in range(len(common))]
+        axes.scatter(places, common, color=COLORS["aligned"])
+    axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+    axes.set(xlabel="samples", ylabel="of the worst five in common", ylim=(-0.2, HEADS + 0.2))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _confirmed(records: Sequence[Record]) -> plt.Figure:
     """Each seed as a dot, the mean with its 95 % interval beside it."""
     start = before_training(records)
-    trained = [record for runs in by_arm(records).values() for record in runs]
-    shown = [m for m in MEASURES if m[0] in SHOWN and len({m[2](run, start) for run in trained}) > 1]
+    shown = [measure for measure in measures_of(records) if measure[0] in SHOWN]
     figure, panels = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.2), layout="constrained")
     for axes, (name, _, value) in zip(panels, shown, strict=True):
         if name != "held-out loss":  # far above
             axes.axhline(value(start, start), color="#888888", linestyle="--", linewidth=1)
         for place, (arm, runs) in enumerate(by_arm(records).items()):
             values = [value(run, start) for run in runs]
-            _dots(axes, place, values, COLORS.get(arm, "#9467bd"))
+            _dots(axes, place, values, _color(arm))
         axes.set_xticks(range(len(by_arm(records))), list(by_arm(records)), rotation=45, ha="right")
         axes.set_title(name.replace(", ", ",\n"), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     null = start["references"]["null"][0]
     panels[0].axhline(null, color="#888888", linestyle=":", linewidth=1)
     return figure
+
+
+def _color(arm: str) -> str:
+    """Of the arms of a stage: as of those that are trained at once."""
+    if arm.endswith(("control", "uniformity")):
+        return COLORS["uniformity" if arm.endswith("uniformity") else "aligned control"]
+    return COLORS["SFT" if arm in ("SFT", "neither") else "aligned"]
 
 
 def _dots(axes: Axes, place: int, values: Sequence[float], color: str) -> None:

@@ -130,6 +130,7 @@ def by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {name: [record for record in ordered if record["arm"] == name] for name in names}
 
 
+ACCURACY = "easy-VQA accuracy"
 # What the confirmation compares: a name, digits, and how it is read off a record and the one before training.
 Measure = tuple[str, int, Callable[[Record, Record], float]]
 MEASURES: tuple[Measure, ...] = (
@@ -140,15 +141,36 @@ MEASURES: tuple[Measure, ...] = (
     ("all heads", 3, lambda run, start: mean(last(run)["mknn"]["image"][run["config"]["teacher"]])),
     ("held-out loss", 3, lambda run, start: last(run)["lm_loss"]),
     ("image gain", 3, lambda run, start: last(run)["image_gain"]),
-    ("easy-VQA accuracy", 3, lambda run, start: last(run)["vqa_accuracy"]),
+    (ACCURACY, 3, lambda run, start: last(run)["vqa_accuracy"]),
 )
+
+
+def by_seed(runs: Sequence[Record], others: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Each run with the other of its seed."""
+    found = {record["seed"]: record for record in others}
+    return [(run, found[run["seed"]]) for run in runs if run["seed"] in found]
+
+
+def on_common_heads(run: Record, another: Record) -> tuple[Record, Record]:
+    """Both as if they had aligned only what both have: CPUs that round otherwise rank otherwise, and what is
+    subtracted must be measured on the same heads."""
+    heads = {
+        teacher: [head for head in chosen if head in another["aligned_heads"][teacher]]
+        for teacher, chosen in run["aligned_heads"].items()
+    }
+    return {**run, "aligned_heads": heads}, {**another, "aligned_heads": heads}
+
+
+def measures_of(records: Sequence[Record]) -> list[Measure]:
+    """All, but for the accuracy of models that have never been asked anything."""
+    asked = any("wording" in record["references"] for record in records)
+    return [measure for measure in MEASURES if asked or measure[0] != ACCURACY]
 
 
 def differences(runs: Sequence[Record], others: Sequence[Record], start: Record, measure: Measure) -> list[float]:
     """Of a measure, seed by seed."""
-    by_seed = {record["seed"]: record for record in others}
-    value = measure[2]
-    return [value(run, start) - value(by_seed[run["seed"]], start) for run in runs if run["seed"] in by_seed]
+    pairs = (on_common_heads(*pair) for pair in by_seed(runs, others))
+    return [measure[2](run, start) - measure[2](another, start) for run, another in pairs]
 
 
 # Maps of heads

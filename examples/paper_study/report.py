@@ -14,7 +14,7 @@ from pathlib import Path
 
 from figures import draw
 from records import RESULTS, Record, can_be_shown, read_results
-from tables import SECTIONS
+from tables import SECTIONS, hours
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 
@@ -29,9 +29,12 @@ def section_of(page: str, name: str) -> tuple[str, str, str]:
 
 def write_page(page: str, results: dict[str, list[Record]]) -> str:
     """The page with what stands between its markers made anew."""
-    for name, section in SECTIONS.items():
+    bodies = {
+        name: section(results[name]) if can_be_shown(name, results) else "Not measured yet."
+        for name, section in SECTIONS.items()
+    }
+    for name, body in {**bodies, "hours": hours(results)}.items():
         before, _, behind = section_of(page, name)
-        body = section(results[name]) if can_be_shown(name, results) else "Not measured yet."
         page = f"{before}\n\n{body}\n\n{behind}"
     return page
 

@@ -1,4 +1,4 @@
-"""The study of docs/results.md: `python examples/paper_study/study.py signature confirmation ...`
+"""The study of docs/results.md: `python examples/paper_study/study.py all`, or some of its experiments by their names.
 
 What is in `results/` is not run again, so the command may be stopped and repeated.
 """
@@ -20,16 +20,16 @@ from train import Laboratory, train
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
+    parser.add_argument("experiments", nargs="+", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--folder", type=Path, default=Path("out/study"), help="for images, encoders and models")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that each finished run is written to")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--part", default="1/1", help="2/3: every third run, from the second on, for several processes")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further run after this time")
     args = parser.parse_args(arguments)
-    begin, lab = time.monotonic(), Laboratory(args.folder, args.device)
+    begin, lab = time.monotonic(), Laboratory(args.folder, args.device, args.results / "rankings")
     first, parts = map(int, args.part.split("/"))
-    for experiment in args.experiments:
+    for experiment in EXPERIMENTS if "all" in args.experiments else args.experiments:
         done = {record["key"] for record in read_results(args.results).get(experiment, [])}
         for run in EXPERIMENTS[experiment]()[first - 1 :: parts]:
             if run.key in done or time.monotonic() - begin > args.seconds:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 
 from records import (
-    MEASURES,
     NAMES,
     Measure,
     Record,
@@ -14,8 +13,10 @@ from records import (
     aligned_heads,
     before_training,
     by_arm,
+    by_seed,
     differences,
     last,
+    measures_of,
     mknn,
     number,
     other,
@@ -76,17 +77,18 @@ def signature(records: Sequence[Record]) -> str:
         pulls = [run["log"]["alignment_pull"][-1] for run in runs if "alignment_pull" in run["log"]]
         row.append(seeds(pulls, 2) if pulls else "")
         rows.append(row)
-    added = [aligned_heads(run) - aligned_heads(control) for run, control in pairs(records)]
+    ordered = sorted(pairs(records), key=lambda pair: pair[0]["seed"])
+    added = [aligned_heads(run) - aligned_heads(control) for run, control in ordered]
     sentence = ""
     if added:
-        listed = seeds(sorted(added), sign="+")
+        listed = seeds(added, sign="+")
         sentence = f"\n\nAligned minus control at the last step: {listed}, in the mean {number(added, sign='+')}."
     return f"{markdown(header, rows)}{sentence}\n\n{references(records)}"
 
 
 def search(records: Sequence[Record]) -> str:
     """Aligned runs beside their controls, one seed."""
-    header = ["setting", "teacher", "aligned five", "control", "**difference**", "difference by the other encoder"]
+    header = ["setting", "teacher", "aligned heads", "control", "**difference**", "difference by the other encoder"]
     header += ["held-out alignment loss", "control", "held-out loss", "control", "pull, last"]
     rows = []
     for run, control in pairs(records):
@@ -105,7 +107,7 @@ def search(records: Sequence[Record]) -> str:
 
 def repeated(records: Sequence[Record]) -> str:
     """The same over several seeds, with intervals."""
-    header = ["setting", "seeds", "aligned five", "control", "**difference**", "difference by the other encoder"]
+    header = ["setting", "seeds", "aligned heads", "control", "**difference**", "difference by the other encoder"]
     header += ["held-out loss", "control"]
     rows = []
     for arm in dict.fromkeys(run["arm"] for run, _ in pairs(records)):
@@ -132,27 +134,54 @@ def before_and_sft(records: Sequence[Record]) -> str:
     return f"{markdown(header, rows)}\n\n{references(records)}"
 
 
-def confirmation(records: Sequence[Record], measures: Sequence[Measure] = MEASURES) -> str:
+def confirmation(records: Sequence[Record], first: Sequence[Measure] = ()) -> str:
     """All measures of all arms, and what the teacher adds, with intervals."""
     start = before_training(records)
     arms = by_arm(records)
+    measures = [*first, *measures_of(records)]
     rows = [["before training", "", *(number([value(start, start)], digits) for _, digits, value in measures)]]
     for arm, runs in arms.items():
         values = ([value(run, start) for run in runs] for _, _, value in measures)
         cells = [number(found, digits) for found, (_, digits, _) in zip(values, measures, strict=True)]
         rows.append([arm, str(len(runs)), *cells])
+    notes = []
     for one, another in COMPARED:
         if one in arms and another in arms:
             found = [differences(arms[one], arms[another], start, measure) for measure in measures]
             cells = [number(values, measure[1], sign="+") for values, measure in zip(found, measures, strict=True)]
             rows.append([f"**{one} minus {another}**", str(len(found[0])), *cells])
-    return f"{markdown(['', 'seeds', *(name for name, _, _ in measures)], rows)}\n\n{references(records)}"
+            notes.append(_of_other_heads(f"{one} minus {another}", by_seed(arms[one], arms[another])))
+    table = markdown(["", "seeds", *(name for name, _, _ in measures)], rows)
+    return "\n\n".join([table, *filter(None, notes), references(records)])
+
+
+def _of_other_heads(name: str, pairs: Sequence[tuple[Record, Record]]) -> str:
+    """Says so if runs that are compared have aligned other heads."""
+    chosen = [[set(record["aligned_heads"][record["config"]["teacher"]]) for record in pair] for pair in pairs]
+    unequal = [one & other for one, other in chosen if one != other]
+    if not unequal:
+        return ""
+    return (
+        f"*{name}*: in {len(unequal)} of {len(chosen)} pairs the two runs were made on CPUs that round otherwise, and "
+        f"have {min(map(len, unequal))} of their aligned heads in common; the difference is that of these."
+    )
 
 
 def stages(records: Sequence[Record]) -> str:
     """The same, with what the first stage left."""
-    between: Measure = ("aligned five after stage 1", 3, lambda run, start: mknn(run, aligned(run), step=0))
-    return confirmation(records, [between, *MEASURES])
+    return confirmation(
+        records, [("aligned five after stage 1", 3, lambda run, start: mknn(run, aligned(run), step=0))]
+    )
+
+
+def hours(results: dict[str, list[Record]]) -> str:
+    """How long the runs of each experiment took, all together."""
+    rows = [
+        [name, str(len(found)), f"{sum(r['seconds'] for r in found) / 3600:.1f}"] for name, found in results.items()
+    ]
+    total = [record for found in results.values() for record in found]
+    rows.append(["all", str(len(total)), f"{sum(record['seconds'] for record in total) / 3600:.1f}"])
+    return markdown(["experiment", "runs", "hours of a core"], rows)
 
 
 def head_map(records: Sequence[Record]) -> str:

@@ -104,10 +104,12 @@ class Laboratory:
     Args:
         folder (`Path`): Where they are kept.
         device (`str`): `"cpu"` or `"cuda"`.
+        rankings (`Path`, *optional*): Where rankings are kept, by default in `folder`. CPUs that round otherwise rank
+            otherwise: runs that are compared must align the same heads, wherever they run.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, device: str = "cpu", rankings: Path | None = None) -> None:
+        self.folder, self.device, self.rankings = folder, device, rankings or folder
         self._splits: dict[tuple[str, int], tuple[Dataset, Dataset]] = {}
 
     def start(self, projector: str) -> str:
@@ -161,8 +163,9 @@ class Laboratory:
     def ranking(self, run: Run, teacher: str) -> HeadRanking:
         """How the heads that runs begin with agree with an encoder, on captions to train on, text only."""
         images = "openmoji" if run.images == "mixed" else run.images
-        path = self.folder / f"ranking-{images}-{teacher}-{run.draw}.json"
+        path = self.rankings / f"ranking-{images}-{teacher}-{run.draw}.json"
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             rows = taught_by(self.rows(images, run.draw)[0], teacher)
             model = load_model(self, run)
             processor = AutoProcessor.from_pretrained(self.start(run.start))

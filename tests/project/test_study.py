@@ -390,6 +390,7 @@ def record(arm: str, seed: int, scores: dict[int, list[float]], loss: float) -> 
         "layers": 2,
         "references": {"n": 4, "k": 1, "null": [0.333, 0.5], "ceiling": 0.25},
         "measured": measured,
+        "seconds": 90,
         "log": {"alignment_pull": [0.5, 0.25]} if arm == "aligned" else {},
     }
 
@@ -456,7 +457,25 @@ def test_what_is_claimed_is_a_difference_seed_by_seed(
     # 0.61 and so on: the mean is 0.62 and half the interval 4.303 * 0.31 / sqrt(3).
     assert lines[3].startswith("| aligned | 3 | 0.620 ± 0.770 | ")
     assert lines[5].startswith("| **aligned minus aligned control** | 3 | +0.120 ± 0.025 | ")
-    assert lines[5].endswith("| +0.000 ± 0.000 | +0.000 ± 0.000 | +0.000 ± 0.000 |")
+    assert lines[5].endswith("| +0.000 ± 0.000 | +0.000 ± 0.000 |")
+    assert lines[0].endswith("| image gain |") and "CPUs" not in "".join(lines)
+    # Heads that one of the two has not aligned stay out of the difference.
+    other = records[-1]
+    other["aligned_heads"] = {"dinov2": ["L0H0", "L0H1"], "efficientnet": []}
+    other["measured"]["1"]["mknn"]["image"]["dinov2"] = [0.0, 0.8, 0.8, 0.8]
+    lines = tables.confirmation(records).splitlines()
+    assert lines[4].startswith("| aligned control | 3 | 0.367 ")
+    assert lines[5].startswith("| **aligned minus aligned control** | 3 | +0.120 ± 0.025 | ")
+    assert "in 1 of 3 pairs" in lines[7] and "have 1 of their aligned heads in common" in lines[7]
+    # Models that were asked something have an accuracy.
+    records[0]["references"] |= {"wording": 0.5, "questions": 8}
+    assert tables.confirmation(records).splitlines()[0].endswith("| image gain | easy-VQA accuracy |")
+
+
+def test_hours(modules: dict[str, ModuleType]) -> None:
+    runs = [record("SFT", seed, {1: [0.1] * 4}, 3.0) | {"seconds": 720} for seed in range(3)]
+    lines = modules["tables"].hours({"use": runs, "pull": runs[:2]}).splitlines()
+    assert lines[2:] == ["| use | 3 | 0.6 |", "| pull | 2 | 0.4 |", "| all | 5 | 1.0 |"]
 
 
 def test_figures_show_what_was_measured(modules: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -519,7 +538,9 @@ def test_means_have_intervals(modules: dict[str, ModuleType]) -> None:
 
 def test_what_has_no_start_is_not_shown_yet(modules: dict[str, ModuleType]) -> None:
     report, alone = modules["report"], record("SFT", 0, {2: [0.1] * 4}, 3.0)
-    assert report.write_page(PAGE.read_text(), {"use": [alone]}) == report.write_page(PAGE.read_text(), {})
+    page = report.write_page(PAGE.read_text(), {"use": [alone]})
+    assert all(report.section_of(page, name)[1].strip() == "Not measured yet." for name in report.SECTIONS)
+    assert report.section_of(page, "hours")[1].splitlines()[-3:-1] == ["| use | 1 | 0.0 |", "| all | 1 | 0.0 |"]
     assert modules["records"].can_be_shown("pull", {"pull": [alone]})
 
 
