@@ -1,5 +1,5 @@
 # make demo    watch a small vision-language model go through the whole job (10 minutes on 2 CPU cores with bfloat16)
-# make test    linters, type checks and all tests
+# make test    linters, type checks and all tests but those of `make engines`
 # make engines DDP, DeepSpeed and FSDP2 in two processes each, which `make test` leaves out (about 6 minutes)
 # make lint    linters and type checks
 # make format  rewrite the sources in the house style

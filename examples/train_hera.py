@@ -36,7 +36,7 @@ def main(script_args: ScriptArguments, training_args: HeRAConfig, model_args: Mo
     }
     dataset = read_dataset(script_args.dataset_name, script_args.dataset_config)
     splits = dataset if isinstance(dataset, DatasetDict) else {script_args.dataset_train_split: dataset}
-    evaluated = training_args.eval_strategy != "no"
+    evaluated = training_args.eval_strategy != "no" or training_args.monitor_steps
     trainer = HeRATrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -44,8 +44,9 @@ class HeRAConfig(SFTConfig):
             (`alignment_pull` in the logs), that the weight follows, from `alignment_weight` in the first step. By
             default the weight is fixed, as in the paper.
         similarity (`str`, *optional*, defaults to `"centered_cosine"`):
-            How head representations are compared: `"dot"`, dot products as eq. 4 is printed; `"cosine"`, dot products
-            of normalised vectors; `"centered_cosine"`, the same after the mean over the pool is taken away.
+            How the contrastive objective compares head representations: `"dot"`, dot products as eq. 4 is printed;
+            `"cosine"`, dot products of normalised vectors; `"centered_cosine"`, the same after the mean over the pool
+            is taken away.
         teacher_similarity (`str`, *optional*, defaults to `"cosine"`):
             How teacher vectors are compared when neighbours are looked up, of the same three.
         metric_similarity (`str`, *optional*, defaults to `"cosine"`):
@@ -65,7 +66,8 @@ class HeRAConfig(SFTConfig):
             `"micro_batch"`: the samples of one micro-batch on all processes.
         image_feature_gib (`float`, *optional*, defaults to `1.0`):
             GiB of image features, what a frozen vision tower and projector compute, that a process keeps on its device
-            between the two passes of a step. More waits in main memory, up to four times as much, or is computed again.
+            between the two passes of a step. More waits in main memory, up to four times as much, or is computed again;
+            0 computes all of them twice.
         queue_size (`int`, *optional*, defaults to `0`):
             Number of past samples that join the candidates of either scope, without gradient.
         neighbor_group_size (`int`, *optional*, defaults to `0`):
@@ -173,8 +175,8 @@ class HeRAConfig(SFTConfig):
     similarity: str = field(
         default="centered_cosine",
         metadata={
-            "help": "How head representations are compared: 'dot', 'cosine' or 'centered_cosine' (the mean over the "
-            "pool is taken away first).",
+            "help": "How the contrastive objective compares head representations: 'dot', 'cosine' or "
+            "'centered_cosine' (the mean over the pool is taken away first).",
             "choices": list(SIMILARITIES),
         },
     )
@@ -222,7 +224,8 @@ class HeRAConfig(SFTConfig):
         default=1.0,
         metadata={
             "help": "GiB of image features, what a frozen vision tower and projector compute, that a process keeps on "
-            "its device between the two passes of a step. More waits in main memory, or is computed again."
+            "its device between the two passes of a step. More waits in main memory, or is computed again; 0 computes "
+            "all of them twice."
         },
     )
     queue_size: int = field(

@@ -101,7 +101,7 @@ class StepWindow:
             )
 
     def carrier(self, leaves: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        """The current micro-batch's share of the loss (see [`~contrast.PoolLoss.carrier`]), and on to the next."""
+        """The current micro-batch's share of the loss ([`~alignment.contrast.PoolLoss.carrier`]), then the next."""
         start = self.starts[self.position]
         self.position += 1
         return self.pool.carrier(leaves, parameters, start, share=1.0 / len(self))

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--caption-column",
         default=None,
-        help="column of texts; of a list, the first [completion, the assistant's turns in messages, or text]",
+        help="column of texts; of a list, the first [the assistant's turns in messages, text, or completion]",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--revision", default=None, help="branch, tag or commit of MODEL")

@@ -17,6 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import HeRAConfig
+from ..heads.text import CONVERSATIONS
 from ..runs.checkpoints import is_complete
 
 _NEWEST = "newest"
@@ -226,6 +227,7 @@ def _mixed(mixture: DatasetMixtureConfig) -> Any:
         more = {key: value for key in ("data_dir", "data_files") if (value := getattr(source, key)) is not None}
         rows = open_rows(source.path, config=source.name, split=source.split, streaming=mixture.streaming, **more)
         parts.append(rows if source.columns is None else rows.select_columns(source.columns))
+    _check_forms([source.path for source in mixture.datasets], parts)
     fractions = [source.fraction for source in mixture.datasets if source.fraction is not None]
     if fractions:
         if len(fractions) < len(parts) or mixture.streaming or min(fractions) < 0 or not sum(fractions):
@@ -237,6 +239,21 @@ def _mixed(mixture: DatasetMixtureConfig) -> Any:
         total = min(len(rows) / share for rows, share in zip(parts, shares, strict=True) if share)
         parts = [rows.select(range(round(share * total))) for rows, share in zip(parts, shares, strict=True)]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _check_forms(names: Sequence[str], parts: Sequence[Any]) -> None:
+    """Refuses data sets that keep their texts in other columns: in one table, each would have rows without a text."""
+    forms = {
+        name: [column for column in CONVERSATIONS if column in (rows.column_names or ())]
+        for name, rows in zip(names, parts, strict=True)
+    }
+    known = {name: form for name, form in forms.items() if form}
+    if len(set(map(tuple, known.values()))) > 1:
+        listed = ", ".join(f"{name} `{'` and `'.join(form)}`" for name, form in known.items())
+        raise ValueError(
+            f"`datasets` keep their texts in different columns ({listed}): rows of the mixture would have none. "
+            "Bring them to one form, or choose columns that all have with `columns`."
+        )
 
 
 def _checkpoint(resume_from: str | None, output_dir: str | None, is_aligned: bool) -> str | bool | None:

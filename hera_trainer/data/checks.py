@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from ..config import HeRAConfig
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features
 from ..teacher.encoder import VisionTeacher
+from ..teacher.image_sources import IMAGE_COLUMNS
 from ..teacher.vectors import add_teacher_features
 from .stream_start import column_names
 
@@ -24,7 +25,7 @@ def check_dataset(dataset: Any, name: str) -> None:
             f"`{name}` is a {type(dataset).__name__}, but head alignment needs a `datasets.Dataset` or a streamed "
             "`datasets.IterableDataset`. Convert it, or set `alignment_weight=0`."
         )
-    if not {"image", "images", TEACHER_COLUMN} & column_names(dataset, name):
+    if not {*IMAGE_COLUMNS, TEACHER_COLUMN} & column_names(dataset, name):
         raise ValueError(
             f"`{name}` has no column `image`, `images` or `{TEACHER_COLUMN}`, so there is nothing to align with. Add "
             "one, or set `alignment_weight=0` to train as SFTTrainer does. If all images lie in videos or inside of "

@@ -48,9 +48,6 @@ class TeacherCollator:
     Args:
         inner (`Callable`): The collator that makes the batch.
         width (`int`): Width of the teacher vectors.
-        prepare (`Callable`, *optional*):
-            Makes, of rows of streamed data, what the teacher needs to compute those vectors that are not there yet
-            (see [`~data.streaming.ImagePreparer`]). It rides under `teacher_images`.
         columns ([`~heads.text.TextColumns`], *optional*): Which columns of text are trained on.
     """
 
@@ -58,12 +55,13 @@ class TeacherCollator:
         self,
         inner: Callable[[list[dict[str, Any]]], Any],
         width: int,
-        prepare: Callable[[list[dict[str, Any]]], Any] | None = None,
         columns: TextColumns | None = None,
     ) -> None:
         self.inner = inner
         self.width = width
-        self.prepare = prepare
+        # Makes, of rows of streamed data, what the teacher needs to compute those vectors that are not there yet (see
+        # `data.streaming.ImagePreparer`). It rides under `teacher_images`.
+        self.prepare: Callable[[list[dict[str, Any]]], Any] | None = None
         self.columns = columns
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:

@@ -9,7 +9,7 @@ import datasets
 import PIL.Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..heads.text import _CONVERSATIONS, TextColumns
+from ..heads.text import CONVERSATIONS, TextColumns
 from ..teacher.image_sources import (
     column_images,
     column_videos,
@@ -61,11 +61,11 @@ def collatable(row: dict[str, Any], collator: Callable, columns: TextColumns | N
             "Rows reach the collator without any text: they have none of the columns `messages`, `prompt` with "
             f"`completion`, and `{columns.field}`. Bring the text into one of them, or set `dataset_text_field`."
         )
-    row = {name: row[name] for name in row if name in trained or name not in (*_CONVERSATIONS, columns.field)}
+    row = {name: row[name] for name in row if name in trained or name not in (*CONVERSATIONS, columns.field)}
     _refuse_tools(row.pop("tools", None))
     if "messages" in row:
         row["messages"] = turns(row["messages"])
-    for name in _CONVERSATIONS:
+    for name in CONVERSATIONS:
         if isinstance(row.get(name), list):
             row[name] = [_copied(message) for message in row[name]]
     row["images"] = _place_images(row)

@@ -20,6 +20,7 @@ from ..heads.text import TextColumns
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_vectors
 from ..teacher.control import distinct_vectors, permuted_vectors
 from ..teacher.encoder import VisionTeacher, teacher_identity
+from ..teacher.image_sources import IMAGE_COLUMNS
 from .checks import check_dataset, check_width, with_teacher_features
 from .collator import ROW_PLACE, TEACHER_IMAGES, TeacherCollator, check_collator, check_ranked_text
 from .pool import RowCounts, check_expected_pool
@@ -190,7 +191,7 @@ class TeacherVectors:
         if self.width is None or not isinstance(dataset, (Dataset, IterableDataset)):
             return False
         names = getattr(dataset, "column_names", None) or ()
-        return TEACHER_COLUMN in names or (not self._brings_vectors and not {"image", "images"}.isdisjoint(names))
+        return TEACHER_COLUMN in names or (not self._brings_vectors and not set(IMAGE_COLUMNS).isdisjoint(names))
 
     @property
     def columns(self) -> TextColumns:

@@ -1,5 +1,5 @@
 """The demo: its real parts (a small language model, a vision encoder and two data sets, all read from PyPI wheels), and
-the run on them. Uses what the package exports, `trainer` and what lies below it."""
+the run on them. Uses `trainer` and what lies below it."""
 
 from __future__ import annotations
 

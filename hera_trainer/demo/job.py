@@ -14,7 +14,10 @@ from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
-from .. import AlignmentMonitorCallback, HeRAConfig, HeRATrainer, add_teacher_features
+from ..config import HeRAConfig
+from ..runs.monitor import AlignmentMonitorCallback
+from ..teacher.vectors import add_teacher_features
+from ..trainer import HeRATrainer
 from .data import TEST_SEED, concept, easy_vqa, emoji_captions, is_reserved
 from .parts import computes_bf16, four_bit_config
 

@@ -163,7 +163,7 @@ def save_teacher(path: str | Path) -> None:
 
 
 def build_llava(
-    image_size: int = 56, seed: int = 0, projector: str = "random"
+    image_size: int = 56, projector: str = "random"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Joins SmolLM2 and DINOv2 to a LLaVA.
 
@@ -172,7 +172,6 @@ def build_llava(
     Args:
         image_size (`int`, defaults to `56`):
             Height and width to which every image is brought, a multiple of 14. Each 14 x 14 patch is one token.
-        seed (`int`, defaults to `0`): Seed of the projector's weights.
         projector (`str`, defaults to `"random"`):
             `"random"`, or `"stage1"`: trained on captions and questions, with everything else frozen. The processor's
             chat template is then the plain one that it was trained with.
@@ -213,7 +212,7 @@ def build_llava(
         **special_tokens,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_model.state_dict())
     model.model.language_model.load_state_dict(text_model.model.state_dict())
@@ -270,16 +269,12 @@ def computes_bf16() -> bool:
     return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def four_bit_config(double_quant: bool = True) -> BitsAndBytesConfig:
-    """Quantization of the demo: nf4 for the decoder layers' linear modules, everything else as it is.
-
-    Args:
-        double_quant (`bool`, defaults to `True`): Whether the quantization constants are quantized too.
-    """
+def four_bit_config() -> BitsAndBytesConfig:
+    """Quantization of the demo: nf4 for the decoder layers' linear modules, everything else as it is."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=NOT_QUANTIZED,
     )

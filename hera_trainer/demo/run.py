@@ -16,11 +16,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .. import HeadRanking, HeRATrainer, plot_head_scores, rank_heads, read_run
 from ..common.files import replacing_folder, write_atomically
 from ..heads.head import AlignedUnit
-from ..runs.record import RunRecord
+from ..heads.heat_map import plot_head_scores
+from ..heads.ranking import HeadRanking, rank_heads
+from ..runs.record import RunRecord, read_run
 from ..runs.report import write_report
+from ..trainer import HeRATrainer
 from . import CREDITS
 from .evaluate import accuracy, answer, majority_accuracy
 from .job import (

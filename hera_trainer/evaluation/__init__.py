@@ -1,6 +1,6 @@
 """Measuring a finished model: questions and answers, their scores, and metrics for the
 [`evaluate`](https://huggingface.co/docs/evaluate) library, one folder a metric, loadable by its path and pushable to
-the Hub as a Space. Uses `data` and what lies below it.
+the Hub as a Space. Uses `heads` and what lies below it.
 
 ```python
 from hera_trainer.evaluation import load_metric, metric_path

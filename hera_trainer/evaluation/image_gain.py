@@ -17,9 +17,9 @@ from ..common.files import write_atomically
 from ..common.processes import Team
 from ..heads.modes import evaluating
 from ..heads.pooling import pooling_mask
-from ..teacher.image_sources import column_images, column_videos, part_value, turns, typed_parts
+from ..teacher.image_sources import IMAGE_COLUMNS, column_images, column_videos, part_value, turns, typed_parts
 
-_COLUMNS = ("image", "images", "video", "videos")
+_COLUMNS = (*IMAGE_COLUMNS, "video", "videos")
 _PARTS = ("image", "image_url", "video")
 
 

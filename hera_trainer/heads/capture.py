@@ -142,7 +142,7 @@ class HeadCapture:
     of activation checkpointing.
 
     Args:
-        accessor ([`~heads.registry.HeadAccessor`]): The model's attention heads.
+        accessor ([`~heads.accessor.HeadAccessor`]): The model's attention heads.
         heads (sequence of [`AttentionHead`] or of [`DecoderLayer`]):
             Heads to read, or layers, in the order of `vectors()`.
         model_type (`str`): Named in error messages.

@@ -54,8 +54,8 @@ def plot_head_scores(
 
     Raises:
         `ImportError`: If matplotlib is not installed.
-        `ValueError`: If there is no ranking, they are of different models, or they were measured with another k, N or
-            `clip_quantile`, so that their scores cannot be compared.
+        `ValueError`: If there is no ranking, they are of different models, or their scores are of different scales
+            ([`HeadRanking.scale`]).
     """
     panels = dict(rankings) if isinstance(rankings, Mapping) else {"": rankings}
     if not panels:

@@ -24,7 +24,7 @@ class Observer:
     """Collects pooled projection inputs and pooled layer outputs of all layers, one forward pass a batch.
 
     Args:
-        accessor ([`~heads.registry.HeadAccessor`]): The model's attention heads.
+        accessor ([`~heads.accessor.HeadAccessor`]): The model's attention heads.
         team ([`~common.processes.Team`]): The processes that divide the batches.
     """
 

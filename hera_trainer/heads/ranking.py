@@ -69,6 +69,7 @@ class HeadRanking:
         ceiling_model (`str`): Name of that encoder.
         clip_quantile (`float`, *optional*): Quantile at which values were clipped, `None` if they were not.
         center (`bool`): Whether each space's mean was taken away.
+        normalize (`bool`): Whether vectors were L2-normalized, so that neighbours are nearest in cosine similarity.
     """
 
     scores: Tensor
@@ -87,6 +88,7 @@ class HeadRanking:
     ceiling_model: str = ""
     clip_quantile: float | None = None
     center: bool = False
+    normalize: bool = True
 
     @property
     def chance(self) -> float:
@@ -97,9 +99,13 @@ class HeadRanking:
     def scale(self) -> str:
         """What scores are measured with: `"k = 10, N = 1,000"`. Those of rankings that differ in it cannot be
         compared."""
+        return f"k = {self.k}, N = {self.num_samples:,}{self.spaces}"
+
+    @property
+    def spaces(self) -> str:
+        """How vectors were compared where it is not as by default, such as `", centred"`."""
         clipped = "" if self.clip_quantile is None else f", clipped at quantile {self.clip_quantile:g}"
-        centered = ", centred" if self.center else ""
-        return f"k = {self.k}, N = {self.num_samples:,}{clipped}{centered}"
+        return clipped + ", centred" * self.center + ", by dot products" * (not self.normalize)
 
     def references(self, digits: int = 4) -> list[str]:
         """What to hold the scores against, in words: what unrelated spaces score, and the ceiling if there is one.
@@ -196,7 +202,7 @@ class HeadRanking:
 
         Raises:
             `ImportError`: If matplotlib is not installed.
-            `ValueError`: If `before` is of another model, or was measured with another k, N or `clip_quantile`.
+            `ValueError`: If `before` is of another model, or its scores are of another scale.
         """
         panels = self if before is None else {"before": before, "after": self}
         named = {} if title is None else {"title": title}
@@ -415,4 +421,5 @@ def rank_samples(
         ceiling=ceiling,
         clip_quantile=clip_quantile,
         center=center,
+        normalize=normalize,
     )

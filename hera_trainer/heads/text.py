@@ -58,7 +58,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Tensor, 
     return torch.tensor(encoded["input_ids"], dtype=torch.long), ~special
 
 
-_CONVERSATIONS = ("messages", "prompt", "completion")
+CONVERSATIONS = ("messages", "prompt", "completion")
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,4 @@ class TextColumns:
 
     @property
     def _is_unused(self) -> bool:
-        return not self.keeps_unused and self.field not in _CONVERSATIONS
+        return not self.keeps_unused and self.field not in CONVERSATIONS

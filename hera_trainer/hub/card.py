@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
@@ -25,6 +24,7 @@ from ..heads.heat_map import plot_head_scores
 from ..heads.ranking import HeadRanking
 from ..heads.registry import unwrap_model
 from ..runs.record import CONTEXTS, RunRecord, public_ranking, read_image_gains, read_rankings
+from ..runs.record_callback import hub_names
 from ..runs.written_files import CARD_FILE, PLOTS_FOLDER
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def write_model_card(
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     write_trl_card(model_name, None, tags)
     trl_card = ModelCard.load(path)
-    names = [dataset_name] if isinstance(dataset_name, str) else dataset_name or _hub_datasets(trainer.train_dataset)
+    names = [dataset_name] if isinstance(dataset_name, str) else dataset_name or hub_names(trainer.train_dataset)
     names = [shown_name(name) for name in names]
     base = shown_name(unwrap_model(trainer.model).config.name_or_path or "")
     own = {"hera", "trl", "sft", *(["peft"] if adapter is not None else [])}
@@ -191,16 +191,6 @@ def _is_repo_id(name: str) -> bool:
     return _REPO_ID.fullmatch(name) is not None and not is_local(name) and not Path(name).is_dir()
 
 
-def _hub_datasets(dataset: Any) -> list[str]:
-    """Names on the Hub of what a data set was loaded from."""
-    if isinstance(dataset, dict):
-        return sorted({name for part in dataset.values() for name in _hub_datasets(part)})
-    if not isinstance(dataset, (Dataset, IterableDataset)) or not dataset.info.download_checksums:
-        return []
-    found = (re.match(r"hf://datasets/([^@]+?)@", url) for url in dataset.info.download_checksums)
-    return sorted({match[1] for match in found if match is not None})
-
-
 def _adapter(model: PeftModel) -> dict[str, Any]:
     kind = _value(model.peft_config[model.active_adapter].peft_type)
     mergeable = hasattr(model.base_model, "merge_and_unload")
@@ -314,9 +304,7 @@ def _score_notes(
     text = _bullets(notes)
     measured = [*([] if ranking is None else [ranking]), *(before for before, _ in changes.values())]
     if len({each.scale for each in measured}) > 1:
-        text += (
-            "\n\nScores of different k or numbers of pairs cannot be compared: hold each against its own line above."
-        )
+        text += "\n\nScores that were measured otherwise cannot be compared: hold each against its own line above."
     if not changes and any(len(steps) > 1 for steps in monitored.values()):
         text += "\n\nBefore and after training were measured with different settings, and are not compared."
     elif not changes:
@@ -328,8 +316,7 @@ def _score_notes(
 
 
 def _measured_on(ranking: HeadRanking) -> str:
-    clipped = "" if ranking.clip_quantile is None else f", values clipped at quantile {ranking.clip_quantile:g}"
-    settings = f"{ranking.num_samples:,} pairs, {CONTEXTS[ranking.context]}, k = {ranking.k}{clipped}"
+    settings = f"{ranking.num_samples:,} pairs, {CONTEXTS[ranking.context]}, k = {ranking.k}{ranking.spaces}"
     return "; ".join([settings, *ranking.references(digits=3)])
 
 

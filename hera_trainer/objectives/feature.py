@@ -36,7 +36,16 @@ class FeatureLoss(AlignmentObjective):
         self.second_bias: nn.Parameter | None = None  # [m, 1, d_teacher]
 
     def prepare(self, num_heads: int, head_width: int, teacher_width: int, seed: int) -> None:
-        """Makes the projectors, drawn as `nn.Linear` draws them."""
+        """Makes the projectors, drawn as `nn.Linear` draws them.
+
+        Raises:
+            `ValueError`: If the width of the teacher's vectors is not known.
+        """
+        if teacher_width < 1:
+            raise ValueError(
+                "`FeatureLoss` projects into the teacher's space, so it must know its width: "
+                "`Alignment(..., teacher_width=1024)` for vectors of 1,024 numbers."
+            )
         generator = torch.Generator().manual_seed(seed)
 
         def drawn(*shape: int, fan_in: int) -> nn.Parameter:

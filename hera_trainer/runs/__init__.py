@@ -1,2 +1,2 @@
-"""What a run leaves on disk and shows: checkpoints, the record, the monitor, plots and the report. Uses `alignment` and
-what lies below it."""
+"""What a run leaves on disk and shows: checkpoints, the record, the monitor, plots and the report. Uses `evaluation`
+and what lies below it."""

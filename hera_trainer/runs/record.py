@@ -81,8 +81,8 @@ class RunRecord:
             context (`str`): `"text"` or `"image"`.
 
         Returns:
-            `tuple` of two [`HeadRanking`], or `None` if fewer than two such steps were measured in this context, or the
-            two with another k, N or `clip_quantile`, so that their scores cannot be compared.
+            `tuple` of two [`HeadRanking`], or `None` if fewer than two such steps were measured in this context, or
+            their scores are of different scales ([`HeadRanking.scale`]).
         """
         steps = self.measured_steps(context)
         if len(steps) < 2:

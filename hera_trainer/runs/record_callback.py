@@ -32,20 +32,16 @@ _LIBRARIES = ("trl", "transformers", "torch", "peft", "datasets", "accelerate")
 
 _SECONDS_BETWEEN_STATES = 30.0
 
-_HUB_SOURCE = re.compile(r"hf://datasets/([^@/]+/[^@/]+)")
+_HUB_SOURCE = re.compile(r"hf://datasets/([^@]+?)@")
 
 
 class RunRecordCallback(TrainerCallback):
     """Keeps, in a run's `output_dir`, what [`read_run`] reads: who trains what with which settings, written when
     training begins, and the trainer's state, so that a run that goes on or was killed can be looked at.
-
-    Args:
-        seconds (`float`, *optional*, defaults to `30.0`):
-            Least time between two writings of the state while training goes on.
     """
 
-    def __init__(self, seconds: float = _SECONDS_BETWEEN_STATES) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
+        self.seconds = _SECONDS_BETWEEN_STATES
         self.begin(None)
         self._record: dict[str, Any] = {}
         self._written = -float("inf")
@@ -185,15 +181,22 @@ def describe_run(
     }
 
 
+def hub_names(dataset: Any) -> list[str]:
+    """Names on the Hub of what a data set, or each of a dictionary of them, was loaded from."""
+    parts = dataset.values() if isinstance(dataset, dict) else [dataset]
+    infos = (getattr(part, "info", None) for part in parts)
+    sources = (source for info in infos if info is not None for source in info.download_checksums or ())
+    found = map(_HUB_SOURCE.match, map(str, sources))
+    return sorted({match[1] for match in found if match is not None})
+
+
 def _dataset_name(dataset: Any) -> str | None:
     """The data set's name on the Hub, or that of its loading script; `None` if it has no name."""
     info = getattr(dataset, "info", None)
     if info is None:
         return None
-    for source in info.download_checksums or ():
-        found = _HUB_SOURCE.match(str(source))
-        if found is not None:
-            return found[1]
+    if names := hub_names(dataset):
+        return names[0]
     name = info.dataset_name or info.builder_name
     unnamed = name in (None, "generator", "parquet", "json", "csv", "imagefolder", "arrow")
     return None if unnamed else public_name(name)

@@ -313,7 +313,7 @@ def find_sources(features: datasets.Features) -> list[ImageSource]:
         ValueError: If such a column holds something else than images; the message says what to cast it to.
     """
     sources: list[ImageSource] = []
-    name = next((name for name in ("image", "images") if name in features), None)
+    name = next((name for name in IMAGE_COLUMNS if name in features), None)
     if name is not None:
         feature = features[name]
         steps = (_EACH,) if _is_list(feature) else ()

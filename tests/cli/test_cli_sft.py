@@ -34,6 +34,8 @@ def parts(tmp_path_factory):
     save_tiny_dinov2(folder / "teacher")
     rows = image_dataset(n=24)
     rows.save_to_disk(folder / "rows")
+    chats = [[*row["prompt"], *row["completion"]] for row in rows.select_columns(["prompt", "completion"])]
+    rows.select_columns("images").add_column("messages", chats).save_to_disk(folder / "chats")
     datasets.DatasetDict(train=rows, test=image_dataset(n=8, seed=1)).save_to_disk(folder / "splits")
     return folder
 
@@ -336,6 +338,10 @@ def test_stream(parts, tmp_path):
         ({"datasets": [{"path": "rows"}]}, "--test_split_size"),
         ({"dataset_name": "rows", "dataset_streaming": True, "test_split_size": 0.5}, "stream"),
         ({"datasets": [{"path": "rows", "fraction": 1}, {"path": "rows"}], "test_split_size": 0.5}, "`fraction`"),
+        (
+            {"datasets": [{"path": "rows"}, {"path": "chats"}], "test_split_size": 0.5},
+            "rows `prompt`.*chats `messages`",
+        ),
     ],
 )
 def test_data_that_does_not_work(parts, tmp_path, monkeypatch, content, words):

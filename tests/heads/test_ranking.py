@@ -430,4 +430,8 @@ def test_centred_spaces() -> None:
     teacher = centred([torch.tensor(vector).double() for vector in dataset[TEACHER_COLUMN]])
     assert_ranking(ranking, {key: centred(space) for key, space in found.items()}, teacher)
     assert ranking.center and "centred" in ranking.scale
+    by_dots = rank(model, processor, dataset, normalize=False)
+    assert not by_dots.normalize and by_dots.scale.endswith(", by dot products") and ranking.normalize
+    with pytest.raises(ValueError, match="by dot products"):
+        by_dots.plot(before=rank(model, processor, dataset))
     assert not torch.equal(ranking.scores, rank(model, processor, dataset).scores)

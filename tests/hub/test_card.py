@@ -288,7 +288,7 @@ class TestText:
         run.create_model_card()
         card = card_of(tmp_path / "b")
         assert table_of(card, "head")["ceiling"] == ["0.432"]
-        assert "k = 3, values clipped at quantile 0.95; unrelated spaces 0.130 (95th" in card.text
+        assert "k = 3, clipped at quantile 0.95; unrelated spaces 0.130 (95th" in card.text
         assert "; ceiling 0.432 (second)\n" in card.text and str(tmp_path) not in card.text
 
     def test_best_weights(self, tmp_path):

@@ -101,6 +101,8 @@ def test_projectors_are_drawn_alike_in_every_process_and_apart_for_every_head() 
     assert [tuple(p.shape) for p in first.parameters()] == [(2, 6, 5), (2, 1, 5), (2, 5, 5), (2, 1, 5)]
     with pytest.raises(RuntimeError, match="`prepare` makes the projectors"):
         FeatureLoss()(*inputs())
+    with pytest.raises(ValueError, match="teacher_width"):
+        FeatureLoss().prepare(2, 8, 0, seed=0)
 
 
 def test_names() -> None:

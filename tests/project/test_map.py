@@ -93,6 +93,7 @@ def test_folders_say_what_they_use(name: str) -> None:
     else:
         named = re.findall(r"`(\w+)`", uses)
         assert set(named) <= set(order[order.index(name) + 1 :])  # rooms, further down
+        assert set(named) <= imports()[name]
         below = order[max(map(order.index, named)) :] if "below" in uses else []
         allowed = {*named, *below}
     assert imports()[name] <= allowed
