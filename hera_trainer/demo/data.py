@@ -101,8 +101,8 @@ def concept(name: str) -> str:
 
 
 def is_reserved(concept: str) -> bool:
-    """Whether a concept is kept for held-out images. The projector of stage 1 has seen none of these,
-    and neither demo nor study trains on them. It is half of all concepts, told by their names alone."""
+    """Whether a concept is kept for held-out images: neither the demo nor the projector of stage 1 has been trained on
+    these. It is half of all concepts, told by their names alone."""
     return hashlib.sha256(concept.encode()).digest()[0] % 2 == 1
 
 

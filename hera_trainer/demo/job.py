@@ -26,6 +26,8 @@ IMAGE_SIZE = 56
 TEACHER_NAME = "DINOv2 ViT-S/14"
 BATCH_SIZE = 64
 STEPS = 40
+# The demo's settings were chosen in the study (docs/results.md) with lower seeds, on the first images in this order.
+SEED, ORDER = 7, 0
 # The projector alone, which has never seen an image, and then LoRA for a fifth of the steps.
 STAGES = (1, 2)
 LEARNING_RATES = {1: 2e-3, 2: 4e-4}
@@ -60,13 +62,13 @@ def load_data(out: Path, num_samples: int, seed: int) -> DemoData:
         out (`Path`): Folder with the teacher.
         num_samples (`int`): Training samples that are wanted, a quarter of them questions; there are fewer if captions
             run out.
-        seed (`int`): Seed of the draw.
+        seed (`int`): Seed of the training samples and of the held-out questions.
     """
     teacher = str(out / "teacher")
-    emoji = emoji_captions(seed=seed)
+    emoji = emoji_captions(seed=ORDER)
     reserved = [is_reserved(concept(caption.removesuffix("."))) for caption in emoji["caption"]]
-    held_out = emoji.select([i for i, kept in enumerate(reserved) if kept][:HELD_OUT_CAPTIONS])
-    captions = emoji.select([i for i, kept in enumerate(reserved) if not kept])
+    held_out = emoji.select([i for i, kept in enumerate(reserved) if kept][-HELD_OUT_CAPTIONS:])
+    captions = emoji.select([i for i, kept in enumerate(reserved) if not kept]).shuffle(seed=seed)
     captions = add_teacher_features(captions, teacher, desc="OpenMoji")
     shown = captions.select(range(min(num_samples * 3 // 4, len(captions))))
     vqa = easy_vqa("train", len(shown) // 3, seed)
