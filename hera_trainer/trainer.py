@@ -29,7 +29,9 @@ from .alignment.checks import (
     check_best_metric,
     check_device_map,
     check_loss_scaling,
+    check_rows_train,
     check_tokens_stay,
+    check_whole_layers,
 )
 from .alignment.eval_pools import EvalPools
 from .alignment.pull import advice as weak_pull_advice
@@ -39,6 +41,7 @@ from .data.checks import check_dataset, check_steps
 from .data.neighbor_batches import NeighborGroupSampler, check_neighbor_groups, neighbor_sampler
 from .data.pool import check_pool
 from .data.teacher_vectors import TeacherVectors, signature_columns
+from .heads.accessor import HeadAccessor
 from .heads.capture import HeadCapture
 from .heads.checks import check_compiled, check_decoder, check_projections, check_ranking, check_trainable
 from .heads.head import AlignedUnit, parse_units
@@ -54,11 +57,11 @@ from .objectives.registry import get_objective
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
 from .runs.control import mark_control
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
-from .runs.record import go_on_with_measurements, public_ranking, put_ranking_aside
+from .runs.record import go_on_with_measurements, other_heads_advice, public_ranking, put_ranking_aside
 from .runs.record_callback import RunRecordCallback
 from .runs.weights import kept_dtypes, load_weights
 from .runs.written_files import RANKING_FILE, written_by
-from .teacher.column import TEACHER_COLUMN
+from .teacher.column import TEACHER_COLUMN, rows_with_vectors
 from .teacher.encoder import VisionTeacher
 
 logger = get_logger(__name__)
@@ -159,6 +162,7 @@ class HeRATrainer(SFTTrainer):
         self._batches: list[dict[str, Any]] = []
         self._neighbor_sampler: NeighborGroupSampler | None = None
         self._eval_pools: EvalPools | None = None
+        self._evaluated: dict[str, Any] = {}
         self._rotates_itself = False
         self._checkpoint_to_push: Path | None = None
         if args.alignment_weight > 0:  # what can be known without the model is said before it is loaded
@@ -190,6 +194,7 @@ class HeRATrainer(SFTTrainer):
         """Everything about alignment that needs the model but neither teacher nor ranking."""
         args = self.args
         check_device_map(self.model)
+        check_whole_layers(self.model, self.accelerator)
         check_compiled(self.model)
         check_tokens_stay(self.model, self.accelerator)
         check_decoder(self.model, get_head_accessor(self.model))
@@ -340,11 +345,9 @@ class HeRATrainer(SFTTrainer):
         with self.accelerator.autocast():  # some kernels take nothing but 16 bit
             if granularity == "head":  # layers are read as they are
                 check_projections(self.model, accessor, sorted({head.layer for head in heads}))
-            check_trainable(self.model, accessor, heads, self.teacher_vectors.image_batch)
         self.alignment.align(heads)
         check_loss_scaling(self.alignment.criterion, self.args, self.accelerator)
         self.aligned_heads = heads
-        self._save_ranking(self.args.output_dir)
 
     def _rank_heads(self) -> HeadRanking:
         assert self.alignment is not None
@@ -388,7 +391,23 @@ class HeRATrainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         self._prepare_replaced_data()
-        return super().get_eval_dataloader(self.teacher_vectors.prepare_eval(eval_dataset))
+        asked = self.teacher_vectors.prepare_eval(eval_dataset)
+        named, keeps = asked is None or isinstance(asked, str), self.args.dataloader_persistent_workers
+        if named:
+            self._forget_replaced_loader(asked)
+        try:
+            # `Trainer` would keep one loader for all data sets without a name, and evaluate on the first of them.
+            self.args.dataloader_persistent_workers = keeps and named
+            return super().get_eval_dataloader(asked)
+        finally:
+            self.args.dataloader_persistent_workers = keeps
+
+    def _forget_replaced_loader(self, name: str | None) -> None:
+        """Of a data set that was put in the place of another one, `Trainer` must not keep the loader."""
+        key, rows = name or "eval", self.eval_dataset if name is None else self.eval_dataset[name]
+        if self._evaluated.get(key) is not rows:
+            getattr(self, "_eval_dataloaders", {}).pop(key, None)
+            self._evaluated[key] = rows
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         self._prepare_replaced_data()
@@ -411,10 +430,17 @@ class HeRATrainer(SFTTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
         self.prepare_alignment(checkpoint)
+        self._check_trained(self.alignment.accessor)
         check_best_metric(self.args, self.eval_dataset)
         self._begin_watching(checkpoint)
         with self.alignment.attached():
             return super().train(checkpoint, *args, **kwargs)
+
+    def _check_trained(self, accessor: HeadAccessor) -> None:
+        with self.accelerator.autocast(), same_randomness(self.args.device):
+            check_trainable(self.model, accessor, self.aligned_heads or (), self.teacher_vectors.image_batch)
+        if isinstance(self.train_dataset, Dataset) and self.accelerator.num_processes > 1:
+            check_rows_train(self.model, accessor, len(self.train_dataset) - len(rows_with_vectors(self.train_dataset)))
 
     def _begin_watching(self, checkpoint: str | None) -> None:
         if self._monitors:
@@ -551,12 +577,18 @@ class HeRATrainer(SFTTrainer):
     # Evaluation: the language-model loss as SFTTrainer has it, the alignment loss beside it
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self.prepare_alignment()
+        self._prepare_evaluation()
         return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        self.prepare_alignment()
+        self._prepare_evaluation()
         return super().predict(*args, **kwargs)
+
+    def _prepare_evaluation(self) -> None:
+        is_first = self.aligned_heads is None
+        self.prepare_alignment()
+        if is_first and (advice := other_heads_advice(str(self.args.output_dir), self.aligned_heads or ())) is not None:
+            logger.warning(advice)
 
     def evaluation_loop(
         self,
@@ -646,13 +678,24 @@ class HeRATrainer(SFTTrainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and self._loads_whole_model(best):
+        best = str(self.state.best_model_checkpoint)
+        if self._loads_whole_model(best):
             load_weights(self.model, best)
         else:
             with nullcontext() if self.alignment is None else kept_dtypes(self.model):
-                super()._load_best_model()
-        self.best_step = self.state.best_global_step
+                if (adapter := self._named_adapter()) is None:
+                    super()._load_best_model()
+                else:  # beside it may lie an adapter of the default name, which `Trainer` would load in its place
+                    cast(PeftModel, self.model).load_adapter(os.path.join(best, adapter), adapter)
+        # Not `best_global_step`: a better step need not have been saved.
+        self.best_step = saved_step(best)
+
+    def _named_adapter(self) -> str | None:
+        """Name of the trained adapter, which PEFT saves in a folder of that name, unless it is the default."""
+        if not isinstance(self.model, PeftModel) or self.is_sharded:
+            return None
+        name = self.model.active_adapters[0]
+        return None if name == "default" else name
 
     def _loads_whole_model(self, checkpoint: str) -> bool:
         """Whether a checkpoint holds all weights of an unsharded model, which `Trainer` may fail to find there."""

@@ -293,6 +293,13 @@ class Alignment:
         """
         times = self._count if divided_later else 1
         self.meter.add_micro_batch(loss / times, share=1.0 / self._count)
+        accelerator = self.contrast.accelerator
+        if not loss.requires_grad and accelerator is not None and accelerator.num_processes > 1:
+            raise RuntimeError(
+                "Nothing that is trained takes part in this micro-batch, whose rows have no image, so that the other "
+                "processes would wait for its gradients. Leave rows without an image out while the projector alone is "
+                "trained."
+            )
         return loss + times * self.term()
 
     def end_micro_batch(self) -> None:

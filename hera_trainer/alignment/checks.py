@@ -11,6 +11,8 @@ from torch import nn
 
 from ..config import HeRAConfig
 from ..data.pool import check_pool
+from ..heads.accessor import HeadAccessor
+from ..heads.checks import trains_outside_decoder
 from ..heads.registry import unwrap_model
 from ..objectives.objective import AlignmentObjective
 from ..teacher.column import rows_with_vectors
@@ -73,6 +75,49 @@ def check_device_map(model: nn.Module) -> None:
             f"The model is split over several devices ({', '.join(sorted(devices))}), which head alignment does not "
             "support yet. Load it on one device (`device_map=None`), train with several processes, or set "
             "`alignment_weight=0`."
+        )
+
+
+def check_whole_layers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Refuses layers that are not whole in each process, or computed in 8-bit floats: tensor parallelism, weights that
+    transformers itself has sharded, and fp8.
+
+    Raises:
+        `ValueError`: Naming the setting.
+    """
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if getattr(unwrap_model(model), "is_distributed_loading_by_transformers", False) or (
+        parallelism is not None and parallelism.tp_enabled
+    ):
+        raise ValueError(
+            "The model's layers are divided among the processes (tensor parallelism, or `distributed_config`), so that "
+            "heads cannot be read and each sample would be compared with its own copy. Load it without, and shard it "
+            "with accelerate's FSDP2, or set `alignment_weight=0`."
+        )
+    if accelerator.mixed_precision == "fp8":
+        raise ValueError(
+            "`mixed_precision='fp8'` replaces layers after heads were chosen in them. Use bf16, or set "
+            "`alignment_weight=0`."
+        )
+
+
+def check_rows_train(model: nn.Module, accessor: HeadAccessor, without_image: int) -> None:
+    """Refuses rows in which nothing that is trained takes part, for several processes: one that has such a row alone
+    would not take part in the sum of gradients, on which the others wait.
+
+    Args:
+        model (`nn.Module`): The model.
+        accessor ([`HeadAccessor`]): Its attention heads.
+        without_image (`int`): Number of rows without an image.
+
+    Raises:
+        `ValueError`: Naming the cure.
+    """
+    if without_image and trains_outside_decoder(model, accessor):
+        raise ValueError(
+            f"{without_image:,} rows have no image, and what is trained lies before the language model (the projector, "
+            "as in stage 1), so that they train nothing, and processes would wait for each other. Leave them out: "
+            "`dataset.filter(lambda row: row['images'])`."
         )
 
 

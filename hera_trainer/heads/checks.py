@@ -232,6 +232,12 @@ def _depends_on(tensor: Tensor, parameters: Set[int]) -> bool:
     return False
 
 
+def trains_outside_decoder(model: nn.Module, accessor: HeadAccessor) -> bool:
+    """Whether all that is trained belongs to neither the text decoder nor the LM head."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    return bool(trained) and trained <= _outside_decoder(model, accessor)
+
+
 def _outside_decoder(model: nn.Module, accessor: HeadAccessor) -> set[int]:
     """Parameters of neither the text decoder nor the LM head."""
     output = unwrap_model(model).get_output_embeddings()

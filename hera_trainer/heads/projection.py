@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -98,10 +100,39 @@ def _device(projection: nn.Module) -> torch.device:
     return next(itertools.chain(projection.parameters(), projection.buffers())).device
 
 
+def _is_plain_under_lora(projection: nn.Module) -> bool:
+    """Whether nothing but LoRA, or a copy that is trained as a whole, wraps a plain layer that is whole here."""
+    while isinstance(projection, (LoraLayer, ModulesToSaveWrapper)):
+        base = projection.get_base_layer() if isinstance(projection, LoraLayer) else _base_layer(projection)
+        if base is projection:
+            return False
+        projection = base
+    weight = _dense_weight(projection)
+    return weight is not None and weight.ndim == 2  # ZeRO-3 leaves an empty one between its passes
+
+
+@contextmanager
+def _exact_weights(projection: nn.Module) -> Iterator[torch.dtype]:
+    """Where LoRA wraps a plain layer, that layer's weights are float32 inside, as such layers alone are multiplied: 16
+    bit would round away what tells nearly parallel vectors apart. Yields the dtype of rows that the module can be
+    called with."""
+    base = _base_layer(projection)
+    if not _is_plain_under_lora(projection) or _compute_dtype(projection) not in _ROUNDING:
+        yield _input_dtype(projection)
+        return
+    stored = dict(base._parameters)
+    try:
+        # In their place, so that the order of parameters stays. A gradient passes to the stored ones.
+        base._parameters.update({name: None if p is None else p.float() for name, p in stored.items()})  # type: ignore[misc]
+        yield torch.float32
+    finally:
+        base._parameters.update(stored)
+
+
 def _apply(projection: nn.Module, x: Tensor) -> Tensor:
     """`projection` on rows `[n, in_features]` without adapter dropout and without its own hooks, in float32."""
-    with exact_products(x.device), without_dropout(projection):
-        return projection.forward(x.to(_input_dtype(projection))).float()
+    with exact_products(x.device), without_dropout(projection), _exact_weights(projection) as dtype:
+        return projection.forward(x.to(dtype)).float()
 
 
 def _apply_linear(projection: nn.Module, x: Tensor) -> Tensor:
@@ -123,8 +154,9 @@ def project_heads(projection: nn.Module, pooled: Tensor, heads: Sequence[int]) -
 
     A plain layer (`nn.Linear`, or transformers' `Conv1D` with its transposed weight) is applied block by block in
     float32. Anything else (LoRA and its variants, 4-bit, 8-bit, other weight-only schemes) computes with its own
-    arithmetic: a head's slice is placed into a vector of zeros of full width. Dropout of adapters is not applied:
-    representations must be the same function of the weights whenever they are computed.
+    arithmetic, plain layers under LoRA in float32: a head's slice is placed into a vector of zeros of full width.
+    Dropout of adapters is not applied: representations must be the same function of the weights whenever they are
+    computed.
 
     Args:
         projection (`nn.Module`): Output projection of a layer.

@@ -112,10 +112,10 @@ def _gram_factors(blocks: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `[H, d_head, d_head]`, with `F F^T = W W^T`.
     """
-    blocks = blocks.double()
-    gram = blocks @ blocks.transpose(1, 2)
+    exact = (blocks.cpu() if blocks.device.type == "mps" else blocks).double()  # Apple's GPUs have no float64
+    gram = exact @ exact.transpose(1, 2)
     factors, failed = torch.linalg.cholesky_ex(gram)
-    if not failed.any():
-        return factors.float()
-    values, vectors = torch.linalg.eigh(gram)  # slower, but a head may use fewer directions than it has
-    return (vectors * values.clamp(min=0).sqrt()[:, None]).float()
+    if failed.any():  # slower, but a head may use fewer directions than it has
+        values, vectors = torch.linalg.eigh(gram)
+        factors = vectors * values.clamp(min=0).sqrt()[:, None]
+    return factors.float().to(blocks.device)

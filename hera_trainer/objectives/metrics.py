@@ -276,7 +276,7 @@ def permuted_overlaps(a: Tensor, b: Tensor, permutations: int, generator: torch.
     for count in torch.arange(permutations).split(max(1, _CACHED_NUMBERS // (n * k))):
         moved = torch.stack([torch.randperm(n, generator=generator) for _ in count]).to(device)  # [p, n]
         others = (moved[:, :, None] * n + moved[:, b]).flatten(1)  # [p, n * k]
-        scores.append(is_among(others).sum(1).double().cpu() / (n * k))
+        scores.append(is_among(others).sum(1).cpu().double() / (n * k))
     return torch.cat(scores)
 
 

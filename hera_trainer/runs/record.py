@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,21 @@ def read_run(run_dir: str | os.PathLike) -> RunRecord:
 def _best_step(record: dict[str, Any], state: dict[str, Any] | None) -> int | None:
     """The step of the weights that a finished run has loaded in the end, if it has loaded any."""
     loads = record.get("finished") and (record.get("config") or {}).get("load_best_model_at_end")
-    return state.get("best_global_step") if loads and state is not None else None
+    # Not `best_global_step`: a better step need not have been saved.
+    found = re.search(r"-(\d+)$", state.get("best_model_checkpoint") or "") if loads and state is not None else None
+    return None if found is None else int(found[1])
+
+
+def other_heads_advice(folder: str, heads: Sequence[AlignedUnit]) -> str | None:
+    """What to say where a run in the folder has aligned other heads than are about to be measured."""
+    path = Path(folder, RUN_FILE)
+    trained = (_read_json(path) if path.is_file() else {}).get("aligned_heads") or []
+    if not trained or set(trained) == set(map(str, heads)):
+        return None
+    return (
+        f"The alignment loss is measured at the heads {' '.join(map(str, heads))}, chosen now, while the run in "
+        f"{folder!r} has aligned {' '.join(trained)}. To measure these, set `aligned_heads` or `head_ranking_path`."
+    )
 
 
 def measurement_path(folder: str | os.PathLike, step: int, kind: str) -> Path:

@@ -261,7 +261,7 @@ class TestText:
         assert rows["mean of the 3 best at first"] == [f"{value:.3f}" for value in expected]
         assert "| head | when chosen | text only, before | text only, after | image in context, before |" in card.text
         assert "- Image in context: 20 pairs, image in context, k = 3; unrelated spaces 0.158; held out" in card.text
-        assert "Scores of different k or numbers of pairs cannot be compared" in card.text  # 24 and 20
+        assert "Scores that were measured otherwise cannot be compared" in card.text  # 24 and 20
         assert "before is step 0, after is step 2" in card.text and "was not measured" not in card.text
         heat_maps = re.findall(r"!\[.+?\]\((.+?)\)", card.text)
         assert heat_maps == ["hera/heads_text.png", "hera/heads_image.png"]

@@ -124,7 +124,7 @@ def test_best_weights(tmp_path):
     """What was measured after the step of the weights that were loaded in the end is in the curves only."""
     settings = {**record()["config"], "load_best_model_at_end": True}
     write_run(tmp_path, config=settings)
-    state = {"global_step": STEPS, "log_history": log_entries(), "best_global_step": 30}
+    state = {"global_step": STEPS, "log_history": log_entries(), "best_model_checkpoint": "checkpoint-30"}
     write_json(tmp_path / "trainer_state.json", state)
     page = rendered(tmp_path)
     before, after = ranking(1), ranking(30 + 1)
@@ -142,7 +142,7 @@ def test_best_weights(tmp_path):
     write_json(tmp_path / "trainer_state.json", state)
     assert "Text only, after (step 60): score of each head" in rendered(tmp_path).tables
     write_run(tmp_path, config=settings)
-    write_json(tmp_path / "trainer_state.json", {**state, "best_global_step": 20})
+    write_json(tmp_path / "trainer_state.json", {**state, "best_model_checkpoint": "checkpoint-20"})
     page = rendered(tmp_path)
     assert "Up to step 20, the weights of which were loaded in the end, nothing was measured but once." in page.text
     assert not any("difference" in name for name in page.figures)

@@ -306,7 +306,7 @@ def test_last_is_of_the_weights_that_were_loaded(tmp_path, folders):
     best = write(tmp_path / "best", 1, seed=0, load_best_model_at_end=True)
     control = write(tmp_path / "best-control", 5, seed=0, load_best_model_at_end=True, teacher_control="permuted")
     content = json.loads((best / "trainer_state.json").read_text())
-    write_json(best / "trainer_state.json", {**content, "best_global_step": 30})
+    write_json(best / "trainer_state.json", {**content, "best_model_checkpoint": "checkpoint-30"})
     page = rendered([best, control])
     change = page.figures["change-text-0"]["data"][0]["z"][0][0]
     assert change == pytest.approx((scores(1, 30, 1).scores - scores(1, 0, 1).scores)[0, 0].item(), abs=1e-6)

@@ -239,11 +239,14 @@ def test_forward_that_bypasses_the_projection(tmp_path):
 
 def test_forward_that_is_patched_after_the_check(tmp_path):
     """What escapes the start-up check stops the first step."""
-    run = trainer(tmp_path, aligned_heads=["L1H0"], callbacks=[])
-    run.prepare_alignment()
-    attention = run.model.get_decoder().layers[1].self_attn
-    projection = attention._modules.pop("o_proj")
-    attention.__dict__["o_proj"] = lambda x: torch.nn.functional.linear(x, projection.weight)
+
+    class Patch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            attention = model.get_decoder().layers[1].self_attn
+            projection = attention._modules.pop("o_proj")
+            attention.__dict__["o_proj"] = lambda x: torch.nn.functional.linear(x, projection.weight)
+
+    run = trainer(tmp_path, aligned_heads=["L1H0"], callbacks=[Patch()])
     with pytest.raises(RuntimeError, match="did not go through the attention output projection of layer 1"):
         run.train()
     assert run.state.global_step == 0

@@ -10,8 +10,9 @@ from runs import NoStep, config, trainer
 from tiny import build_vlm, image_dataset
 
 import hera_trainer.trainer as trainer_module
-from hera_trainer import HeRALoss
+from hera_trainer import HeRALoss, get_head_accessor, read_run
 from hera_trainer.alignment.alignment import Alignment
+from hera_trainer.alignment.checks import check_rows_train, check_whole_layers
 from hera_trainer.data.pool import check_pool
 
 NAMED = {"aligned_heads": ["L0H1", "L1H2"]}
@@ -96,6 +97,78 @@ class TestBestModel:
         run = self.run(tmp_path, image_dataset(n=6 if "align" in metric else 5, seed=1, with_features=8), metric)
         run.train()
         assert run.state.best_metric == next(entry[metric] for entry in run.state.log_history if metric in entry)
+
+
+def test_evaluating_a_finished_run(tmp_path, caplog):
+    """The run's ranking stays, a head that it has not aligned is named, and nothing need be trained."""
+    rows = image_dataset(n=12, seed=1, with_features=8)
+    trainer(tmp_path, max_steps=1, num_aligned_heads=2).train()
+    before = (tmp_path / "head_ranking.json").read_text()
+    aligned = read_run(tmp_path).record["aligned_heads"]
+    others = [f"L{layer}H{head}" for layer in range(3) for head in range(4) if f"L{layer}H{head}" not in aligned]
+
+    def frozen(heads):
+        run = trainer(tmp_path, eval_dataset=rows, aligned_heads=heads)
+        run.model.requires_grad_(False)
+        return run
+
+    run = frozen(others[:2])
+    assert run.evaluate()["eval_alignment_loss"] > 0
+    assert (tmp_path / "head_ranking.json").read_text() == before
+    said = [record.message for record in caplog.records if "is measured at the heads" in record.message]
+    assert len(said) == 1 and " ".join(aligned) in said[0] and " ".join(others[:2]) in said[0]
+    caplog.clear()
+    frozen(aligned).evaluate()
+    assert "is measured at the heads" not in caplog.text
+    with pytest.raises(ValueError, match="No trainable parameter"):
+        run.train()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_persistent_workers_do_not_keep_another_data_set(tmp_path, weight):
+    """Each data set has its own loss: the one of a run whose workers do not stay."""
+    first, second = (image_dataset(n=12, seed=seed, with_features=8) for seed in (3, 4))
+    expected, found = (
+        trainer(
+            tmp_path,
+            eval_dataset=first,
+            alignment_weight=weight,
+            dataloader_num_workers=1,
+            dataloader_persistent_workers=persistent,
+            **NAMED,
+        )
+        for persistent in (False, True)
+    )
+    for rows in (None, first, second, {"a": first, "b": second}, None):
+        one, other = ({n: v for n, v in run.evaluate(rows).items() if "loss" in n} for run in (expected, found))
+        assert one == pytest.approx(other) and one
+    found.eval_dataset = second
+    assert found.evaluate()["eval_loss"] == pytest.approx(expected.evaluate(second)["eval_loss"])
+    assert found.args.dataloader_persistent_workers
+
+
+@pytest.mark.parametrize("way", ["loaded", "tp", "fp8"])
+def test_layers_that_are_not_whole_are_refused(way, monkeypatch):
+    model, _ = build_vlm("llava")
+    monkeypatch.setattr(type(model), "is_distributed_loading_by_transformers", property(lambda model: way == "loaded"))
+    accelerator = SimpleNamespace(
+        parallelism_config=SimpleNamespace(tp_enabled=way == "tp"), mixed_precision="fp8" if way == "fp8" else "bf16"
+    )
+    with pytest.raises(ValueError, match="fp8" if way == "fp8" else "FSDP2"):
+        check_whole_layers(model, accelerator)
+    monkeypatch.undo()
+    check_whole_layers(model, SimpleNamespace(parallelism_config=None, mixed_precision="bf16"))
+
+
+def test_rows_that_train_nothing_are_refused_for_several_processes():
+    model, _ = build_vlm("llava")
+    accessor = get_head_accessor(model)
+    check_rows_train(model, accessor, 5)  # the language model is trained
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("multi_modal_projector" in name)
+    check_rows_train(model, accessor, 0)
+    with pytest.raises(ValueError, match="5 rows have no image"):
+        check_rows_train(model, accessor, 5)
 
 
 def test_predicting_gives_what_evaluating_gives(tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build_vlm, image_dataset, save_tiny_dinov2
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
-from hera_trainer import AttentionHead, HeRATrainer, VisionTeacher
+from hera_trainer import AttentionHead, HeRATrainer, VisionTeacher, read_run
 from hera_trainer.runs.weights import load_weights
 
 
@@ -29,7 +29,7 @@ class Keep(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.after[state.global_step] = parameters(model)
-        control.should_training_stop = state.global_step == self.stop_at
+        control.should_training_stop |= state.global_step == self.stop_at
 
 
 class TestTemperature:
@@ -260,6 +260,73 @@ def test_resumed_run_of_any_dtypes_equals_uninterrupted_run(tmp_path, form):
     best.train()
     assert best.state.best_global_step == 2 and first != second
     assert_same_parameters(parameters(best.model), kept.after[2])
+
+
+# --- The best weights: those of the best step that was saved ----------------------------------------------------------
+
+
+class Scripted(HeRATrainer):
+    """Evaluates to losses that are set."""
+
+    losses: dict[int, float]
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics["eval_loss"] = self.losses[self.state.global_step]
+        return output
+
+
+def best_run(path, losses, save_steps, name=None, **kwargs):
+    """A run of a LoRA adapter, the parameters after each of its steps, and its record."""
+    model, processor = build_vlm("llava")
+    lora = LoraConfig(r=4, target_modules=".*language_model.*o_proj")
+    if name is not None:
+        model = get_peft_model(model, lora)  # the untrained default one
+        model.add_adapter(name, lora)
+        model.set_adapter(name)
+        lora = None
+    keep = Keep()
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": save_steps}
+    args = config(
+        path,
+        max_steps=len(losses),
+        aligned_heads=["L1H0", "L2H1"],
+        learning_rate=1e-2,
+        load_best_model_at_end=True,
+        **evaluating,
+        **kwargs,
+    )
+    rows = image_dataset(n=24, with_features=8)
+    held_out = image_dataset(n=8, seed=3, with_features=8)
+    run = Scripted(model, args, None, rows, held_out, processor, peft_config=lora, callbacks=[keep])
+    run.losses = losses
+    run.train()
+    return run, keep.after, read_run(path)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_the_best_step_is_one_that_was_saved(tmp_path, weight):
+    """Of steps 2 and 4, that were saved, the second is the better; step 3 was better still."""
+    losses = {1: 9.0, 2: 5.0, 3: 3.0, 4: 4.0}
+    run, after, record = best_run(tmp_path / "a", losses, 2, alignment_weight=weight)
+    step = 2 if run.state.best_model_checkpoint.endswith("-2") else 4
+    assert_same_parameters(parameters(run.model), after[step])
+    assert run.best_step == step and run.state.best_global_step == 3
+    if weight:
+        assert record.best_step == step
+    # None of the best steps was saved: nothing is loaded.
+    run, after, record = best_run(tmp_path / "b", {1: 2.0, 2: 5.0, 3: 6.0}, 3, alignment_weight=weight)
+    assert_same_parameters(parameters(run.model), after[3])
+    assert run.state.best_global_step == 1 and run.best_step is record.best_step is None
+
+
+def test_the_best_weights_of_a_named_adapter(tmp_path):
+    """They are its own, not those of the adapter beside it."""
+    run, after, record = best_run(tmp_path, {1: 9.0, 2: 5.0, 3: 6.0}, 1, name="mine")
+    assert run.best_step == record.best_step == 2
+    assert_same_parameters(parameters(run.model), after[2])
+    names = [name for name in after[2] if ".mine." in name]
+    assert names and any(not torch.equal(after[2][n], after[2][n.replace(".mine.", ".default.")]) for n in names)
 
 
 # --- The queue of past samples belongs to one run --------------------------------------------------------------------
