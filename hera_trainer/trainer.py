@@ -404,7 +404,8 @@ class HeRATrainer(SFTTrainer):
 
     def _forget_replaced_loader(self, name: str | None) -> None:
         """Of a data set that was put in the place of another one, `Trainer` must not keep the loader."""
-        key, rows = name or "eval", self.eval_dataset if name is None else self.eval_dataset[name]
+        key, found = name or "eval", cast(Any, self.eval_dataset)
+        rows = found if name is None else found[name]
         if self._evaluated.get(key) is not rows:
             getattr(self, "_eval_dataloaders", {}).pop(key, None)
             self._evaluated[key] = rows

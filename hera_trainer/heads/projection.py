@@ -123,7 +123,7 @@ def _exact_weights(projection: nn.Module) -> Iterator[torch.dtype]:
     stored = dict(base._parameters)
     try:
         # In their place, so that the order of parameters stays. A gradient passes to the stored ones.
-        base._parameters.update({name: None if p is None else p.float() for name, p in stored.items()})  # type: ignore[misc]
+        base._parameters.update({name: None if p is None else p.float() for name, p in stored.items()})
         yield torch.float32
     finally:
         base._parameters.update(stored)
