@@ -179,7 +179,7 @@ def stages_confirmed() -> list[Run]:
     place: dict[str, Any] = {**TAUGHT, "in_full": True, "draw": 1}
     arms = {"neither": SFT, "stage 1": HELD, "stage 1 control": HELD | CONTROL}
     runs = [Run("start", **{**place, "steps": 0})]
-    for seed in range(3, 8):
+    for seed in range(3, 7):
         runs += [Run(arm, seed, settings=SFT, before=FIRST | settings, **place) for arm, settings in arms.items()]
     return runs
 
