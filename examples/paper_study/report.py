@@ -14,7 +14,7 @@ from pathlib import Path
 
 from figures import draw
 from records import RESULTS, Record, can_be_shown, read_results
-from tables import SECTIONS, hours
+from tables import SECTIONS, both_draws, hours
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
 
@@ -33,7 +33,7 @@ def write_page(page: str, results: dict[str, list[Record]]) -> str:
         name: section(results[name]) if can_be_shown(name, results) else "Not measured yet."
         for name, section in SECTIONS.items()
     }
-    for name, body in {**bodies, "hours": hours(results)}.items():
+    for name, body in {**bodies, "both_draws": both_draws(results), "hours": hours(results)}.items():
         before, _, behind = section_of(page, name)
         page = f"{before}\n\n{body}\n\n{behind}"
     return page

@@ -14,6 +14,7 @@ from records import (
     before_training,
     by_arm,
     by_seed,
+    can_be_shown,
     differences,
     last,
     measures_of,
@@ -172,6 +173,23 @@ def stages(records: Sequence[Record]) -> str:
     return confirmation(
         records, [("aligned five after stage 1", 3, lambda run, start: mknn(run, aligned(run), step=0))]
     )
+
+
+def both_draws(results: dict[str, list[Record]]) -> str:
+    """What alignment in stage 1 adds, over the seeds of both draws of held-out images, each seed of one of them."""
+    found = [results[name] for name in ("stages", "stages_confirmed") if can_be_shown(name, results)]
+    if len(found) < 2:
+        return "Not measured yet."
+    rows = []
+    for another in ("stage 1 control", "neither"):
+        cells: dict[str, list[float]] = {name: [] for name, _, _ in measures_of(found[0])}
+        for records in found:
+            arms, start = by_arm(records), before_training(records)
+            for measure in measures_of(records):
+                cells[measure[0]] += differences(arms["stage 1"], arms[another], start, measure)
+        count = len(next(iter(cells.values())))
+        rows.append([f"**stage 1 minus {another}**", str(count), *(number(v, sign="+") for v in cells.values())])
+    return markdown(["", "seeds", *cells], rows)
 
 
 def hours(results: dict[str, list[Record]]) -> str:

@@ -172,7 +172,7 @@ class Laboratory:
             ranking = rank_heads(
                 model, processor, rows, num_samples=RANKING_SAMPLES, batch_size=64, teacher_name=teacher
             )
-            ranking.save(path)
+            replace(ranking, model=Path(ranking.model).name).save(path)  # not where this machine keeps it
         return HeadRanking.load(path)
 
     def aligned(self, run: Run, teacher: str) -> list[AttentionHead]:
