@@ -61,7 +61,7 @@ from .runs.record import go_on_with_measurements, other_heads_advice, public_ran
 from .runs.record_callback import RunRecordCallback
 from .runs.weights import kept_dtypes, load_weights
 from .runs.written_files import RANKING_FILE, written_by
-from .teacher.column import TEACHER_COLUMN, rows_with_vectors
+from .teacher.column import TEACHER_COLUMN
 from .teacher.encoder import VisionTeacher
 
 logger = get_logger(__name__)
@@ -390,7 +390,10 @@ class HeRATrainer(SFTTrainer):
         return self._neighbor_sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        own = self.eval_dataset
         self._prepare_replaced_data()
+        if eval_dataset is own or eval_dataset is self.eval_dataset:  # as `evaluate` passes it on
+            eval_dataset = None
         asked = self.teacher_vectors.prepare_eval(eval_dataset)
         named, keeps = asked is None or isinstance(asked, str), self.args.dataloader_persistent_workers
         if named:
@@ -440,8 +443,8 @@ class HeRATrainer(SFTTrainer):
     def _check_trained(self, accessor: HeadAccessor) -> None:
         with self.accelerator.autocast(), same_randomness(self.args.device):
             check_trainable(self.model, accessor, self.aligned_heads or (), self.teacher_vectors.image_batch)
-        if isinstance(self.train_dataset, Dataset) and self.accelerator.num_processes > 1:
-            check_rows_train(self.model, accessor, len(self.train_dataset) - len(rows_with_vectors(self.train_dataset)))
+        if self.accelerator.num_processes > 1:
+            check_rows_train(self.model, accessor, self.teacher_vectors.rows_without_image)
 
     def _begin_watching(self, checkpoint: str | None) -> None:
         if self._monitors:
@@ -586,7 +589,7 @@ class HeRATrainer(SFTTrainer):
         return super().predict(*args, **kwargs)
 
     def _prepare_evaluation(self) -> None:
-        is_first = self.aligned_heads is None
+        is_first = self.alignment is not None and self.aligned_heads is None
         self.prepare_alignment()
         if is_first and (advice := other_heads_advice(str(self.args.output_dir), self.aligned_heads or ())) is not None:
             logger.warning(advice)

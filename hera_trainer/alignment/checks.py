@@ -116,8 +116,8 @@ def check_rows_train(model: nn.Module, accessor: HeadAccessor, without_image: in
     if without_image and trains_outside_decoder(model, accessor):
         raise ValueError(
             f"{without_image:,} rows have no image, and what is trained lies before the language model (the projector, "
-            "as in stage 1), so that they train nothing, and processes would wait for each other. Leave them out: "
-            "`dataset.filter(lambda row: row['images'])`."
+            "as in stage 1), so that they train nothing, and processes would wait for each other. Leave them out "
+            "with `dataset.filter`."
         )
 
 

@@ -17,7 +17,6 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import HeRAConfig
-from ..heads.text import CONVERSATIONS
 from ..runs.checkpoints import is_complete
 
 _NEWEST = "newest"
@@ -179,7 +178,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def load_data(
-    script_args: ScriptArguments, mixture: DatasetMixtureConfig, evaluated: bool, seed: int
+    script_args: ScriptArguments, mixture: DatasetMixtureConfig, evaluated: bool, seed: int, text_field: str = "text"
 ) -> tuple[Any, Any]:
     """The training data, and that to evaluate on (`None` unless `evaluated`).
 
@@ -190,7 +189,7 @@ def load_data(
 
     name = script_args.dataset_name or ""
     if mixture.datasets:
-        train, streaming = _mixed(mixture), mixture.streaming
+        train, streaming = _mixed(mixture, text_field), mixture.streaming
     else:
         streaming = script_args.dataset_streaming
         options: dict[str, Any] = {"config": script_args.dataset_config, "streaming": streaming}
@@ -216,7 +215,7 @@ def load_data(
         ) from error
 
 
-def _mixed(mixture: DatasetMixtureConfig) -> Any:
+def _mixed(mixture: DatasetMixtureConfig, text_field: str) -> Any:
     """All data sets of a mixture in one. Like [`~trl.get_dataset`], but of all that [`open_rows`] opens."""
     import datasets
 
@@ -227,7 +226,7 @@ def _mixed(mixture: DatasetMixtureConfig) -> Any:
         more = {key: value for key in ("data_dir", "data_files") if (value := getattr(source, key)) is not None}
         rows = open_rows(source.path, config=source.name, split=source.split, streaming=mixture.streaming, **more)
         parts.append(rows if source.columns is None else rows.select_columns(source.columns))
-    _check_forms([source.path for source in mixture.datasets], parts)
+    _check_forms([source.path for source in mixture.datasets], parts, text_field)
     fractions = [source.fraction for source in mixture.datasets if source.fraction is not None]
     if fractions:
         if len(fractions) < len(parts) or mixture.streaming or min(fractions) < 0 or not sum(fractions):
@@ -241,15 +240,15 @@ def _mixed(mixture: DatasetMixtureConfig) -> Any:
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _check_forms(names: Sequence[str], parts: Sequence[Any]) -> None:
-    """Refuses data sets that keep their texts in other columns: in one table, each would have rows without a text."""
-    forms = {
-        name: [column for column in CONVERSATIONS if column in (rows.column_names or ())]
-        for name, rows in zip(names, parts, strict=True)
-    }
-    known = {name: form for name, form in forms.items() if form}
-    if len(set(map(tuple, known.values()))) > 1:
-        listed = ", ".join(f"{name} `{'` and `'.join(form)}`" for name, form in known.items())
+def _check_forms(names: Sequence[str], parts: Sequence[Any], text_field: str) -> None:
+    """Refuses data sets that keep what is trained on in other columns: in one table, rows of each would have none."""
+    from ..data.stream_start import column_names
+    from ..heads.text import TextColumns
+
+    columns = TextColumns(text_field)
+    forms = [columns.trained(column_names(rows, name)) for name, rows in zip(names, parts, strict=True)]
+    if len(set(filter(None, forms))) > 1:
+        listed = ", ".join(f"{name} `{'` and `'.join(form)}`" for name, form in zip(names, forms, strict=True) if form)
         raise ValueError(
             f"`datasets` keep their texts in different columns ({listed}): rows of the mixture would have none. "
             "Bring them to one form, or choose columns that all have with `columns`."
@@ -303,7 +302,8 @@ def run(
     }
     evaluated = training_args.eval_strategy != "no" or bool(training_args.monitor_steps)
     with training_args.main_process_first(desc="the data sets"):  # the others find them in the cache
-        train, held_out = load_data(script_args, mixture, evaluated, training_args.seed)
+        field = training_args.dataset_text_field
+        train, held_out = load_data(script_args, mixture, evaluated, training_args.seed, field)
     trainer = HeRATrainer(
         model=os.path.expanduser(model_args.model_name_or_path or ""),
         args=training_args,

@@ -278,6 +278,13 @@ class TeacherVectors:
             return hashlib.sha256(np.asarray(self._first_image_row()[TEACHER_COLUMN], np.float32).tobytes()).hexdigest()
         return teacher_identity(self.teacher) if isinstance(self.teacher, str) else self.teacher.identity
 
+    @property
+    def rows_without_image(self) -> int:
+        """Training rows without an image, where that is known: not of streams and of vectors that the data brought."""
+        rows = self.train_dataset
+        known = isinstance(rows, Dataset) and not self._brings_vectors
+        return len(rows) - len(rows_with_vectors(rows)) if known else 0
+
     def count_rows(self) -> RowCounts:
         """How many rows of the training data have an image and, as far as some of these tell, labels. Of a stream, its
         first rows are looked at."""

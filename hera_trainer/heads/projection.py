@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -101,14 +102,15 @@ def _device(projection: nn.Module) -> torch.device:
 
 
 def _is_plain_under_lora(projection: nn.Module) -> bool:
-    """Whether nothing but LoRA, or a copy that is trained as a whole, wraps a plain layer that is whole here."""
-    while isinstance(projection, (LoraLayer, ModulesToSaveWrapper)):
+    """Whether nothing but LoRA, or a copy that is trained as a whole, wraps a plain layer, of which neither PEFT nor
+    DeepSpeed looks at the parameters when it runs."""
+    while isinstance(projection, (LoraLayer, ModulesToSaveWrapper)) and not isinstance(projection, ParamWrapper):
         base = projection.get_base_layer() if isinstance(projection, LoraLayer) else _base_layer(projection)
         if base is projection:
             return False
         projection = base
-    weight = _dense_weight(projection)
-    return weight is not None and weight.ndim == 2  # ZeRO-3 leaves an empty one between its passes
+    divided = any(hasattr(parameter, "ds_id") for parameter in projection.parameters(recurse=False))  # by ZeRO-3
+    return _dense_weight(projection) is not None and not divided
 
 
 @contextmanager

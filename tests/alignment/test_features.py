@@ -35,11 +35,12 @@ class Step(TrainerCallback):
         self.towers = 0
         patches = next(m for m in self.model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
         handle = patches.register_forward_hook(self.count)
-        trainer.prepare_alignment()
-        self.towers = 0
         trainer.train()
         handle.remove()
         self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.towers = 0  # what prepares the run is not counted
 
     def count(self, *args):
         self.towers += 1

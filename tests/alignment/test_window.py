@@ -239,6 +239,16 @@ def test_no_second_pass_without_alignment_or_with_one_micro_batch(tmp_path, monk
     assert trainer.state.global_step == 1
 
 
+class FromTheBeginning(TrainerCallback):
+    """Sets counts to zero when training begins: what prepares the run is not counted."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.calls.update(dict.fromkeys(self.calls, 0))
+
+
 def test_first_pass_ends_after_the_deepest_head(tmp_path):
     """It runs neither later layers nor the LM head, and each image is prepared once."""
     trainer = make_trainer(tmp_path, "llava", (4, 4))
@@ -255,8 +265,7 @@ def test_first_pass_ends_after_the_deepest_head(tmp_path):
     layers[2].self_attn.q_proj.register_forward_hook(counter("layer 2"))
     processor = trainer.processing_class.image_processor
     original = type(processor).__call__
-    trainer.prepare_alignment()
-    calls.update({name: 0 for name in calls})
+    trainer.add_callback(FromTheBeginning(calls))
 
     class Counting(type(processor)):
         def __call__(self, *args, **kwargs):
@@ -272,8 +281,8 @@ def test_first_pass_ends_after_the_deepest_layer(tmp_path):
     """It runs all of that layer and nothing of the next."""
     settings = {"alignment_granularity": "layer", "aligned_heads": ["L1"]}
     trainer = make_trainer(tmp_path, "llava", (4, 4), **settings)
-    trainer.prepare_alignment()
     calls = {"L1": 0, "L2": 0}
+    trainer.add_callback(FromTheBeginning(calls))
 
     def count(name):
         def hook(*args):

@@ -36,6 +36,8 @@ def parts(tmp_path_factory):
     rows.save_to_disk(folder / "rows")
     chats = [[*row["prompt"], *row["completion"]] for row in rows.select_columns(["prompt", "completion"])]
     rows.select_columns("images").add_column("messages", chats).save_to_disk(folder / "chats")
+    rows.select_columns(["images", "prompt"]).add_column("messages", chats).save_to_disk(folder / "more")
+    rows.select_columns("images").add_column("text", ["A duck."] * len(rows)).save_to_disk(folder / "texts")
     datasets.DatasetDict(train=rows, test=image_dataset(n=8, seed=1)).save_to_disk(folder / "splits")
     return folder
 
@@ -319,6 +321,10 @@ def test_mixture(parts, tmp_path):
     train, held_out = data_of(parts, tmp_path, evaluated=False, datasets=[rows, others])
     stored, test = datasets.load_from_disk(parts / "rows"), datasets.load_from_disk(parts / "splits")["test"]
     assert texts(train) == texts(stored) + texts(test) and held_out is None
+    # A column beside the messages does no harm: they are what is trained on.
+    chats = {"path": str(parts / "chats")}
+    train, _ = data_of(parts, tmp_path, evaluated=False, datasets=[chats, {"path": str(parts / "more")}])
+    assert len(train) == 2 * len(stored)
     parted = [{**rows, "fraction": 1}, {**others, "fraction": 3}]  # 8 rows are three quarters of 10.7
     train, _ = data_of(parts, tmp_path, evaluated=False, datasets=parted)
     assert texts(train) == texts(stored)[:3] + texts(test)
@@ -338,6 +344,8 @@ def test_stream(parts, tmp_path):
         ({"datasets": [{"path": "rows"}]}, "--test_split_size"),
         ({"dataset_name": "rows", "dataset_streaming": True, "test_split_size": 0.5}, "stream"),
         ({"datasets": [{"path": "rows", "fraction": 1}, {"path": "rows"}], "test_split_size": 0.5}, "`fraction`"),
+        ({"datasets": [{"path": "texts"}, {"path": "chats"}]}, "texts `text`, chats `mess"),
+        ({"datasets": [{"path": "texts"}, {"path": "rows"}], "streaming": True}, "texts `text`, rows `prompt`"),
         (
             {"datasets": [{"path": "rows"}, {"path": "chats"}], "test_split_size": 0.5},
             "rows `prompt`.*chats `messages`",

@@ -224,6 +224,14 @@ def test_low_precision_weights(dtype: torch.dtype, bias: bool) -> None:
     torch.testing.assert_close(project_heads(wrapped, pooled, heads).double(), exact, rtol=1e-5, atol=1e-5)
     after = dict(wrapped.base_layer.named_parameters())
     assert list(after) == list(stored) and all(after[name] is stored[name] for name in stored)
+    # ZeRO-3 looks at the parameters of a layer that runs, and must find its own.
+    stored["weight"].ds_id = 0
+    dtypes = []
+    handle = wrapped.base_layer.register_forward_pre_hook(lambda layer, args: dtypes.append(layer.weight.dtype))
+    error = (project_heads(wrapped, pooled, heads) - exact).abs().max() / exact.abs().max()
+    handle.remove()
+    assert dtypes == [dtype] and 0 < error < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+    del stored["weight"].ds_id
     # And what flows through it in that dtype adds up.
     x = torch.randn(9, FULL, generator=torch.Generator().manual_seed(4)).to(dtype)
     wrapped.eval()

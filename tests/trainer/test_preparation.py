@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import NoStep, config, trainer
-from tiny import build_vlm, image_dataset
+from tiny import build_vlm, image_dataset, save_tiny_dinov2
 
 import hera_trainer.trainer as trainer_module
 from hera_trainer import HeRALoss, get_head_accessor, read_run
@@ -119,6 +119,7 @@ def test_evaluating_a_finished_run(tmp_path, caplog):
     assert len(said) == 1 and " ".join(aligned) in said[0] and " ".join(others[:2]) in said[0]
     caplog.clear()
     frozen(aligned).evaluate()
+    trainer(tmp_path, eval_dataset=rows, alignment_weight=0.0).evaluate()
     assert "is measured at the heads" not in caplog.text
     with pytest.raises(ValueError, match="No trainable parameter"):
         run.train()
@@ -142,6 +143,8 @@ def test_persistent_workers_do_not_keep_another_data_set(tmp_path, weight):
     for rows in (None, first, second, {"a": first, "b": second}, None):
         one, other = ({n: v for n, v in run.evaluate(rows).items() if "loss" in n} for run in (expected, found))
         assert one == pytest.approx(other) and one
+    kept = dict(found._eval_dataloaders)
+    assert list(kept) == ["eval"] and found.evaluate() and found._eval_dataloaders == kept  # its workers stay
     found.eval_dataset = second
     assert found.evaluate()["eval_loss"] == pytest.approx(expected.evaluate(second)["eval_loss"])
     assert found.args.dataloader_persistent_workers
@@ -158,6 +161,20 @@ def test_layers_that_are_not_whole_are_refused(way, monkeypatch):
         check_whole_layers(model, accelerator)
     monkeypatch.undo()
     check_whole_layers(model, SimpleNamespace(parallelism_config=None, mixed_precision="bf16"))
+
+
+def test_rows_without_an_image_are_counted(tmp_path):
+    rows = image_dataset(n=24)
+    rows = rows.map(lambda row, i: {"images": row["images"] if i % 8 else []}, with_indices=True)
+    save_tiny_dinov2(tmp_path / "teacher")
+    teacher = {"teacher_model_name_or_path": str(tmp_path / "teacher")}
+    run = trainer(tmp_path, dataset=rows, gradient_accumulation_steps=2, **teacher, **NAMED)
+    run.prepare_alignment()
+    assert run.teacher_vectors.rows_without_image == 3
+    # Of vectors that the data brought, it is not known.
+    run = trainer(tmp_path, **NAMED)
+    run.prepare_alignment()
+    assert run.teacher_vectors.rows_without_image == 0
 
 
 def test_rows_that_train_nothing_are_refused_for_several_processes():
