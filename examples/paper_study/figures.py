@@ -40,14 +40,13 @@ SHOWN = ("aligned five", "aligned five, by the other encoder", "image gain", ACC
 def draw(results: dict[str, list[Record]], folder: Path) -> None:
     """Writes a PNG for each question that has results."""
     folder.mkdir(parents=True, exist_ok=True)
-    if can_be_shown("signature", results):
-        _save(_signature(results["signature"]), folder / "results-signature.png")
     searched = {name: pairs(results[name]) for name in SEARCHES if pairs(results.get(name, []))}
     if searched:
         _save(_searched(searched, results["references"]), folder / "results-search.png")
-    for name in BESIDE_THE_START[1:]:
+    for name in BESIDE_THE_START:
         if can_be_shown(name, results):
-            _save(_confirmed(results[name]), folder / f"results-{name.replace('_', '-')}.png")
+            drawn = _signature if name == "signature" else _confirmed
+            _save(drawn(results[name]), folder / f"results-{name.replace('_', '-')}.png")
     if can_be_shown("head_map", results):
         _save(_firm(results["head_map"]), folder / "results-head-map.png")
 

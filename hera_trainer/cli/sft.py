@@ -246,7 +246,9 @@ def _check_forms(names: Sequence[str], parts: Sequence[Any], text_field: str) ->
     from ..heads.text import TextColumns
 
     columns = TextColumns(text_field)
-    forms = [columns.trained(column_names(rows, name)) for name, rows in zip(names, parts, strict=True)]
+    # Most streams know their columns, and need not be opened for them.
+    known = [rows.column_names or column_names(rows, name) for name, rows in zip(names, parts, strict=True)]
+    forms = [columns.trained(found) for found in known]
     if len(set(filter(None, forms))) > 1:
         listed = ", ".join(f"{name} `{'` and `'.join(form)}`" for name, form in zip(names, forms, strict=True) if form)
         raise ValueError(

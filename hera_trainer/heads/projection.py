@@ -105,10 +105,7 @@ def _is_plain_under_lora(projection: nn.Module) -> bool:
     """Whether nothing but LoRA, or a copy that is trained as a whole, wraps a plain layer, of which neither PEFT nor
     DeepSpeed looks at the parameters when it runs."""
     while isinstance(projection, (LoraLayer, ModulesToSaveWrapper)) and not isinstance(projection, ParamWrapper):
-        base = projection.get_base_layer() if isinstance(projection, LoraLayer) else _base_layer(projection)
-        if base is projection:
-            return False
-        projection = base
+        projection = projection.get_base_layer() if isinstance(projection, LoraLayer) else _base_layer(projection)
     divided = any(hasattr(parameter, "ds_id") for parameter in projection.parameters(recurse=False))  # by ZeRO-3
     return _dense_weight(projection) is not None and not divided
 
