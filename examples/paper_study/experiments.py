@@ -184,6 +184,17 @@ def stages_confirmed() -> list[Run]:
     return runs
 
 
+def concepts() -> list[Run]:
+    """Alignment in the first stage on the drawings of five artists, with keywords in their captions and whole concepts
+    held out, with fresh seeds."""
+    place: dict[str, Any] = {**TAUGHT, "images": "emoji", "in_full": True, "draw": 1}
+    arms = {"neither": SFT, "stage 1": HELD, "stage 1 control": HELD | CONTROL}
+    runs = [Run("start", **{**place, "steps": 0})]
+    for seed in range(7, 12):
+        runs += [Run(arm, seed, settings=SFT, before=FIRST | settings, **place) for arm, settings in arms.items()]
+    return runs
+
+
 def longer() -> list[Run]:
     """Four times as many steps of stage 1: whether what alignment gives there is a head start alone."""
     place: dict[str, Any] = {**TAUGHT, "in_full": True}
@@ -246,6 +257,7 @@ EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "weights": weights,
     "stages": stages,
     "stages_confirmed": stages_confirmed,
+    "concepts": concepts,
     "longer": longer,
     "head_map": head_map,
     "confirmation": confirmation,
