@@ -112,11 +112,16 @@ def leads() -> list[Run]:
     return runs
 
 
+def neighbors() -> list[Run]:
+    return searched([(f"{k} neighbours", {"num_neighbors": k}) for k in (5, 20)])
+
+
 def micro_batches(size: int, **settings: Any) -> dict[str, Any]:
-    """Steps of 64 in micro-batches, with two neighbours: more would leave nothing to tell apart in the smallest."""
+    """Steps of 64 or more in micro-batches, with two neighbours: more would leave nothing to tell apart in the
+    smallest."""
     return {
         "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": 64 // size,
+        "gradient_accumulation_steps": max(1, 64 // size),
         "num_neighbors": 2,
         **settings,
     }
@@ -132,6 +137,8 @@ def pool() -> list[Run]:
             ("64 and a queue of 192", micro_batches(64, queue_size=192)),
             ("64 in groups of neighbours", micro_batches(64, neighbor_group_size=4)),
             ("64 in micro-batches of 8", micro_batches(8, **within)),
+            ("128 as one", micro_batches(128)),
+            ("256 as one", micro_batches(256)),
         ]
     )
 
@@ -144,6 +151,8 @@ def heads() -> list[Run]:
             ("worst 20", {"num_aligned_heads": 20}),
             ("feature", {"alignment_objective": "feature", "temperature": None}),
             ("CKA", CKA),
+            ("worst 1", {"num_aligned_heads": 1}),
+            ("worst 3", {"num_aligned_heads": 3}),
         ]
     )
 
@@ -251,6 +260,7 @@ EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "pull": pull,
     "similarity": similarity,
     "default": default,
+    "neighbors": neighbors,
     "pool": pool,
     "heads": heads,
     "leads": leads,

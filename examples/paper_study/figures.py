@@ -33,7 +33,7 @@ from records import (
 
 COLORS = {"SFT": "#888888", "aligned": "#1f77b4", "aligned control": "#ff7f0e", "uniformity": "#2ca02c"}
 LABELS = {"aligned": "aligned (HeRA)", "aligned control": "control: permuted teacher"}
-SEARCHES = ("temperature", "pull", "similarity", "pool", "heads")
+SEARCHES = ("temperature", "pull", "similarity", "neighbors", "pool", "heads")
 SHOWN = ("aligned five", "aligned five, by the other encoder", "image gain", ACCURACY, "held-out loss")
 
 
