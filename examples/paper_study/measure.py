@@ -41,13 +41,14 @@ class HeldOut:
     Args:
         rows (`Dataset`): Columns `images`, `prompt` and `completion`.
         vectors (`Mapping[str, Tensor]`): By name of the encoder, `[N, d]`.
-        questions (`Dataset`): Short answers to questions about other images: the same columns, `question` and `answer`.
-        trained_questions (`Dataset`, *optional*): Questions that models are trained on.
+        questions (`Dataset`, *optional*): Short answers to questions about other images, for models that are trained on
+            questions: the same columns, `question` and `answer`.
+        trained_questions (`Dataset`, *optional*): The questions that they are trained on.
     """
 
     rows: Dataset
     vectors: Mapping[str, Tensor]
-    questions: Dataset
+    questions: Dataset | None = None
     trained_questions: Dataset | None = None
 
     def neighbors(self) -> dict[str, Tensor]:
@@ -65,10 +66,11 @@ class HeldOut:
             "null": [null.mean, null.p95],
             "ceiling": neighbor_overlap(first, second),
         }
-        if (trained := self.trained_questions) is not None:
-            found["questions"] = len(self.questions)
+        asked, trained = self.questions, self.trained_questions
+        if asked is not None and trained is not None:
+            found["questions"] = len(asked)
             found["wording"] = majority_accuracy(
-                trained["answer"], self.questions["answer"], trained["question"], self.questions["question"]
+                trained["answer"], asked["answer"], trained["question"], asked["question"]
             )
         return found
 
@@ -83,7 +85,7 @@ def measure(
 ) -> dict[str, Any]:
     """Mutual k-NN of all heads with both encoders, with the image in context; the aligned heads' alignment loss and
     spread; the language-model loss. In full, also mutual k-NN on text alone, and what the loss rises by when the images
-    are permuted, and the share of questions that are answered right.
+    are permuted, and the share of questions that are answered right, if there are any.
 
     Args:
         model (`nn.Module`): A model, in whatever mode; it is put into eval mode.
@@ -111,7 +113,8 @@ def measure(
         others = other_rows([1] * len(rows), range(len(rows)), seed=0)
         permuted = [{**row, "images": rows[other]["images"]} for row, other in zip(rows, others, strict=True)]
         measured["image_gain"] = _read(model, collate, permuted)[1] - loss
-        measured["vqa_accuracy"] = _read(model, collate, _trained_on(held_out.questions))[2]
+        if held_out.questions is not None:
+            measured["vqa_accuracy"] = _read(model, collate, _trained_on(held_out.questions))[2]
         read["text"], _, _ = _read(model, partial(_captions_alone, processor), rows, capture)
     measured["mknn"] = {}
     for context, vectors in read.items():

@@ -38,8 +38,7 @@ from hera_trainer.demo.data import easy_vqa, emoji_captions
 from hera_trainer.demo.job import IMAGE_SIZE, LINEAR_LAYERS, scoring_labels_alone
 from hera_trainer.demo.parts import build_llava, computes_bf16
 
-HELD_OUT, OPENMOJI_HELD_OUT, QUESTIONS = 360, 400, 240
-MANY_QUESTIONS = 960  # for models that were trained on questions
+HELD_OUT, OPENMOJI_HELD_OUT, QUESTIONS = 360, 400, 960
 TRAINED_ON = 1920  # drawings of emoji, or questions
 RANKING_SAMPLES = 1000
 SAVE_STEPS = 10
@@ -70,8 +69,8 @@ class Run:
         adapter (`str`): What is trained: `"lora"` (adapter and projector), `"full"` (all but the vision tower), or
             `"projector"` (it alone).
         images (`str`): `"emoji"`, by all artists with keywords, `"openmoji"`, by one artist with their names alone, or
-            `"mixed"`, these and questions about shapes. What is held out are emoji, and questions for the model's
-            answers.
+            `"mixed"`, these and questions about shapes. What is held out are emoji, and with `"mixed"` questions,
+            too.
         start (`str`): The projector to begin with: `"stage1"`, or `"random"`, which has never seen an image.
         every (`int`, *optional*): Steps between two measurements on the way, of the heads with the image in context.
         in_full (`bool`): Measure all there is at the end.
@@ -153,9 +152,9 @@ class Laboratory:
         """What a run is measured on."""
         rows = self.rows(run.images, run.draw)[1]
         vectors = {name: torch.tensor(rows.with_format(None)[name][:]) for name in ENCODERS}
-        asked = run.images == "mixed"
-        questions = easy_vqa("test", MANY_QUESTIONS if asked else QUESTIONS, seed=run.draw)
-        return HeldOut(rows, vectors, questions, self._questions() if asked else None)
+        if run.images != "mixed":  # a model that was never asked anything has no answers
+            return HeldOut(rows, vectors)
+        return HeldOut(rows, vectors, easy_vqa("test", QUESTIONS, seed=run.draw), self._questions())
 
     def _questions(self) -> Dataset:
         return easy_vqa("train", TRAINED_ON)

@@ -68,7 +68,6 @@ def lab(modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.Monk
             tmp_path / f"ranking-emoji-{name}-0.json"
         )
     monkeypatch.setitem(train.SETTINGS, "per_device_train_batch_size", 14)
-    monkeypatch.setattr(train, "QUESTIONS", 6)
     return laboratory
 
 
@@ -198,7 +197,7 @@ def test_questions_among_captions(modules: dict[str, ModuleType], lab: object, m
         part.cast(Features({**part.features, **columns})) for part in lab._splits["emoji", 0]
     )
     monkeypatch.setattr(train, "TRAINED_ON", 30)
-    monkeypatch.setattr(train, "MANY_QUESTIONS", 20)
+    monkeypatch.setattr(train, "QUESTIONS", 20)
 
     def with_vectors(lab: object, rows: Dataset) -> Dataset:
         for name, size in (("dinov2", 6), ("efficientnet", 5)):
