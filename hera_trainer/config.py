@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from .heads.head import GRANULARITIES, parse_units
-from .objectives.contrastive import MIN_TEMPERATURE, SIMILARITIES, TEMPERATURES
+from .heads.head import GRANULARITIES, SELECTIONS, parse_units
+from .objectives.contrastive import MIN_TEMPERATURE, TEMPERATURES
 from .objectives.metrics import check_clip_quantile
 from .objectives.registry import get_objective
+from .objectives.similarity import SIMILARITIES
 
-HEAD_SELECTIONS = ("worst", "top", "random", "middle")
 CONTRAST_SCOPES = ("step", "micro_batch")
 TEACHER_CONTROLS = ("none", "permuted")
 
@@ -253,7 +253,7 @@ class HeRAConfig(SFTConfig):
         metadata={
             "help": "Which heads or layers of the ranking to align: 'worst' (least aligned with the teacher), 'top', "
             "'random', or 'middle' (the layers nearest the middle of the depth).",
-            "choices": list(HEAD_SELECTIONS),
+            "choices": list(SELECTIONS),
         },
     )
     aligned_heads: list[str] | None = field(
@@ -346,7 +346,7 @@ class HeRAConfig(SFTConfig):
 
     def _check_units(self) -> None:
         self._check_choice("alignment_granularity", GRANULARITIES)
-        self._check_choice("head_selection", HEAD_SELECTIONS)
+        self._check_choice("head_selection", SELECTIONS)
         if self.head_selection == "middle" and self.alignment_granularity == "head":
             raise ValueError(
                 "`head_selection='middle'` chooses whole layers. Set `alignment_granularity='layer'`, or choose heads "

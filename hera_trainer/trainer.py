@@ -43,7 +43,14 @@ from .data.pool import check_pool
 from .data.teacher_vectors import TeacherVectors, signature_columns
 from .heads.accessor import HeadAccessor
 from .heads.capture import HeadCapture
-from .heads.checks import check_compiled, check_decoder, check_projections, check_ranking, check_trainable
+from .heads.checks import (
+    check_compiled,
+    check_decoder,
+    check_projections,
+    check_ranking,
+    check_trainable,
+    other_ranking_advice,
+)
 from .heads.head import AlignedUnit, parse_units
 from .heads.pooling import placeholder_token_ids
 from .heads.quantized import check_not_packed, frozen_packing
@@ -54,6 +61,7 @@ from .hub import push
 from .hub.card import CardKeeper, licensed, write_model_card
 from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
+from .objectives.similarity import comparison
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
 from .runs.control import mark_control
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
@@ -227,9 +235,10 @@ class HeRATrainer(SFTTrainer):
         self.add_callback(ObjectiveCallback(self.alignment, args.objective_learning_rate))
 
     def _load_ranking(self) -> None:
-        ready = self._ready_ranking
+        if isinstance(self._ready_ranking, (str, os.PathLike)):
+            self._ready_ranking = HeadRanking.load(self._ready_ranking)
         if self.head_ranking is None:
-            self.head_ranking = HeadRanking.load(ready) if isinstance(ready, (str, os.PathLike)) else ready
+            self.head_ranking = self._ready_ranking
 
     def _init_watching(self) -> None:
         args = self.args
@@ -348,6 +357,20 @@ class HeRATrainer(SFTTrainer):
         self.alignment.align(heads)
         check_loss_scaling(self.alignment.criterion, self.args, self.accelerator)
         self.aligned_heads = heads
+        if self.head_ranking is not None and self.head_ranking is self._ready_ranking:
+            advice = other_ranking_advice(self.head_ranking, teacher=self.teacher_name, **self._scoring)
+            if advice is not None:
+                logger.warning(advice)
+
+    @property
+    def _scoring(self) -> dict[str, Any]:
+        """What the scores of a ranking are measured with."""
+        args = self.args
+        return {
+            "k": args.num_neighbors,
+            "clip_quantile": args.ranking_clip_quantile,
+            **comparison(args.metric_similarity),
+        }
 
     def _rank_heads(self) -> HeadRanking:
         assert self.alignment is not None
@@ -358,16 +381,13 @@ class HeRATrainer(SFTTrainer):
                 self.processing_class,
                 samples,
                 self.alignment.accessor,
-                k=args.num_neighbors,
                 num_samples=args.ranking_num_samples,
                 batch_size=args.per_device_eval_batch_size,
                 seed=args.seed,
-                normalize=args.metric_similarity != "dot",
-                clip_quantile=args.ranking_clip_quantile,
-                center=args.metric_similarity == "centered_cosine",
                 precision=self.accelerator.mixed_precision,
                 teacher_name=self.teacher_name,
                 progress=not args.disable_tqdm,
+                **self._scoring,
             )
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..heads.head import GRANULARITIES
+from ..heads.head import GRANULARITIES, SELECTIONS
+from ..objectives.similarity import SIMILARITIES, comparison
 from .parser import Parser, positive
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 CAPTION_QUESTION = "Describe the image."
 
 _TEXT_COLUMNS = ("completion", "messages", "text")
-_SELECTIONS = ("worst", "top", "random", "middle")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
         help="clamp the values of each space to this quantile first, 0.95 as the metric's reference code [no clipping]",
     )
     parser.add_argument(
+        "--similarity",
+        choices=SIMILARITIES,
+        default="cosine",
+        help="how vectors are compared, as `metric_similarity` in training [%(default)s]",
+    )
+    parser.add_argument(
         "--ceiling",
         metavar="ENCODER",
         default=None,
@@ -54,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--granularity", choices=GRANULARITIES, default="head", help="choose heads, or whole layers [%(default)s]"
     )
-    parser.add_argument("--selection", choices=_SELECTIONS, default="worst", help="which of them [%(default)s]")
+    parser.add_argument("--selection", choices=SELECTIONS, default="worst", help="which of them [%(default)s]")
     parser.add_argument("--m", type=positive, default=5, help="number of heads or layers to choose [%(default)s]")
     parser.add_argument(
         "--context",
@@ -250,6 +256,7 @@ def main(arguments: Sequence[str]) -> None:
         teacher_name=args.teacher,
         clip_quantile=args.clip_quantile,
         ceiling=ceiling,
+        **comparison(args.similarity),
     )
     ranking = replace(ranking, model=args.model, ceiling_model=args.ceiling or "")
     ranking.save(output)

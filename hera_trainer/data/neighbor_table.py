@@ -17,6 +17,7 @@ from datasets import Dataset
 from ..common.files import write_atomically
 from ..common.processes import Team
 from ..objectives.metrics import nearest_neighbors
+from ..objectives.similarity import comparison
 from ..teacher.column import TEACHER_COLUMN
 from ..teacher.vectors import cache_root
 
@@ -78,12 +79,7 @@ def neighbor_table(dataset: Dataset, k: int, similarity: str, device: torch.devi
             if cached is None:
                 logger.info(f"Looking for the {k} nearest neighbours of {count:,} images.")
                 vectors = torch.from_numpy(_vectors(dataset, image_of, count)).to(device)
-                cached = (
-                    nearest_neighbors(vectors, k, similarity != "dot", center=similarity == "centered_cosine")
-                    .int()
-                    .cpu()
-                    .numpy()
-                )
+                cached = nearest_neighbors(vectors, k, **comparison(similarity)).int().cpu().numpy()
                 _save(path, cached)
             neighbors = torch.from_numpy(cached)
     return NeighborTable(image_of, team.same(neighbors).numpy())

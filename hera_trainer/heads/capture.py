@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,34 @@ class _Slot:
     leaf: Tensor  # [B, h, d_model], the loss is built on it
     mask: Tensor  # [B, T], positions that were pooled
     on_gradients: GradientObserver | None = None
+    runs: int = 1  # how often the layer was run, but for recomputations
+    others: WeakSet[_Other] = field(default_factory=WeakSet)  # runs in further forwards whose graphs are still there
     recomputed: int = 0  # how often the layer was run again under activation checkpointing
+    delivered: bool = False  # the gradient has gone to the vectors that were read
+
+    def is_own_turn(self, passes: int) -> bool:
+        """Whether the recomputation that begins is one of the pass that was read. The backward visits what was run
+        last first: further forwards, and of a looped layer the last of its passes."""
+        self.recomputed += 1
+        own = self.recomputed - len(self.others)
+        return not self.delivered and own > 0 and own % passes == 0
+
+
+class _Other:
+    """A run of a layer in a further forward. It lives as long as its autograd graph does."""
+
+
+class _Held(torch.autograd.Function):
+    """Identity, whose graph holds an object."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, held: object) -> Tensor:
+        ctx.held = held
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class _Tap(torch.autograd.Function):
@@ -99,6 +127,7 @@ class _Tap(torch.autograd.Function):
             )
         if slot.on_gradients is not None:
             slot.on_gradients(grads[0], slot.leaf.grad, slot.mask)
+        slot.delivered = True
         return grads[0], slot.leaf.grad, None
 
 
@@ -110,7 +139,6 @@ class _Record:
     train: bool
     last_layer: int | None = None  # the forward is left after what is read of this layer
     slots: dict[int, _Slot] = field(default_factory=dict)
-    forward_done: bool = False
 
 
 class ForwardDone(Exception):
@@ -290,7 +318,6 @@ class HeadCapture:
                 "nothing of it can be aligned. A patched forward (Unsloth, fused kernels) does this: use the model as "
                 "transformers ships it, or set `alignment_weight=0` to train without alignment."
             )
-        record.forward_done = True
         vectors = []
         for head in self.heads:
             leaf = record.slots[head.layer].leaf
@@ -315,15 +342,16 @@ class HeadCapture:
         if record is None:
             return None
         slot = record.slots.get(layer)
-        first = slot is None
-        if not first and not (record.forward_done and torch.is_grad_enabled()):
-            return None  # a further forward (label smoothing, metrics): the loss was built on the first one
-        if slot is not None:
-            slot.recomputed += 1
-            # The backward visits the passes through a looped layer from the last to the first, which is the one read.
-            if slot.recomputed % self.accessor.passes(layer):
-                return None
         stream = hidden_states_of(out)
+        if slot is not None:
+            if torch._C._current_graph_task_id() == -1:  # not in a backward, so it is no recomputation
+                slot.runs += 1
+                if slot.runs <= self.accessor.passes(layer) or not torch.is_grad_enabled():
+                    return None
+                slot.others.add(other := _Other())  # a further forward: the loss was built on the first one
+                return _in_place_of_stream(out, _Held.apply(stream, other))
+            if not slot.is_own_turn(self.accessor.passes(layer)):
+                return None
         x = stream if self.granularity == "layer" else args[0]
         with exact_products(stream.device):
             vectors = self._read(layer, module, x, record.mask)
@@ -336,8 +364,11 @@ class HeadCapture:
                 raise ForwardDone
         if not torch.is_grad_enabled():
             return None
-        tapped = _Tap.apply(stream, vectors, slot)
-        return (tapped, *out[1:]) if isinstance(out, tuple) else tapped
+        return _in_place_of_stream(out, _Tap.apply(stream, vectors, slot))
+
+
+def _in_place_of_stream(out: Any, stream: Any) -> Any:
+    return (stream, *out[1:]) if isinstance(out, tuple) else stream
 
 
 def _what_there_is(accessor: HeadAccessor, unit: AlignedUnit) -> str:

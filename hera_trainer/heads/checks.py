@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -258,3 +259,36 @@ def check_ranking(ranking: HeadRanking, accessor: HeadAccessor, model_type: str)
             f"{len(accessor.heads())} heads. Use the ranking of this model, or leave `head_ranking_path` and "
             "`head_ranking` at `None` to compute it."
         )
+
+
+def other_ranking_advice(
+    ranking: HeadRanking, *, teacher: str, k: int, clip_quantile: float | None, center: bool, normalize: bool
+) -> str | None:
+    """What to say of a ready ranking that ranks heads otherwise than a run would, which chooses others.
+
+    Args:
+        ranking ([`HeadRanking`]): Ready ranking.
+        teacher (`str`): Name of the run's teacher; empty where it is not known.
+        k, clip_quantile, center, normalize: As [`rank_heads`] would be called.
+
+    Returns:
+        `str` or `None`: What differs, and what to do; `None` if nothing does.
+    """
+    differs = []
+    if ranking.teacher and teacher and ranking.teacher != teacher:
+        differs.append(f"the teacher is {ranking.teacher!r}, not {teacher!r}")
+    if ranking.k != k:
+        differs.append(f"k is {ranking.k}, not {k}")
+    if ranking.context != "text":
+        differs.append("images were in context")
+    own = replace(ranking, clip_quantile=clip_quantile, center=center, normalize=normalize)
+    if ranking.spaces != own.spaces:
+        ranked, asked = (spaces.removeprefix(", ") or "by cosines" for spaces in (ranking.spaces, own.spaces))
+        differs.append(f"vectors were compared {ranked}, not {asked}")
+    if not differs:
+        return None
+    return (
+        f"The head ranking that was given is not the one that this run would make: {'; '.join(differs)}. Heads are "
+        "chosen from it as it is. Leave `head_ranking_path` and `head_ranking` at `None` to rank them by this run's "
+        "settings."
+    )

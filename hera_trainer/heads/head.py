@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 GRANULARITIES = ("head", "layer")
+SELECTIONS = ("worst", "top", "random", "middle")  # the last of layers alone
 
 
 class AttentionHead(NamedTuple):

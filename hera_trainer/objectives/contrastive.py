@@ -15,6 +15,7 @@ from ..common.precision import exact_products
 from .metrics import top_neighbors
 from .objective import TOLD_APART, AlignmentObjective, constant_heads, valid_samples, zero_loss
 from .queue import SampleQueue
+from .similarity import SIMILARITIES
 
 # As CLIP bounds its logit scale by 100.
 MIN_TEMPERATURE = 0.01
@@ -25,7 +26,6 @@ _FLAT = 0.2
 # How samples are compared, and the temperature that each begins at: CLIP's where vectors keep a common part and differ
 # little; a higher one where that part is taken away and cosines fill their range; 1 for plain dot products.
 TEMPERATURES = {"dot": 1.0, "cosine": 0.07, "centered_cosine": 0.3}
-SIMILARITIES = tuple(TEMPERATURES)
 
 # Norm below which a representation counts as zero: a pruned head's would get a gradient of 1e12 with torch's own.
 _EPSILON = 1e-6

@@ -26,6 +26,7 @@ from ..heads.modes import evaluating
 from ..heads.ranking import HeadRanking, rank_heads
 from ..heads.registry import get_head_accessor, unwrap_model
 from ..heads.samples import draw_samples
+from ..objectives.similarity import comparison
 from ..teacher.column import TEACHER_COLUMN
 from ..teacher.encoder import VisionTeacher
 from .plots import monitor_group
@@ -303,8 +304,7 @@ class AlignmentMonitorCallback(TrainerCallback):
                 num_samples=self.num_samples,
                 batch_size=trainer.args.per_device_eval_batch_size,
                 seed=trainer.args.seed,
-                normalize=trainer.args.metric_similarity != "dot",
-                center=trainer.args.metric_similarity == "centered_cosine",
+                **comparison(trainer.args.metric_similarity),
                 data_collator=None if context == "text" else self._collate,
                 teacher_name=self._teacher_name(),
                 progress=False,

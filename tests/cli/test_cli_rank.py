@@ -102,6 +102,16 @@ def test_scores_stand_beside_what_to_hold_them_against(parts, tmp_path, capsys):
     assert f"to hold it against: {null}, ceiling {ranking.ceiling:.4f} ({second})\n" in out
 
 
+@pytest.mark.parametrize(
+    ("similarity", "settings"), [("centered_cosine", {"center": True}), ("dot", {"normalize": False})]
+)
+def test_how_vectors_are_compared(parts, similarity, settings):
+    ranking = run(parts, parts / "model", parts / "rows", "--similarity", similarity, "--no-plot")
+    same = expected(parts, **settings)
+    assert_same(ranking, same)
+    assert ranking.spaces == same.spaces != expected(parts).spaces
+
+
 def test_captions_in_columns_of_other_names(parts):
     """Of several captions the first counts; paths of images are relative to the file."""
     columns = ["--image-column", "photo", "--caption-column", "captions", "--no-plot"]

@@ -141,6 +141,50 @@ def test_further_forwards_and_labelled_images(tmp_path, setting):
     assert_gradients_equal(recorder.gradients, expected, tolerance=2e-4)
 
 
+class TwoForwards(SeededTrainer):
+    """With a term of one's own, which takes a forward of the other rows' order, before or after the loss."""
+
+    when = "after"
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        flipped = {name: value.flip(0) for name, value in inputs.items() if torch.is_tensor(value)}
+        flipped = {name: value for name, value in flipped.items() if name not in ("labels", TEACHER_COLUMN)}
+
+        def term():
+            torch.manual_seed(7)
+            return model(**flipped, use_cache=False).logits.square().mean()
+
+        if self.when == "before":
+            own = term()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.when == "after":
+            own = term()
+        if self.when == "unused":
+            term()
+            own = 0.0
+        return loss + own
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize("when", ["before", "after", "unused"])
+def test_a_term_that_takes_a_further_forward(tmp_path, when, checkpointing, monkeypatch):
+    monkeypatch.setattr(TwoForwards, "when", when)
+    monkeypatch.setitem(globals(), "SeededTrainer", TwoForwards)
+    trainer = make_trainer(tmp_path, "llava", CHECKPOINTING[checkpointing], lora_config(dropout=0.2))
+    recorder = Recorder(trainer)
+    trainer.train()
+    expected = reference_gradients(recorder)
+    if when != "unused":
+        (batch,) = recorder.batches
+        flipped = {name: value.flip(0) for name, value in batch.items() if name not in ("labels", TEACHER_COLUMN)}
+        recorder.model.train()
+        torch.manual_seed(7)
+        own = gradients_of(recorder.model, recorder.model(**flipped, use_cache=False).logits.square().mean())
+        assert any(bool(value.abs().max() > 1e-3 * expected[name].abs().max()) for name, value in own.items())
+        expected = {name: value + own[name] if name in own else value for name, value in expected.items()}
+    assert_gradients_equal(recorder.gradients, expected, tolerance=2e-4)
+
+
 # --- Compiled models -------------------------------------------------------------------------------------------------
 
 

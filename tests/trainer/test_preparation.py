@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,11 @@ from runs import NoStep, config, trainer
 from tiny import build_vlm, image_dataset, save_tiny_dinov2
 
 import hera_trainer.trainer as trainer_module
-from hera_trainer import HeRALoss, get_head_accessor, read_run
+from hera_trainer import HeadRanking, HeRALoss, get_head_accessor, read_run
 from hera_trainer.alignment.alignment import Alignment
 from hera_trainer.alignment.checks import check_rows_train, check_whole_layers
 from hera_trainer.data.pool import check_pool
+from hera_trainer.heads.checks import other_ranking_advice
 
 NAMED = {"aligned_heads": ["L0H1", "L1H2"]}
 
@@ -97,6 +99,46 @@ class TestBestModel:
         run = self.run(tmp_path, image_dataset(n=6 if "align" in metric else 5, seed=1, with_features=8), metric)
         run.train()
         assert run.state.best_metric == next(entry[metric] for entry in run.state.log_history if metric in entry)
+
+
+class TestReadyRanking:
+    """One that ranks heads otherwise than the run would is used, and says so."""
+
+    def said(self, tmp_path, caplog, **changes):
+        own = trainer(tmp_path / "own", ranking_num_samples=20)
+        own.prepare_alignment()
+        other = replace(own.head_ranking, **changes)
+        for given in (other, tmp_path / "ranking.json"):
+            other.save(tmp_path / "ranking.json")
+            caplog.clear()
+            run = trainer(tmp_path, head_ranking=given)
+            run.prepare_alignment()
+            run.prepare_alignment()
+            assert run.aligned_heads == other.select(m=run.args.num_aligned_heads)
+        return [r.message for r in caplog.records if "is not the one that this run would make" in r.message]
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"k": 5}, "k is 5, not 3"),
+            ({"context": "image"}, "images were in context"),
+            ({"center": True}, "compared centred, not by cosines"),
+            ({"normalize": False, "clip_quantile": 0.9}, "clipped at quantile 0.9, by dot products, not by cosines"),
+        ],
+    )
+    def test_that_differs(self, tmp_path, caplog, changes, words):
+        (message,) = self.said(tmp_path, caplog, **changes)
+        assert words in message and "`head_ranking_path`" in message
+
+    def test_by_another_teacher(self):
+        own = HeadRanking(torch.zeros(2, 4), torch.zeros(2), k=3, num_samples=20, teacher="org/one")
+        settings = {"k": 3, "clip_quantile": None, "center": False, "normalize": True}
+        assert "'org/one', not 'org/two'" in other_ranking_advice(own, teacher="org/two", **settings)
+        for unknown in ("org/one", ""):
+            assert other_ranking_advice(own, teacher=unknown, **settings) is None
+
+    def test_that_is_its_own(self, tmp_path, caplog):
+        assert not self.said(tmp_path, caplog)
 
 
 def test_evaluating_a_finished_run(tmp_path, caplog):
