@@ -50,6 +50,7 @@ from .heads.checks import (
     check_ranking,
     check_trainable,
     other_ranking_advice,
+    resumed_heads_advice,
 )
 from .heads.head import AlignedUnit, parse_units
 from .heads.pooling import placeholder_token_ids
@@ -357,8 +358,13 @@ class HeRATrainer(SFTTrainer):
         self.alignment.align(heads)
         check_loss_scaling(self.alignment.criterion, self.args, self.accelerator)
         self.aligned_heads = heads
-        if self.head_ranking is not None and self.head_ranking is self._ready_ranking:
-            advice = other_ranking_advice(self.head_ranking, teacher=self.teacher_name, **self._scoring)
+        if isinstance(ready := self._ready_ranking, HeadRanking) and args.aligned_heads is None:
+            if self.head_ranking is ready:
+                advice = other_ranking_advice(ready, teacher=self.teacher_name, **self._scoring)
+            else:
+                check_ranking(ready, accessor, self._model_type)
+                chosen = ready.select(args.head_selection, args.num_aligned_heads, args.seed, granularity)
+                advice = resumed_heads_advice(heads, chosen)
             if advice is not None:
                 logger.warning(advice)
 

@@ -15,7 +15,7 @@ from ..heads.accessor import HeadAccessor
 from ..heads.checks import trains_outside_decoder
 from ..heads.registry import unwrap_model
 from ..objectives.objective import AlignmentObjective
-from ..teacher.column import rows_with_vectors
+from ..teacher.column import TEACHER_COLUMN, rows_with_vectors
 
 logger = get_logger(__name__)
 
@@ -58,7 +58,7 @@ def check_best_metric(args: HeRAConfig, eval_dataset: Any) -> None:
     for name, rows in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
         if metric != (f"{name}_alignment_loss" if name else "alignment_loss") or not isinstance(rows, Dataset):
             continue
-        usable = len(rows_with_vectors(rows))
+        usable = len(rows_with_vectors(rows)) if TEACHER_COLUMN in rows.column_names else 0
         if usable < needed:
             raise ValueError(
                 f"`metric_for_best_model={args.metric_for_best_model!r}` needs {needed} evaluation rows with an image, "

@@ -87,8 +87,10 @@ class Pull:
     def before_step(self) -> None:
         """To be called by all processes after the backward passes of an optimizer step."""
         squares, self._squares = self._squares, None
-        if squares is None:
-            return
+        if squares is None:  # nothing was pooled here, but all processes add up
+            if self.target is None or self.accelerator is None:
+                return
+            squares = torch.zeros(2, device=self.accelerator.device)
         # One step that overflowed in fp16 would hide all others from the log.
         seen = torch.where(squares.isfinite().all(), squares, 0.0)
         self._logged = seen if self._logged is None else self._logged + seen

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..teacher.column import TEACHER_COLUMN
-from ..teacher.encoder import VisionTeacher, to_rgb
+from ..teacher.encoder import VisionTeacher, cure_of, fault_of, to_rgb
 from ..teacher.image_sources import decoded, images_beside, images_inside, is_url, url_refusal, without_payload
 from ..teacher.images import mean_vector
 from .collator import ROW_PLACE, TEACHER_IMAGES, checked_vector
@@ -168,7 +168,7 @@ class StreamTeacher:
         are encoded once.
 
         Raises:
-            `ValueError`: If the teacher returns NaN or infinity; the image's row is named.
+            `ValueError`: If the teacher returns NaN, infinity or zeros; the image's row is named.
         """
         waiting = [(batch, batch.pop(TEACHER_IMAGES)) for batch in batches if TEACHER_IMAGES in batch]
         vectors = self.encode([images for _, images in waiting])
@@ -192,10 +192,9 @@ class StreamTeacher:
                 batch = items[start : start + self.batch_size]
                 inputs = {name: torch.cat([inputs[name] for _, inputs in batch]) for name in batch[0][1]}
                 for (digest, _), vector in zip(batch, self._forward(inputs), strict=True):
-                    if not vector.isfinite().all():
+                    if (what := fault_of(vector)) is not None:
                         raise ValueError(
-                            f"{places[digest]}: the vision teacher returned NaN or infinity for an image. Load it with "
-                            "`dtype=torch.float32`, or set `teacher_model_name_or_path` to another teacher."
+                            f"{places[digest]}: the vision teacher returned {what} for an image. {cure_of(what)}"
                         )
                     vectors[digest] = vector.numpy()
         return vectors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_v
 from ..teacher.control import distinct_vectors, permuted_vectors
 from ..teacher.encoder import VisionTeacher, teacher_identity
 from ..teacher.image_sources import IMAGE_COLUMNS
+from ..teacher.images import ImageColumn
 from .checks import check_dataset, check_width, with_teacher_features
 from .collator import ROW_PLACE, TEACHER_IMAGES, TeacherCollator, check_collator, check_ranked_text
 from .pool import RowCounts, check_expected_pool
@@ -54,7 +56,7 @@ class TeacherVectors:
 
     Args:
         args ([`HeRAConfig`]): The settings.
-        teacher ([`VisionTeacher`] or `str`): The teacher.
+        teacher ([`VisionTeacher`], `str` or path): The teacher, or its name or path.
         accelerator ([`~accelerate.Accelerator`]): Of the run.
         processing_class: The model's processor.
         placeholder_ids (sequence of `int`): See [`~heads.pooling.placeholder_token_ids`].
@@ -69,13 +71,13 @@ class TeacherVectors:
     def __init__(
         self,
         args: HeRAConfig,
-        teacher: VisionTeacher | str,
+        teacher: VisionTeacher | str | os.PathLike,
         accelerator: Accelerator,
         processing_class: Any,
         placeholder_ids: Sequence[int],
     ) -> None:
         self.args = args
-        self.teacher = teacher
+        self.teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
         self.accelerator = accelerator
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.placeholder_ids = placeholder_ids
@@ -87,6 +89,7 @@ class TeacherVectors:
         self._stream_teacher: StreamTeacher | None = None
         self.right_rows: Any = None
         self._brings_vectors = False
+        self._said_without_images: set[str] = set()
         self._passed_columns: Collection[str] | None = None
 
     @property
@@ -183,7 +186,8 @@ class TeacherVectors:
             return dataset
         if not isinstance(dataset, str):
             return self.attach(dataset, "eval_dataset", self.width)
-        self.eval_dataset[dataset] = self.attach(self.eval_dataset[dataset], "eval_dataset", self.width)
+        name = f"eval_dataset[{dataset!r}]"
+        self.eval_dataset[dataset] = self.attach(self.eval_dataset[dataset], name, self.width)
         return dataset
 
     def can_attach(self, dataset: Any) -> bool:
@@ -204,6 +208,8 @@ class TeacherVectors:
             return {key: self.attach(value, f"{name}[{key!r}]", width) for key, value in dataset.items()}
         if not isinstance(dataset, NumberedStream):  # one that is opened has been looked at
             check_dataset(dataset, name)
+            if name != "train_dataset" and self._has_no_images(dataset, name):
+                return dataset
             self._warn_of_another_teacher(dataset, name)
         if not isinstance(dataset, IterableDataset):
             check_tools(dataset, self.data_collator)
@@ -214,6 +220,17 @@ class TeacherVectors:
             stream.width = stream_width(stream, None if stream.has_vectors else self._load_stream_teacher())
         check_width(stream.width, name, width)
         return stream
+
+    def _has_no_images(self, dataset: Dataset | IterableDataset, name: str) -> bool:
+        """Whether no row of what is evaluated has an image, as of a split of texts. It has a loss all the same."""
+        if isinstance(dataset, IterableDataset) or TEACHER_COLUMN in dataset.column_names:
+            return False
+        if ImageColumn(dataset).has_images():
+            return False
+        if name not in self._said_without_images:
+            self._said_without_images.add(name)
+            logger.warning(f"No row of `{name}` has an image: its alignment loss is not measured.")
+        return True
 
     def _warn_of_another_teacher(self, dataset: Any, name: str) -> None:
         """Vectors that came with the training data are anyone's; what they are held against is not to be another's."""

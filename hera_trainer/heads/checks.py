@@ -292,3 +292,15 @@ def other_ranking_advice(
         "chosen from it as it is. Leave `head_ranking_path` and `head_ranking` at `None` to rank them by this run's "
         "settings."
     )
+
+
+def resumed_heads_advice(heads: Sequence[AlignedUnit], chosen: Sequence[AlignedUnit]) -> str | None:
+    """What to say where a run goes on with the heads of its checkpoint, although a ranking was given that would choose
+    others; `None` if it would not."""
+    if set(heads) == set(chosen):
+        return None
+    return (
+        f"The run goes on with the heads of its checkpoint, {' '.join(map(str, heads))}, and not with those of the "
+        f"head ranking that was given, {' '.join(map(str, chosen))}. To align these, begin a new run in another "
+        "`output_dir`."
+    )

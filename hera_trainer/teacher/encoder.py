@@ -19,18 +19,32 @@ from .readout import TeacherReadout
 
 
 class TeacherOutputError(ValueError):
-    """The teacher returned NaN or infinity for an image.
+    """The teacher returned NaN, infinity or nothing but zeros for an image.
 
     Args:
         index (`int`): Position of that image in the list given to [`VisionTeacher.encode`].
+        what (`str`): What it returned.
     """
 
-    def __init__(self, index: int):
-        super().__init__(
-            f"The vision teacher returned NaN or infinity for image {index} of the list. Load it with "
-            "`dtype=torch.float32`, or set `teacher_model_name_or_path` to another teacher."
-        )
+    def __init__(self, index: int, what: str):
+        super().__init__(f"The vision teacher returned {what} for image {index} of the list. {cure_of(what)}")
         self.index = index
+
+
+ZEROS = "nothing but zeros"  # near to no other vector, and far from none
+
+
+def fault_of(vector: torch.Tensor) -> str | None:
+    """What is wrong with a vector `[d_teacher]`, if it cannot have neighbours."""
+    if not bool(vector.isfinite().all()):
+        return "NaN or infinity"
+    return None if bool(vector.any()) else ZEROS
+
+
+def cure_of(what: str) -> str:
+    """What to do about it."""
+    dtype = "" if what == ZEROS else "Load it with `dtype=torch.float32`, or set "
+    return f"{dtype or 'Set '}`teacher_model_name_or_path` to another teacher."
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -186,7 +200,7 @@ class VisionTeacher:
             `torch.Tensor`: float32, `[len(images), d_teacher]`, on the CPU.
 
         Raises:
-            TeacherOutputError: (a `ValueError`) if a vector is not finite; `.index` is the image's position.
+            TeacherOutputError: (a `ValueError`) if a vector is not finite, or zero; `.index` is the image's position.
             ValueError: If something in the list is no PIL image, or the encoder gives no one vector an image.
         """
         if batch_size < 1:
@@ -200,9 +214,10 @@ class VisionTeacher:
         for start in range(0, len(images), batch_size):
             rgb = [to_rgb(image) for image in images[start : start + batch_size]]
             batch = self._forward(rgb).float().cpu()  # [b, d]
-            bad = (~batch.isfinite().all(dim=1)).nonzero()
-            if len(bad):
-                raise TeacherOutputError(start + int(bad[0]))
+            usable = batch.isfinite().all(dim=1) & batch.any(dim=1)
+            if not bool(usable.all()):
+                bad = int(usable.int().argmin())
+                raise TeacherOutputError(start + bad, str(fault_of(batch[bad])))
             if start == 0:
                 vectors = torch.empty(len(images), batch.shape[1])
             vectors[start : start + len(rgb)] = batch

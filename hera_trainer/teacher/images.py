@@ -147,6 +147,10 @@ class ImageColumn:
             for row in found:
                 yield from row
 
+    def has_images(self) -> bool:
+        """Whether a row of the data set has an image. None is read."""
+        return next(self._stored_images(), None) is not None
+
     def fast_key(self, teacher: str) -> str | None:
         """Key that is found without reading an image, or None if only the images themselves can be trusted.
 

@@ -210,3 +210,22 @@ def test_a_step_that_overflowed_hides_no_other():
         pull.before_step()
     # At each of four positions a quarter of the gradient, two numbers of 1, beside two of 2.
     assert pull.metrics(pull.take_logged(torch.device("cpu")))["alignment_pull"] == pytest.approx(0.5)
+
+
+def test_processes_that_pooled_nothing_add_up_too():
+    """Otherwise the others would wait for them, or add up what belongs to something else."""
+
+    class Accelerator:
+        device = torch.device("cpu")
+        reduced: list[Tensor] = []
+
+        def reduce(self, squares, reduction):
+            assert reduction == "sum"
+            self.reduced.append(squares)
+            return squares + torch.tensor([4.0, 1.0])  # of another process
+
+    pull = Pull(0.1, 0.5, Accelerator())
+    pull.before_step()
+    assert [squares.tolist() for squares in Accelerator.reduced] == [[0.0, 0.0]]
+    assert float(pull.weight) == pytest.approx(0.1 * 0.5 / 2.0)
+    assert pull.metrics(pull.take_logged(torch.device("cpu"))).keys() == {"alignment_weight"}

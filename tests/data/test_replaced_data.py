@@ -270,3 +270,51 @@ def test_other_adapters_pass(tmp_path):
     run.train()
     assert run.aligned_heads == [AttentionHead(0, 1), AttentionHead(2, 3)]
     assert isinstance(run.train_dataset, Dataset) and config(tmp_path).n_gpu <= 1
+
+
+class TestEvaluatingOnTexts:
+    """A split without any image has a language-model loss, and its alignment loss is not measured."""
+
+    def texts(self):
+        rows = image_dataset(n=6, seed=3)
+        return rows.map(lambda row: {"images": []}, features=rows.features)
+
+    def test_beside_one_with_images(self, tmp_path, teacher, caplog):
+        splits = {"texts": self.texts(), "images": image_dataset(n=12, seed=4)}
+        run = make(tmp_path, teacher, eval_dataset=splits, eval_strategy="steps", eval_steps=1)
+        run.train()
+        found = [entry for entry in run.state.log_history if "eval_texts_loss" in entry]
+        assert len(found) == 2 and all(entry["eval_texts_loss"] > 0 for entry in found)
+        assert "eval_texts_alignment_loss" not in found[0] and found[0]["eval_texts_alignment_left_out"] == 0
+        assert len([entry for entry in run.state.log_history if "eval_images_alignment_loss" in entry]) == 2
+        (said,) = [record.message for record in caplog.records if "its alignment loss is not measured" in record.message]
+        assert "No row of `eval_dataset['texts']` has an image" in said
+
+    def test_that_are_named_after_training(self, tmp_path, teacher):
+        run = make(tmp_path, teacher)
+        run.train()
+        alone = HeRATrainer(
+            run.model,
+            config(tmp_path / "alone", alignment_weight=0.0),
+            train_dataset=image_dataset(n=8, seed=1),
+            processing_class=run.processing_class,
+        )
+        loss = alone.evaluate(self.texts())["eval_loss"]
+        assert run.evaluate(self.texts())["eval_loss"] == pytest.approx(loss)
+        assert run.predict(self.texts()).metrics["test_loss"] == pytest.approx(loss)
+
+    def test_choose_no_best_model(self, tmp_path, teacher):
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_texts_alignment_loss"}
+        steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        run = make(tmp_path, teacher, eval_dataset={"texts": self.texts()}, **best, **steps)
+        with pytest.raises(ValueError, match="but there are 0"):
+            run.train()
+
+
+def test_a_path_as_the_teacher(tmp_path, teacher):
+    run = make(tmp_path, Path(teacher), queue_size=4)
+    named = make(tmp_path / "named", teacher, queue_size=4)
+    run.prepare_alignment()
+    named.prepare_alignment()
+    assert run.teacher_name == named.teacher_name
+    assert run.teacher_vectors.identity == named.teacher_vectors.identity

@@ -317,7 +317,8 @@ def test_a_faulty_vector_names_the_row(tmp_path, value, message, six_rows_first)
         ranked.train()
 
 
-def test_a_teacher_that_returns_nan_names_the_row(tmp_path, teacher, monkeypatch):
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN or infinity"), (0.0, "nothing but zeros")])
+def test_a_teacher_that_returns_no_vector_names_the_row(tmp_path, teacher, monkeypatch, value, words):
     forward = VisionTeacher.forward_prepared
     calls = []
 
@@ -325,12 +326,12 @@ def test_a_teacher_that_returns_nan_names_the_row(tmp_path, teacher, monkeypatch
         vectors = forward(self, prepared)
         calls.append(len(vectors))
         if sum(calls) > 1 + 8:  # the width, the first step
-            vectors[3, 0] = float("nan")
+            vectors[3] = value
         return vectors
 
     monkeypatch.setattr(VisionTeacher, "forward_prepared", poisoned)
     run = build(tmp_path, image_dataset(n=24).to_iterable_dataset(), aligned_heads=HEADS, teacher=teacher)
-    with pytest.raises(ValueError, match="Row 11 of `train_dataset`: the vision teacher returned NaN"):
+    with pytest.raises(ValueError, match=f"Row 11 of `train_dataset`: the vision teacher returned {words}"):
         run.train()
     assert run.state.global_step == 1
 

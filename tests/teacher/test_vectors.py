@@ -275,11 +275,13 @@ def _parquet(dataset: Dataset, folder: Path) -> str:
     return str(folder / "data.parquet")
 
 
-def test_nan_of_the_teacher_names_the_row(teacher, tmp_path):
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN or infinity"), (0.0, "nothing but zeros")])
+def test_what_the_teacher_cannot_tell_apart_names_the_row(teacher, tmp_path, value, words):
     with torch.no_grad():
-        teacher.model.layernorm.weight[0] = float("nan")
+        teacher.model.layernorm.weight.fill_(value)
+        teacher.model.layernorm.bias.zero_()
     dataset = Dataset.from_dict({"image": [None, noise_image(0)]}, features=Features({"image": Image()}))
-    with pytest.raises(ValueError, match=r"Row 1 of the data set.*NaN"):
+    with pytest.raises(ValueError, match=rf"Row 1 of the data set.*{words}.*`teacher_model_name_or_path`"):
         add_teacher_features(dataset, VisionTeacher(teacher.model, teacher.image_processor), cache_dir=tmp_path)
 
 

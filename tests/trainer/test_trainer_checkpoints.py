@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -109,6 +110,23 @@ class TestCheckpoints:
         second = trainer(tmp_path, max_steps=2, **kwargs)
         second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert second.aligned_heads[0] == AttentionHead(2, 2)
+
+    @pytest.mark.parametrize("differs", [True, False])
+    def test_a_ranking_that_is_given_does_not_change_the_heads(self, tmp_path, caplog, differs):
+        kwargs = {"save_strategy": "steps", "save_steps": 1}
+        first = trainer(tmp_path, max_steps=1, **kwargs)
+        first.train()
+        scores = -first.head_ranking.scores if differs else first.head_ranking.scores
+        given = replace(first.head_ranking, scores=scores)
+        second = trainer(tmp_path, max_steps=2, head_ranking=given, **kwargs)
+        caplog.clear()
+        second.train(resume_from_checkpoint=True)
+        assert second.aligned_heads == first.aligned_heads
+        said = [r.message for r in caplog.records if "goes on with the heads of its checkpoint" in r.message]
+        assert len(said) == differs
+        if differs:
+            for heads in (first.aligned_heads, given.select(m=len(first.aligned_heads))):
+                assert " ".join(map(str, heads)) in said[0]
 
     @pytest.mark.parametrize("tuning", ["full", "lora"])
     def test_best_model_is_loaded(self, tmp_path, tuning):
