@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import SFTConfig
 
@@ -377,6 +377,19 @@ class HeRAConfig(SFTConfig):
                 f"`queue_size` ({self.queue_size}) has no effect with `alignment_objective="
                 f"{self.alignment_objective!r}`, which compares samples of one pool. Set `queue_size=0`."
             )
+        if self.teacher_control != "none" and not objective.uses_teacher:
+            raise ValueError(
+                f"`teacher_control` has no effect with `alignment_objective={self.alignment_objective!r}`, which uses "
+                "no teacher and is a control itself. Set `teacher_control='none'`."
+            )
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in objective.ignored_settings:
+            orders_batches = name == "teacher_similarity" and self.neighbor_group_size > 0
+            if getattr(self, name) != defaults[name] and not orders_batches:
+                raise ValueError(
+                    f"`{name}` has no effect with `alignment_objective={self.alignment_objective!r}`. Leave it at its "
+                    f"default, {defaults[name]!r}."
+                )
 
     @property
     def initial_temperature(self) -> float:

@@ -23,6 +23,7 @@ from ..heads.head import AlignedUnit, granularity_of
 from ..heads.heat_map import plot_head_scores
 from ..heads.ranking import HeadRanking
 from ..heads.registry import unwrap_model
+from ..objectives.contrastive import HeRALoss
 from ..runs.record import CONTEXTS, RunRecord, public_ranking, read_image_gains, read_rankings
 from ..runs.record_callback import hub_names
 from ..runs.written_files import CARD_FILE, PLOTS_FOLDER
@@ -58,7 +59,8 @@ def write_model_card(
         tags (`str` or `list[str]`, *optional*): Further tags.
         license (`str`, *optional*): Licence, by default the one that is in the card already.
     """
-    folder = Path(str(trainer.args.output_dir))
+    folder, objective = Path(str(trainer.args.output_dir)), trainer.criterion
+    assert objective is not None
     path = folder / CARD_FILE
     kept = _written_by_hand(path, license)
     adapter = trainer.model if isinstance(trainer.model, PeftModel) else None
@@ -88,6 +90,9 @@ def write_model_card(
             f"[{n}](https://huggingface.co/datasets/{n})" if _is_repo_id(n) else f"`{n}`" for n in names
         ),
         paper=trainer._paper,
+        is_the_papers=isinstance(objective, HeRALoss),
+        teaches=objective.uses_teacher,
+        summary=objective.summary.format(unit=trainer.args.alignment_granularity),
         control="" if trainer.args.teacher_control == "none" else trainer.args.teacher_control,
         badges=public_text("\n".join(line for line in trl_card.text.splitlines() if line.startswith("[<img"))),
         repo=trainer.hub_model_id or trainer.args.hub_model_id or folder.absolute().name,
@@ -373,7 +378,7 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
     teacher = shown_name(trainer.teacher_name) or "vectors that came with the data"
     is_large_dinov2 = "dinov2" in teacher.lower() and "large" in teacher.lower() and "reg" not in teacher.lower()
     rows = [
-        ("weight of the alignment loss, λ", f"{args.alignment_weight:g}", "0.01", args.alignment_weight == 0.01),
+        ("weight of the alignment loss, λ", *_weight(trainer)),
         ("neighbours, k", str(args.num_neighbors), "10", args.num_neighbors == 10),
         (f"aligned {kind}s, m", f"{m} ({selection})", paper_m, (m, selection, kind) == (5, "worst", "head")),
         *_objective_settings(trainer),
@@ -383,13 +388,21 @@ def _settings(trainer: HeRATrainer) -> list[list[str]]:
             "batches of 256, then 128",
             pool in _PAPER_POOLS and not queue and not groups,
         ),
-        ("teacher", teacher, "DINOv2 ViT-L", is_large_dinov2),
+        ("teacher", teacher if trainer.criterion.uses_teacher else "none", "DINOv2 ViT-L", is_large_dinov2),
     ]
     if ranking is not None and args.aligned_heads is None:
         same = (ranking.num_samples, ranking.context) == (1000, "text")
         ranked = f"{ranking.num_samples:,} pairs, {CONTEXTS[ranking.context]}"
         rows.append(("heads ranked on", ranked, "1,000 pairs, text only", same))
     return [[name, value if same else f"**{value}**", paper] for name, value, paper, same in rows]
+
+
+def _weight(trainer: HeRATrainer) -> tuple[str, str, bool]:
+    """The weight, and where it follows a pull, the last one."""
+    first = trainer.args.alignment_weight
+    logged = [entry["alignment_weight"] for entry in trainer.state.log_history if "alignment_weight" in entry]
+    last = f" at first, {logged[-1]:.3g} at the end" if logged else ""
+    return f"{first:g}{last}", "0.01", first == 0.01 and not logged
 
 
 def _objective_settings(trainer: HeRATrainer) -> list[tuple[str, str, str, bool]]:

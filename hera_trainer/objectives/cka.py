@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ..common.precision import exact_products
-from .objective import TOLD_APART, AlignmentObjective, constant_heads, valid_samples, zero_loss
+from .objective import CONTRASTIVE_SETTINGS, TOLD_APART, AlignmentObjective, constant_heads, valid_samples, zero_loss
 from .queue import SampleQueue
 
 
@@ -41,6 +43,10 @@ class CKALoss(AlignmentObjective):
         heads `[m, B, d_model]`, teacher `[B, d_teacher]`, valid `[B]` bool or `None`. Computed in float32.
     """
 
+    ignored_settings: ClassVar[tuple[str, ...]] = CONTRASTIVE_SETTINGS
+    summary: ClassVar[str] = (
+        "trained to find samples as similar to each other as a frozen vision encoder does, the teacher (linear CKA)"
+    )
     least_samples = 3  # of two samples, any two centred kernels are the same
 
     def forward(

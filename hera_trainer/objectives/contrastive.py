@@ -217,6 +217,10 @@ class HeRALoss(AlignmentObjective):
     """
 
     uses_queue: ClassVar[bool] = True
+    summary: ClassVar[str] = (
+        "pulled towards the neighbourhoods of a frozen vision encoder, the teacher: samples whose images are alike for "
+        "the teacher shall be alike for the {unit}"
+    )
 
     def __init__(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.precision import exact_products
-from .objective import AlignmentObjective, valid_samples, zero_loss
+from .objective import CONTRASTIVE_SETTINGS, AlignmentObjective, valid_samples, zero_loss
 from .queue import SampleQueue
 
 
@@ -27,6 +28,11 @@ class FeatureLoss(AlignmentObjective):
     """
 
     least_samples = 1
+    ignored_settings: ClassVar[tuple[str, ...]] = CONTRASTIVE_SETTINGS
+    summary: ClassVar[str] = (
+        "trained to give, through projectors that are not kept, the vectors of a frozen vision encoder, the teacher "
+        "(feature matching)"
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,6 +13,9 @@ from .queue import SampleQueue
 # token alone says the same of all samples; divided by what differs in it, it would have most of the gradient.
 TOLD_APART = 1e-2
 
+# Fields of the configuration that say how the contrastive loss compares samples.
+CONTRASTIVE_SETTINGS = ("similarity", "teacher_similarity", "temperature", "learn_temperature")
+
 
 class AlignmentObjective(nn.Module):
     """Compares the representations of the aligned heads with the teacher vectors of one pool of samples.
@@ -23,10 +26,18 @@ class AlignmentObjective(nn.Module):
 
     Attributes:
         uses_queue (`bool`): Whether past samples (`queue_size`) take part.
+        uses_teacher (`bool`): Whether the teacher's vectors do. What is trained without them is not an aligned run.
+        ignored_settings (`tuple[str, ...]`): Fields of the configuration that other objectives read and this one does
+            not, so that setting them is refused.
+        summary (`str`): What is done to heads, for model cards: "5 attention heads were ...". `{unit}` stands for a
+            head or layer.
         least_samples (`int`): A pool with fewer valid samples, those of the queue included, goes without the loss.
     """
 
     uses_queue: ClassVar[bool] = False
+    uses_teacher: ClassVar[bool] = True
+    ignored_settings: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str] = "trained with a loss of their own on the vectors of a frozen vision encoder, the teacher"
     least_samples: int = 2
 
     @classmethod

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.precision import exact_products
-from .objective import AlignmentObjective, valid_samples, zero_loss
+from .objective import CONTRASTIVE_SETTINGS, AlignmentObjective, valid_samples, zero_loss
 from .queue import SampleQueue
 
 
@@ -26,6 +27,10 @@ class UniformityLoss(AlignmentObjective):
     Inputs:
         heads `[m, B, d_model]`; teacher `[B, d_teacher]`, not used; valid `[B]` bool or `None`. Computed in float32.
     """
+
+    uses_teacher: ClassVar[bool] = False
+    ignored_settings: ClassVar[tuple[str, ...]] = CONTRASTIVE_SETTINGS
+    summary: ClassVar[str] = "spread over the samples without a teacher (uniformity), as a control"
 
     def __init__(self, t: float = 2.0) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from trl import SFTTrainer
 
 from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.evaluation.image_gain import ImageGain
+from hera_trainer.objectives.feature import FeatureLoss
 from hera_trainer.runs.record import measurement_path, read_run
 
 
@@ -90,6 +91,41 @@ class TestMetadata:
         assert card.data.base_model is None and "peft" not in card.data.tags
         assert not card_errors(str(card))
         assert "PeftModel" not in card.text and "- PEFT" not in card.text
+
+    @pytest.mark.parametrize(
+        ("objective", "says"),
+        [
+            ("contrastive", "pulled towards the neighbourhoods of a frozen vision encoder"),
+            ("feature", "trained to give, through projectors that are not kept, the vectors of a frozen vision"),
+            ("cka", "trained to find samples as similar to each other as a frozen vision encoder does"),
+            ("uniformity", "spread over the samples without a teacher (uniformity), as a control"),
+        ],
+    )
+    def test_what_the_objective_does(self, tmp_path, objective, says):
+        run = lora_run(tmp_path, alignment_objective=objective, target_pull=0.3)
+        run.train()
+        run.create_model_card()
+        card = card_of(tmp_path)
+        text, settings = " ".join(card.text.split()), table_of(card, "setting")
+        assert says in text
+        assert ("the method is that of" in text.lower()) is (objective == "contrastive")
+        assert ("A control run." in text) is (objective == "uniformity")
+        assert (settings["teacher"][0] == "**none**") is (objective == "uniformity")
+        assert re.fullmatch(r"\*\*0\.01 at first, \S+ at the end\*\*", settings["weight of the alignment loss, λ"][0])
+
+    def test_of_a_criterion_of_ones_own(self, tmp_path):
+        class Halved(FeatureLoss):
+            summary = "halved"
+
+        class Own(HeRATrainer):
+            def create_criterion(self):
+                return Halved()
+
+        run = trainer(tmp_path, trainer_class=Own, max_steps=1)
+        run.train()
+        run.create_model_card()
+        text = " ".join(card_of(tmp_path).text.split())
+        assert "of the language model were halved. That is not the loss of" in text
 
     def test_without_alignment(self, tmp_path):
         """TRL's own card, to the letter."""

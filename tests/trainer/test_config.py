@@ -194,6 +194,27 @@ def test_attention_head_and_its_text(text: str) -> None:
     assert sorted([AttentionHead(10, 0), AttentionHead(2, 5), head])[-1] >= head
 
 
+@pytest.mark.parametrize("objective", ["feature", "cka", "uniformity"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("similarity", "dot"), ("temperature", 0.3), ("learn_temperature", False), ("teacher_similarity", "dot")],
+)
+def test_settings_that_an_objective_does_not_read(tmp_path: Path, objective: str, name: str, value: object) -> None:
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "alignment_objective": objective}
+    HeRAConfig(**settings, **{name: DEFAULTS[name]})
+    with pytest.raises(ValueError, match=rf"`{name}` has no effect with `alignment_objective='{objective}'`"):
+        HeRAConfig(**settings, **{name: value})
+    if name == "teacher_similarity":  # batches of neighbours are made by it
+        HeRAConfig(**settings, **{name: value}, neighbor_group_size=8)
+
+
+def test_a_control_of_an_objective_without_teacher(tmp_path: Path) -> None:
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "teacher_control": "permuted"}
+    HeRAConfig(**settings, alignment_objective="feature")
+    with pytest.raises(ValueError, match="uses no teacher and is a control itself"):
+        HeRAConfig(**settings, alignment_objective="uniformity")
+
+
 CHANGED = {
     "alignment_weight": 0.5,
     "alignment_granularity": "layer",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...common.redaction import public_name
+from ...objectives.registry import get_objective
 from ..record import RunRecord
 from .settings import NOT_SHOWN, names_in_order, teacher_of
 
@@ -21,8 +22,15 @@ _SEEDS = ("seed", "data_seed")
 
 # Told apart by people with any colour vision, in both schemes; from the first again where there are more groups.
 _COLORS = ("--series-1", "--aligned", "--series-3", "--series-2", "--series-4", "--series-5", "--series-6")
-_DASHES = {"control": "dash", "SFT": "dot"}
+_DASHES = {"control": "dash", "without teacher": "dash", "SFT": "dot"}
 _SYMBOLS = ("circle", "square", "diamond", "cross")
+
+
+def _uses_teacher(config: dict[str, Any]) -> bool:
+    try:
+        return get_objective(config.get("alignment_objective", "contrastive")).uses_teacher
+    except ValueError:  # a name that another program has registered
+        return True
 
 
 @dataclass(eq=False)
@@ -39,12 +47,15 @@ class NamedRun:
 
     @property
     def kind(self) -> str:
-        """`"control"`, `"SFT"` (`alignment_weight=0`), `"aligned"`, or `"run"` where settings are not recorded."""
+        """`"control"`, `"SFT"` (`alignment_weight=0`), `"without teacher"` (`alignment_objective="uniformity"`),
+        `"aligned"`, or `"run"` where settings are not recorded."""
         config = _config(self.record)
         if control_of(self.record):
             return "control"
         if config.get("alignment_weight") == 0:
             return "SFT"
+        if not _uses_teacher(config):
+            return "without teacher"
         return "aligned" if config else "run"
 
     @property
