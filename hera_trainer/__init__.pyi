@@ -3,7 +3,7 @@ from .alignment.callback import ObjectiveCallback as ObjectiveCallback
 from .alignment.contrast import Contrast as Contrast
 from .alignment.window import StepWindow as StepWindow
 from .config import HeRAConfig as HeRAConfig
-from .data.collator import TeacherBatch as TeacherBatch
+from .data.batch import TeacherBatch as TeacherBatch
 from .heads.accessor import HeadAccessor as HeadAccessor
 from .heads.capture import HeadCapture as HeadCapture
 from .heads.head import AttentionHead as AttentionHead

@@ -44,7 +44,7 @@ def parts(small: bool) -> tuple[nn.Module, Any, list[str]]:
         from tiny import build_vlm
 
         model, processor = build_vlm("llava")
-        return model, processor.tokenizer, [f"a picture of {number} things" for number in range(100, 180)]
+        return model, processor.tokenizer, [f"an image of {number} things" for number in range(100, 180)]
     from hera_trainer.demo.data import emoji_captions
     from hera_trainer.demo.parts import load_language_model
 

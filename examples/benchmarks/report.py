@@ -63,11 +63,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def section(name: str, result: dict[str, Any], picture: bool) -> list[str]:
+def section(name: str, result: dict[str, Any], figure: bool) -> list[str]:
     """Heading, command, table and notes of one benchmark."""
     notes = [f"- {row['what']}: {row['note']}." for row in result["rows"] if row["note"]]
     lines = [f"### {BENCHMARKS.get(name, name)}", "", f"`{result['command']}`", "", *table(result["rows"]), ""]
-    if picture:
+    if figure:
         lines += ["![Measured growth, and the growth predicted](assets/scaling.svg)", ""]
     return [*lines, *notes, ""]
 
@@ -108,16 +108,16 @@ def missing(results: dict[str, dict[str, Any]]) -> list[str]:
     return ["### Not measured", "", *lines, ""] if lines else []
 
 
-def generated(results: dict[str, dict[str, Any]], picture: bool) -> str:
+def generated(results: dict[str, dict[str, Any]], figure: bool) -> str:
     """What stands between the markers.
 
     Args:
         results (`dict`): Results by name, see [`read_results`].
-        picture (`bool`): Whether there is a picture of the growth.
+        figure (`bool`): Whether there is a figure of the growth.
     """
     lines = summary(results) if results else []
     for name, result in results.items():
-        lines += section(name, result, picture and name == "scaling")
+        lines += section(name, result, figure and name == "scaling")
     lines += missing(results)
     lines += environments(results) if results else []
     return "\n".join(lines).strip()
@@ -141,8 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     chosen = parser.parse_args(arguments)
-    picture = (chosen.page.parent / "assets" / "scaling.svg").exists()
-    content = generated(read_results(chosen.results), picture)
+    figure = (chosen.page.parent / "assets" / "scaling.svg").exists()
+    content = generated(read_results(chosen.results), figure)
     chosen.page.write_text(rewritten(chosen.page.read_text(encoding="utf-8"), content), encoding="utf-8")
 
 

@@ -42,7 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hera_trainer import AttentionHead, HeadCapture, HeRALoss, get_head_accessor, mutual_knn, rank_heads
 from hera_trainer.teacher.vectors import TEACHER_COLUMN
 
-PICTURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "scaling.svg"
+FIGURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "scaling.svg"
 WORDS = [f"word{number}" for number in range(1000)]
 TOKENS = 8  # of a caption
 TOLERANCE = 0.25
@@ -250,7 +250,7 @@ def draw(curves: list[Curve], path: Path) -> None:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "scaling"  # the same picture from the same numbers
+    rcParams["svg.hashsalt"] = "scaling"  # the same figure from the same numbers
     columns = 4
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.7 * rows), layout="constrained")
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=7, help="repetitions of each curve")
     parser.add_argument("--small", action="store_true", help="few and small points")
     parser.add_argument("--device", choices=("cpu",), default="cpu")
-    parser.add_argument("--picture", type=Path, help="where to draw; docs/assets/scaling.svg, or nowhere if small")
+    parser.add_argument("--figure", type=Path, help="where to draw; docs/assets/scaling.svg, or nowhere if small")
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     datasets.disable_progress_bars()
@@ -291,9 +291,9 @@ def main(arguments: list[str] | None = None) -> None:
         *step_curves(chosen.pairs, chosen.small),
         *cache_curves(chosen.pairs, chosen.small),
     ]
-    picture = chosen.picture or (None if chosen.small else PICTURE)
-    if picture is not None:
-        draw(curves, picture)
+    figure = chosen.figure or (None if chosen.small else FIGURE)
+    if figure is not None:
+        draw(curves, figure)
     command = f"python examples/benchmarks/scaling.py --pairs {chosen.pairs}" + (" --small" if chosen.small else "")
     rows = [curve.row() for curve in curves]
     points = {curve.title: {**asdict(curve), "y": curve.y} for curve in curves}

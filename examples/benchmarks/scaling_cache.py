@@ -1,7 +1,7 @@
 """Simulated caches of teacher vectors, up to ten million rows, and what it costs to attach and to read them.
 
 A part of `scaling.py`. The data set is an Arrow file in which every row holds the same small PNG, the cache an entry
-of random vectors, written by the library's own writer: both are memory-mapped, and attaching reads no picture.
+of random vectors, written by the library's own writer: both are memory-mapped, and attaching reads no image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ READS = 1000
 
 
 class Simulated:
-    """What the writer of an entry asks for: rows of random vectors, one picture each."""
+    """What the writer of an entry asks for: rows of random vectors, one image each."""
 
     def __init__(self, rows: int) -> None:
         self.counts = np.ones(rows, dtype=np.int64)
@@ -50,8 +50,8 @@ class NamedTeacher:
 
 def build(folder: Path, rows: int) -> None:
     """Writes the data set and its cache to a folder."""
-    picture = {"bytes": tiny_pngs(1)[0], "path": None}
-    batch = pa.record_batch({"image": pa.array([picture] * 1000, datasets.Image.pa_type)})
+    image = {"bytes": tiny_pngs(1)[0], "path": None}
+    batch = pa.record_batch({"image": pa.array([image] * 1000, datasets.Image.pa_type)})
     with pa.ipc.new_stream(str(folder / "data.arrow"), batch.schema) as stream:
         for start in range(0, rows, 1000):
             stream.write_batch(batch.slice(0, min(1000, rows - start)))

@@ -1,12 +1,12 @@
-"""What encoding a data set of stored pictures costs beside the bare teacher, and what a second run costs.
+"""What encoding a data set of stored images costs beside the bare teacher, and what a second run costs.
 
     python examples/benchmarks/teacher.py            # DINOv2-S of the demo, float32 as it is loaded by default
-    python examples/benchmarks/teacher.py --small    # a tiny random DINOv2 and few pictures, in seconds
+    python examples/benchmarks/teacher.py --small    # a tiny random DINOv2 and few images, in seconds
 
-1. `add_teacher_features` over PNG and JPEG pictures (reading, hashing, decoding, preparing, encoding, caching) against
-   the teacher's forward pass alone on the same pictures, decoded and prepared before.
+1. `add_teacher_features` over PNG and JPEG images (reading, hashing, decoding, preparing, encoding, caching) against
+   the teacher's forward pass alone on the same images, decoded and prepared before.
 2. A second run over 100,000 rows whose vectors are cached, in a fresh process each: forward passes of the teacher
-   (counted), and the seconds from the call to the finished column. Pictures inside the data set, and as files.
+   (counted), and the seconds from the call to the finished column. Images inside the data set, and as files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hera_trainer.teacher.vectors import TEACHER_COLUMN
 
 BATCH_SIZE = 32
 WIDTH = 384
-Picture = dict[str, Any]
+StoredImage = dict[str, Any]
 
 
 def save_teacher(folder: Path, small: bool) -> None:
@@ -58,7 +58,7 @@ def save_teacher(folder: Path, small: bool) -> None:
 
 
 def photograph(rng: np.random.Generator, width: int = 640, height: int = 480) -> PIL.Image.Image:
-    """A picture that compresses as a photograph does: broad colours, and grain on top."""
+    """An image that compresses as a photograph does: broad colours, and grain on top."""
     coarse = rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8)
     smooth = np.asarray(PIL.Image.fromarray(coarse).resize((width, height), PIL.Image.Resampling.BICUBIC))
     grain = rng.normal(0, 6, (height, width, 1))
@@ -71,8 +71,8 @@ def encoded(image: PIL.Image.Image, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def pictures(count: int) -> datasets.Dataset:
-    """Every second picture a JPEG, the others PNG, 640 x 480."""
+def stored_images(count: int) -> datasets.Dataset:
+    """Every second image a JPEG, the others PNG, 640 x 480."""
     rng = np.random.default_rng(0)
     kinds: list[dict[str, Any]] = [{"kind": "JPEG", "quality": 90}, {"kind": "PNG"}]
     files = [encoded(photograph(rng), **kinds[i % 2]) for i in range(count)]
@@ -83,9 +83,9 @@ def pictures(count: int) -> datasets.Dataset:
 def encoding(folder: Path, count: int, pairs: int) -> list[Row]:
     """Throughput beside the bare teacher's, and where the rest of the time goes."""
     teacher = VisionTeacher.from_pretrained(folder, device="cpu")
-    dataset = pictures(count)
+    dataset = stored_images(count)
     stored = dataset.cast_column("image", datasets.Image(decode=False))["image"][:]
-    images = [to_rgb(PIL.Image.open(io.BytesIO(picture["bytes"]))) for picture in stored]
+    images = [to_rgb(PIL.Image.open(io.BytesIO(image["bytes"]))) for image in stored]
     batches = [images[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
     prepared = [teacher.image_processor(images=batch, return_tensors="pt") for batch in batches]
     found: dict[str, Any] = {}
@@ -104,14 +104,14 @@ def encoding(folder: Path, count: int, pairs: int) -> list[Row]:
         raise AssertionError("The column's vectors are not the teacher's.")
     middle = statistics.median(measured.ratios)
     alone = {
-        "decoding": seconds(lambda: [to_rgb(PIL.Image.open(io.BytesIO(picture["bytes"]))) for picture in stored]),
+        "decoding": seconds(lambda: [to_rgb(PIL.Image.open(io.BytesIO(image["bytes"]))) for image in stored]),
         "preparing": seconds(lambda: [teacher.image_processor(images=batch, return_tensors="pt") for batch in batches]),
         "forward": statistics.median(measured.ours),
     }
     share = ", ".join(f"{name} {1000 * spent / count:.2f}" for name, spent in alone.items())
-    note = f"float32, {count} pictures of 640 x 480, half JPEG, half PNG, batches of {BATCH_SIZE}; "
-    note += f"ms a picture alone: {share}; add_teacher_features {1000 * statistics.median(measured.theirs) / count:.2f}"
-    what = "teacher encoding, from stored pictures to the cached column: throughput"
+    note = f"float32, {count} images of 640 x 480, half JPEG, half PNG, batches of {BATCH_SIZE}; "
+    note += f"ms an image alone: {share}; add_teacher_features {1000 * statistics.median(measured.theirs) / count:.2f}"
+    what = "teacher encoding, from stored images to the cached column: throughput"
     against = "bare teacher forward on decoded and prepared tensors"
     low, high = min(measured.ratios), max(measured.ratios)
     return [Row(what, against, middle, low, high, pairs, ">= 0.85", middle >= 0.85, note)]
@@ -128,19 +128,19 @@ class Pretender:
 
 
 def tiny_pngs(count: int) -> list[bytes]:
-    """As many different pictures of 2 x 2 pixels."""
+    """As many different images of 2 x 2 pixels."""
     pixels = np.arange(count, dtype="<u4").view(np.uint8).reshape(count, 2, 2)
     return [encoded(PIL.Image.fromarray(each), "PNG") for each in pixels]
 
 
 def cache_vectors(folder: Path, count: int) -> None:
-    """Two data sets on disk (pictures inside, and paths to them), whose vectors are in the cache."""
+    """Two data sets on disk (images inside, and paths to them), whose vectors are in the cache."""
     files = tiny_pngs(count)
-    (folder / "pictures").mkdir()
-    paths = [folder / "pictures" / f"{number}.png" for number in range(count)]
+    (folder / "images").mkdir()
+    paths = [folder / "images" / f"{number}.png" for number in range(count)]
     for path, file in zip(paths, files, strict=True):
         path.write_bytes(file)
-    forms: dict[str, list[Picture]] = {
+    forms: dict[str, list[StoredImage]] = {
         "inside": [{"bytes": file, "path": None} for file in files],
         "files": [{"bytes": None, "path": str(path)} for path in paths],
     }
@@ -183,7 +183,7 @@ def second_runs(folder: Path, count: int, runs: int, small: bool) -> list[Row]:
         return second_run(folder, name) if small else fresh_process(__file__, "--second", name, "--folder", str(folder))
 
     rows = []
-    for name, where in (("inside", "pictures inside the data set"), ("files", "pictures as files")):
+    for name, where in (("inside", "images inside the data set"), ("files", "images as files")):
         found = [run(name) for _ in range(runs)]
         spent = [each["seconds"] for each in found]
         middle = statistics.median(spent)
@@ -210,7 +210,7 @@ def second_runs(folder: Path, count: int, runs: int, small: bool) -> list[Row]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--small", action="store_true", help="a tiny random teacher, few pictures")
+    parser.add_argument("--small", action="store_true", help="a tiny random teacher, few images")
     parser.add_argument("--device", choices=("cpu",), default="cpu")
     parser.add_argument("--second", choices=("inside", "files"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..common.files import write_atomically
-from ..data.collator import TeacherBatch, pop_teacher
+from ..data.batch import TeacherBatch, pop_teacher
 from ..heads.accessor import HeadAccessor
 from ..heads.capture import ForwardDone, HeadCapture, done_after
 from ..heads.head import AlignedUnit

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.collator import TeacherBatch
-from ..objectives.objective import AlignmentObjective, total
+from ..data.batch import TeacherBatch
+from ..objectives.objective import AlignmentObjective
 
 
 class EvalPools:
@@ -26,7 +26,7 @@ class EvalPools:
         self.criterion = criterion
         self.pool_size = max(pool_size, criterion.least_samples)
         self.accelerator = accelerator
-        self.total = 0.0
+        self.totals: dict[str, float] = {}  # of each term, or of the loss where it has none
         self.pools = 0
         self._heads: list[Tensor] = []
         self._teacher: list[Tensor] = []
@@ -50,7 +50,9 @@ class EvalPools:
         self._teacher.append(vectors[valid])
         while self.left_out >= self.pool_size:
             all_heads, all_teacher = torch.cat(self._heads, dim=1), torch.cat(self._teacher)
-            self.total += total(self.criterion(all_heads[:, : self.pool_size], all_teacher[: self.pool_size])).item()
+            loss = self.criterion(all_heads[:, : self.pool_size], all_teacher[: self.pool_size])
+            for name, term in (loss if isinstance(loss, dict) else {"": loss}).items():
+                self.totals[name] = self.totals.get(name, 0.0) + term.item()
             self.pools += 1
             self._heads, self._teacher = [all_heads[:, self.pool_size :]], [all_teacher[self.pool_size :]]
 
@@ -60,6 +62,10 @@ class EvalPools:
         return sum(len(vectors) for vectors in self._teacher)
 
     def metrics(self) -> dict[str, float]:
-        """The mean alignment loss of the pools, if there was a full one, and the number of samples left out."""
-        loss = {"alignment_loss": self.total / self.pools} if self.pools else {}
-        return {**loss, "alignment_left_out": self.left_out}
+        """The mean alignment loss of the pools, and that of each term with a name, if there was a full one, and the
+        number of samples left out."""
+        found: dict[str, float] = {}
+        if self.pools:
+            found["alignment_loss"] = sum(self.totals.values()) / self.pools
+            found |= {f"alignment_loss/{name}": total / self.pools for name, total in self.totals.items() if name}
+        return {**found, "alignment_left_out": self.left_out}

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from ..data.collator import TeacherBatch
+from ..data.batch import TeacherBatch
 from .contrast import Contrast, PoolLoss
 
 # Largest relative difference between the head representations of the two passes: rounding, where the kernels differ.

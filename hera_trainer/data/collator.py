@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +18,6 @@ from .rows import collatable
 # for the teacher but not yet encoded.
 ROW_PLACE = "stream_place"
 TEACHER_IMAGES = "teacher_images"
-
-
-@dataclass
-class TeacherBatch:
-    """Teacher vectors of one batch.
-
-    Args:
-        vectors (`Tensor` of shape `[B, d_teacher]`): Float32; zeros for samples without an image.
-        present (`BoolTensor` of shape `[B]`): Samples that have an image.
-    """
-
-    vectors: Tensor
-    present: Tensor
-
-    def valid(self, mask: Tensor) -> Tensor:
-        """Samples that can take part in the alignment loss, `[B]` bool: those that have an image and, in `mask`
-        (`[B, T]` bool), a position to pool."""
-        return self.present & mask.any(1)
 
 
 class TeacherCollator:
@@ -212,12 +193,3 @@ def _covers(covered: str, text: str) -> bool:
     """Whether a text, or its beginning where the sequence was cut, stands in what the labels cover."""
     beginnings = range(min(len(text), len(covered)), 7, -1)
     return text in covered or any(covered.endswith(text[:length]) for length in beginnings)
-
-
-def pop_teacher(inputs: dict[str, Any]) -> TeacherBatch | None:
-    """Takes the teacher vectors out of a batch, or returns `None` where it carries none."""
-    vectors = inputs.pop(TEACHER_COLUMN, None)
-    if vectors is None:
-        return None
-    present = ~vectors.isnan().any(-1)
-    return TeacherBatch(vectors.nan_to_num(0.0), present)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hera_trainer.alignment.contrast import Contrast, PoolLoss, spread
 from hera_trainer.alignment.eval_pools import EvalPools
 from hera_trainer.alignment.meter import AlignmentMeter
-from hera_trainer.data.collator import TeacherBatch
+from hera_trainer.data.batch import TeacherBatch
 from hera_trainer.objectives.cka import CKALoss
 from hera_trainer.objectives.contrastive import HeRALoss
 from hera_trainer.objectives.feature import FeatureLoss
@@ -181,12 +181,12 @@ def test_pools_are_consecutive_valid_samples(sizes: tuple[int, ...], pool_size: 
         expected += criterion(torch.stack(heads[members], dim=1), torch.stack(vectors[members])).item()
     assert pools.pools == full
     assert pools.left_out == len(vectors) % pool_size
-    assert pools.total == pytest.approx(expected, rel=1e-6)
+    assert sum(pools.totals.values()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_pools_keep_no_graph_and_no_values_of_old_pools() -> None:
     pools = EvalPools(HeRALoss(num_neighbors=3), pool_size=5)
-    assert (pools.total, pools.pools, pools.left_out) == (0.0, 0, 0)
+    assert (pools.totals, pools.pools, pools.left_out) == ({}, 0, 0)
     for seed in range(4):
         heads, teacher, mask = batch_of(4, seed)
         pools.add(heads.requires_grad_(), teacher, mask)
@@ -373,6 +373,29 @@ def test_pools_are_never_too_small_for_a_loss() -> None:
     expected = [criterion(heads[:, i : i + 5], teacher.vectors[i : i + 5]).item() for i in (0, 5)]
     assert (pools.pools, pools.left_out) == (2, 1) and min(expected) > 0
     assert pools.metrics()["alignment_loss"] == pytest.approx(sum(expected) / 2, rel=1e-6)
+
+
+def test_terms_keep_their_names_in_evaluation() -> None:
+    class Terms(AlignmentObjective):
+        least_samples = 2
+
+        def forward(self, heads: Tensor, teacher: Tensor, valid: Tensor | None = None, queue: object = None) -> dict:
+            return {"near": heads.sum(), "far": teacher.square().sum()}
+
+    pools = EvalPools(Terms(), pool_size=4)
+    heads, teacher, mask = batch_of(9)
+    pools.add(heads, teacher, mask)
+    near = [heads[:, i : i + 4].sum().item() for i in (0, 4)]
+    far = [teacher.vectors[i : i + 4].square().sum().item() for i in (0, 4)]
+    assert pools.metrics() == pytest.approx(
+        {
+            "alignment_loss": (sum(near) + sum(far)) / 2,
+            "alignment_loss/near": sum(near) / 2,
+            "alignment_loss/far": sum(far) / 2,
+            "alignment_left_out": 1,
+        },
+        rel=1e-5,
+    )
 
 
 class Plain(AlignmentObjective):

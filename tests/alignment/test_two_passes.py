@@ -162,7 +162,7 @@ def test_rounding_is_no_difference():
         def __call__(self, *args):
             return None
 
-    from hera_trainer.data.collator import TeacherBatch
+    from hera_trainer.data.batch import TeacherBatch
 
     heads = torch.randn(2, 3, 8)
     teacher = TeacherBatch(torch.ones(3, 4), torch.ones(3, dtype=torch.bool))

@@ -16,7 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from hera_trainer.data.collator import TEACHER_COLUMN, TeacherCollator, check_collator, pop_teacher
+from hera_trainer.data.batch import pop_teacher
+from hera_trainer.data.collator import TEACHER_COLUMN, TeacherCollator, check_collator
 from hera_trainer.heads.pooling import placeholder_token_ids, pooling_mask
 from hera_trainer.heads.text import answer_text, text_tokens
 

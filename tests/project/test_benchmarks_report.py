@@ -58,7 +58,7 @@ def test_import_time(script, results):
 
 
 def test_scaling(script, results, tmp_path):
-    found = run(script, "scaling", results, "--picture", str(tmp_path / "curves.svg"))
+    found = run(script, "scaling", results, "--figure", str(tmp_path / "curves.svg"))
     assert len(found["curves"]) == len(found["rows"]) == 11
     assert all(len(curve["x"]) == len(curve["y"]) for curve in found["curves"].values())
     assert (tmp_path / "curves.svg").stat().st_size > 1000

@@ -63,7 +63,7 @@ ALLOWED = [
 
 
 def texts() -> dict[str, str]:
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples").glob("*.py")]
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "examples").rglob("*.py")]
     for folder in ("hera_trainer", "docs"):
         files += [path for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
     return {str(path.relative_to(ROOT)): GENERATED.sub("", path.read_text()) for path in files}
