@@ -195,12 +195,16 @@ def stages_confirmed() -> list[Run]:
 
 def concepts() -> list[Run]:
     """Alignment in the first stage on the drawings of five artists, with keywords in their captions and whole concepts
-    held out, with fresh seeds."""
+    held out, with fresh seeds; and a first stage of four times as many steps."""
     place: dict[str, Any] = {**TAUGHT, "images": "emoji", "in_full": True, "draw": 1}
     arms = {"neither": SFT, "stage 1": HELD, "stage 1 control": HELD | CONTROL}
     runs = [Run("start", **{**place, "steps": 0})]
     for seed in range(7, 12):
         runs += [Run(arm, seed, settings=SFT, before=FIRST | settings, **place) for arm, settings in arms.items()]
+    for seed in range(7, 10):
+        for arm, settings in arms.items():
+            first = FIRST | settings | {"max_steps": 160}
+            runs.append(Run(f"longer {arm}", seed, settings=SFT, before=first, **place))
     return runs
 
 

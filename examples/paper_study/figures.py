@@ -154,7 +154,7 @@ def _color(arm: str) -> str:
     """Of the arms of a stage: as of those that are trained at once."""
     if arm.endswith(("control", "uniformity")):
         return COLORS["uniformity" if arm.endswith("uniformity") else "aligned control"]
-    return COLORS["SFT" if arm in ("SFT", "neither") else "aligned"]
+    return COLORS["SFT" if arm.endswith(("SFT", "neither")) else "aligned"]
 
 
 def _dots(axes: Axes, place: int, values: Sequence[float], color: str) -> None:

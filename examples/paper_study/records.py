@@ -119,7 +119,8 @@ STAGES = (
     "both",
     "both control",
 )
-ARMS = ("SFT", "aligned", "aligned control", "uniformity", *STAGES)
+LONGER = ("longer neither", "longer stage 1", "longer stage 1 control")
+ARMS = ("SFT", "aligned", "aligned control", "uniformity", *STAGES, *LONGER)
 
 
 def by_arm(records: Sequence[Record]) -> dict[str, list[Record]]:

@@ -35,6 +35,8 @@ COMPARED = (
     ("aligned", "uniformity"),
     ("uniformity", "SFT"),
     ("stage 1", "stage 1 uniformity"),
+    ("longer stage 1", "longer stage 1 control"),
+    ("longer stage 1", "longer neither"),
     *((arm, other) for arm in ("stage 1", "stage 2", "both") for other in (f"{arm} control", "neither")),
 )
 
