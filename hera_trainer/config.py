@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
 
 from trl import SFTConfig
 
@@ -319,6 +322,7 @@ class HeRAConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         super().__post_init__()
         self._check_at_least("alignment_weight", 0)
         self._check_objective()
@@ -343,6 +347,19 @@ class HeRAConfig(SFTConfig):
         self._check_units()
         self._check_choice("contrast_scope", CONTRAST_SCOPES)
         self._check_choice("teacher_control", TEACHER_CONTROLS)
+
+    def _check_numbers(self) -> None:
+        """Makes whole numbers of 5.0, as YAML and searches write them, and refuses text and fractions."""
+        for name, annotation in HeRAConfig.__annotations__.items():
+            kind = {"int": int, "float": float}.get(annotation.removesuffix(" | None"))
+            value = getattr(self, name)
+            if kind is None or value is None:
+                continue
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not is_number or (kind is int and not float(value).is_integer()):
+                wanted = "a whole number" if kind is int else "a number"
+                raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+            setattr(self, name, kind(value))
 
     def _check_units(self) -> None:
         self._check_choice("alignment_granularity", GRANULARITIES)
@@ -390,6 +407,11 @@ class HeRAConfig(SFTConfig):
                     f"`{name}` has no effect with `alignment_objective={self.alignment_objective!r}`. Leave it at its "
                     f"default, {defaults[name]!r}."
                 )
+
+    def own_settings(self) -> dict[str, Any]:
+        """The settings that [`~trl.SFTConfig`] does not have, by name."""
+        names = HeRAConfig.__annotations__.keys() - SFTConfig.__dataclass_fields__.keys()
+        return {name: copy(getattr(self, name)) for name in sorted(names)}
 
     @property
     def initial_temperature(self) -> float:

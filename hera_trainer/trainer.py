@@ -31,13 +31,14 @@ from .alignment.checks import (
     check_loss_scaling,
     check_rows_train,
     check_tokens_stay,
+    check_unchanged,
     check_whole_layers,
 )
 from .alignment.eval_pools import EvalPools
 from .alignment.pull import advice as weak_pull_advice
 from .common.randomness import same_randomness
 from .config import HeRAConfig
-from .data.checks import check_dataset, check_steps
+from .data.checks import check_dataset, check_formatting, check_steps
 from .data.neighbor_batches import NeighborGroupSampler, check_neighbor_groups, neighbor_sampler
 from .data.pool import check_pool
 from .data.teacher_vectors import TeacherVectors, signature_columns
@@ -172,6 +173,7 @@ class HeRATrainer(SFTTrainer):
         self._neighbor_sampler: NeighborGroupSampler | None = None
         self._eval_pools: EvalPools | None = None
         self._evaluated: dict[str, Any] = {}
+        self._settings = args.own_settings()
         self._rotates_itself = False
         self._checkpoint_to_push: Path | None = None
         if args.alignment_weight > 0:  # what can be known without the model is said before it is loaded
@@ -180,6 +182,7 @@ class HeRATrainer(SFTTrainer):
             check_dataset(train_dataset, "train_dataset")
             check_steps(train_dataset, args)
             check_neighbor_groups(args, train_dataset)
+            check_formatting(kwargs.get("formatting_func"), train_dataset)
         else:  # nobody should take a baseline for an aligned model
             for name in ("_tag_names", "_name", "_paper"):
                 if getattr(self, name) is getattr(HeRATrainer, name):  # and not a subclass's own
@@ -454,6 +457,7 @@ class HeRATrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         output_dir = str(self.args.output_dir)
+        check_unchanged(self._settings, self.args)
         if self.alignment is None:
             last = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint or None
             self._begin_watching(last)

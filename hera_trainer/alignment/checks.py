@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -38,6 +39,30 @@ def check_arguments(args: HeRAConfig) -> None:
             raise ValueError(
                 f"`{name}=True` mixes several samples in one sequence, so head representations cannot be pooled by "
                 f"sample. Set `{name}=False`, or `alignment_weight=0`."
+            )
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "`train_sampling_strategy='group_by_length'` asks for the length of each row, which vision data does not "
+            "have before it is collated. Set `train_sampling_strategy='random'`."
+        )
+
+
+def check_unchanged(settings: Mapping[str, Any], args: HeRAConfig) -> None:
+    """Refuses settings of the alignment that were changed after the trainer was made: what reads them has read them,
+    and record and card would name values that were not trained with.
+
+    Args:
+        settings (`Mapping[str, Any]`): [`HeRAConfig.own_settings`] when the trainer was made.
+        args ([`HeRAConfig`]): The settings now.
+
+    Raises:
+        `ValueError`: Naming the first of them.
+    """
+    for name, value in args.own_settings().items():
+        if value != settings[name]:
+            raise ValueError(
+                f"`{name}` was changed after the trainer was made, from {settings[name]!r} to {value!r}. Set it in "
+                "`HeRAConfig`, and make a new trainer."
             )
 
 

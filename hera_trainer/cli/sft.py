@@ -123,6 +123,8 @@ class _Parser(TrlParser):
                 raise ValueError(f"The file has the key `{name}`, which is no option{hint}")
             if isinstance(value, str) and options[name].nargs in ("+", "*"):
                 values[name] = value.split()  # as on the command line
+            elif value is False and name in ("eval_strategy", "save_strategy", "logging_strategy"):
+                values[name] = "no"  # which YAML reads as false
             elif name == "resume_from_checkpoint" and isinstance(value, bool):
                 values[name] = _NEWEST if value else None
         return super().set_defaults_with_config(**values)

@@ -20,16 +20,34 @@ def check_dataset(dataset: Any, name: str) -> None:
     Raises:
         `ValueError`: Naming the cure.
     """
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__} of {', '.join(map(repr, dataset)) or 'nothing'}. Pass one of its "
+            "splits."
+        )
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(
             f"`{name}` is a {type(dataset).__name__}, but head alignment needs a `datasets.Dataset` or a streamed "
-            "`datasets.IterableDataset`. Convert it, or set `alignment_weight=0`."
+            "`datasets.IterableDataset`, as SFTTrainer does. `Dataset.from_list` makes one of a list of rows."
         )
     if not {*IMAGE_COLUMNS, TEACHER_COLUMN} & column_names(dataset, name):
         raise ValueError(
             f"`{name}` has no column `image`, `images` or `{TEACHER_COLUMN}`, so there is nothing to align with. Add "
             "one, or set `alignment_weight=0` to train as SFTTrainer does. If all images lie in videos or inside of "
             "messages, let it be a column `images` of empty lists: that is how SFTTrainer knows vision data."
+        )
+
+
+def check_formatting(formatting_func: Any, dataset: Any) -> None:
+    """Refuses a function that SFTTrainer would never call.
+
+    Raises:
+        `ValueError`: With what to do instead.
+    """
+    if formatting_func is not None and set(IMAGE_COLUMNS) & column_names(dataset, "train_dataset"):
+        raise ValueError(
+            "`formatting_func` is not applied to data with images by SFTTrainer. Make the texts with `dataset.map`, in "
+            "a column `messages`, or `prompt` and `completion`."
         )
 
 

@@ -27,8 +27,17 @@ from ..teacher.image_sources import (
 CARRIED_COLUMNS = ("tools", "video", "videos")
 
 
+def makes_its_own_rows(collator: Callable) -> bool:
+    """Whether a collator is a subclass of SFTTrainer's that may make its texts of other columns."""
+    theirs = DataCollatorForVisionLanguageModeling
+    return isinstance(collator, theirs) and (
+        type(collator).torch_call is not theirs.torch_call or type(collator).__call__ is not theirs.__call__
+    )
+
+
 def collatable(row: dict[str, Any], collator: Callable, columns: TextColumns | None = None) -> dict[str, Any]:
-    """The row for SFTTrainer's collator of vision data; a collator of the user's own gets the row as it is.
+    """The row for SFTTrainer's collator of vision data; a collator of the user's own gets the row as it is, and so does
+    a subclass of SFTTrainer's that makes its text of other columns.
 
     - Of several texts, that one stays which SFTTrainer trains on (see [`TextColumns`]).
     - `messages` may be JSON text.
@@ -57,6 +66,8 @@ def collatable(row: dict[str, Any], collator: Callable, columns: TextColumns | N
     columns = columns or TextColumns(collator.dataset_text_field)
     trained = columns.trained(row)
     if not trained:
+        if makes_its_own_rows(collator):
+            return row
         raise ValueError(
             "Rows reach the collator without any text: they have none of the columns `messages`, `prompt` with "
             f"`completion`, and `{columns.field}`. Bring the text into one of them, or set `dataset_text_field`."

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..config import HeRAConfig
 from ..heads.pooling import pooling_mask
-from ..heads.text import TextColumns
+from ..heads.text import CONVERSATIONS, TextColumns, from_llava
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_vectors
 from ..teacher.control import distinct_vectors, permuted_vectors
 from ..teacher.encoder import VisionTeacher, teacher_identity
@@ -26,7 +26,7 @@ from ..teacher.images import ImageColumn
 from .checks import check_dataset, check_width, with_teacher_features
 from .collator import ROW_PLACE, TEACHER_IMAGES, TeacherCollator, check_collator, check_ranked_text
 from .pool import RowCounts, check_expected_pool
-from .rows import CARRIED_COLUMNS, check_tools
+from .rows import CARRIED_COLUMNS, check_tools, makes_its_own_rows
 from .stream_start import open_stream, ranking_samples, stream_width
 from .streaming import ImagePreparer, NumberedStream, StreamTeacher, own_vector, stored_images, unreadable
 
@@ -40,7 +40,7 @@ _ROWS_COLLATED = 32
 def text_columns(args: HeRAConfig, collator: Any) -> TextColumns:
     """Which columns of text a collator trains on."""
     inner = collator.inner if isinstance(collator, TeacherCollator) else collator
-    if isinstance(inner, DataCollatorForVisionLanguageModeling):
+    if isinstance(inner, DataCollatorForVisionLanguageModeling) and not makes_its_own_rows(inner):
         return TextColumns(inner.dataset_text_field, not args.remove_unused_columns)
     named = None if args.dataset_text_field == "text" else args.dataset_text_field
     return TextColumns(args.dataset_text_field, not args.remove_unused_columns, named)
@@ -248,11 +248,14 @@ class TeacherVectors:
         with the texts that heads would be ranked on."""
         first = _first_rows(rows)
         columns = self.columns
+        names = set().union(*first, getattr(rows, "column_names", None) or ())
+        is_theirs = type(collator.inner) is DataCollatorForVisionLanguageModeling
+        if is_theirs and not columns.trained(names) and (advice := from_llava(names)):
+            raise ValueError(f"There is no text to train on.{advice}")
         if ranks_heads:
-            names = set().union(*first, getattr(rows, "column_names", None) or ())
             columns.required(names - {TEACHER_COLUMN, ROW_PLACE})
         batch = check_collator(collator, [self._as_trained(row) for row in first])
-        if ranks_heads and type(collator.inner) is not DataCollatorForVisionLanguageModeling:
+        if ranks_heads and not is_theirs:
             check_ranked_text(batch, first, columns, self.tokenizer, self.placeholder_ids)
 
     def _as_trained(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -314,11 +317,26 @@ class TeacherVectors:
             with_image = rows_with_vectors(rows)
         # At random: at equal distances, data of alternating kinds would show one of them.
         chosen = [int(i) for i in np.random.default_rng(0).permutation(with_image)[:_ROWS_COLLATED]]
-        batches = (self.data_collator([self._as_trained(rows[i])]) for i in chosen)
+        self._warn_of_written_placeholders([rows[i] for i in chosen])
+        batches = [self.data_collator([self._as_trained(rows[i])]) for i in chosen]
+        if not is_stream and any(bool(batch[TEACHER_COLUMN].isnan().all()) for batch in batches):
+            raise ValueError(
+                f"Rows reach the collator without their teacher vector: the data set's transform or format leaves out "
+                f"column `{TEACHER_COLUMN}`. Let it return that column, too."
+            )
         masks = [pooling_mask(batch["labels"], batch["input_ids"], self.placeholder_ids) for batch in batches]
         tokens = [int(mask.sum()) for mask in masks]
         with_label = sum(count > 0 for count in tokens)
         return RowCounts(len(rows), len(with_image), len(chosen), with_label, sum(tokens), is_stream)
+
+    def _warn_of_written_placeholders(self, rows: Sequence[dict[str, Any]]) -> None:
+        """LLaVA's data has its placeholder in the texts. Other models read it as words, beside the image."""
+        told = "<image>" in self.tokenizer.get_vocab()
+        if not told and any("<image>" in str(row.get(name)) for row in rows for name in CONVERSATIONS):
+            logger.warning(
+                "Texts of the training data hold `<image>`, which this model reads as words: its placeholder is "
+                "another, and SFTTrainer writes that by itself. Take `<image>` out of the texts (docs/data.md)."
+            )
 
     # What heads are chosen on
 

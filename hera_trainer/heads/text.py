@@ -61,6 +61,16 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Tensor, 
 CONVERSATIONS = ("messages", "prompt", "completion")
 
 
+def from_llava(names: Container[str]) -> str:
+    """What to say besides of rows in the form of LLaVA's data, where there is no text."""
+    if "conversations" not in names:
+        return ""
+    return (
+        " `conversations` is the form of LLaVA's data: make `messages` of it with `trl.maybe_convert_to_chatml`, and "
+        "take `<image>` out of the texts (docs/data.md)."
+    )
+
+
 @dataclass(frozen=True)
 class TextColumns:
     """SFTTrainer's rule which columns of vision data are trained on: `messages` before all others, and plain text only
@@ -111,6 +121,7 @@ class TextColumns:
                 f"There is no text to rank attention heads on: the data has {there}, but no column {wanted}. Name the "
                 "column of the answers or captions, whose text the labels cover, with `dataset_text_field` (of "
                 "`rank_heads`: `text_column`), or choose heads with `aligned_heads` or `head_ranking_path`."
+                f"{from_llava(names)}"
             )
         return column
 

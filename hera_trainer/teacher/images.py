@@ -92,7 +92,7 @@ class ImageColumn:
         if dataset.format["type"] == "custom":
             raise ValueError(
                 "The data set has a custom transform (`with_transform`), which hides the stored images. Call "
-                f"`add_teacher_features` before `with_transform`, or add a column `{TEACHER_COLUMN}` yourself."
+                f"`add_teacher_features` before `with_transform`, and let the transform return `{TEACHER_COLUMN}`, too."
             )
         self._sources = find_sources(dataset.features)
         if not self._sources:

@@ -223,6 +223,15 @@ def test_flags_go_before_the_file(tmp_path):
     assert training_args.aligned_heads == ["L0H1", "L1H2"] and training_args.model_init_kwargs == {"use_cache": False}
 
 
+def test_no_is_no_in_yaml(tmp_path):
+    """YAML reads it as false."""
+    config = tmp_path / "a.yaml"
+    write_yaml(config, **BASE)
+    config.write_text(config.read_text() + "\neval_strategy: no\nsave_strategy: no\n")
+    _, training_args, _, _ = parse(["--config", str(config)])
+    assert (training_args.eval_strategy, training_args.save_strategy) == ("no", "no")
+
+
 def test_help_begins_with_what_is_of_this_package(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["sft", "--help"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, List, Value
-from forms import ROWS, TEXT, VISION, chat, check, hand_vector, of_rows, photos, run, turn, vision_collator
+from forms import ROWS, TEXT, VISION, chat, check, hand_vector, of_rows, photos, run, settle, turn, vision_collator
 from tiny import build_vlm, save_tiny_dinov2, sft_args
 from tiny_teachers import encoded
+from trl import maybe_convert_to_chatml
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hera_trainer import HeRAConfig, HeRATrainer
 from hera_trainer.data.rows import check_tools, collatable
@@ -270,3 +274,74 @@ def test_rows_without_any_text():
     assert collatable({"images": None, "text": "a"}, vision_collator()) == {"images": [], "text": "a"}
     custom = {"images": None}
     assert collatable(custom, len) is custom  # not ours to change
+
+
+# LLaVA's data
+
+
+def llava_rows(with_placeholder: bool = True) -> Dataset:
+    rows = []
+    for i in range(ROWS):
+        asked = ("<image>\n" if with_placeholder else "") + f"what {i}"
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"red {i}"}]
+        rows.append({"images": photos(i, 1), "conversations": turns})
+    return of_rows(rows, conversations=List({"from": Value("string"), "value": Value("string")}))
+
+
+def shown_in_the_docs(with_placeholder: bool) -> Dataset:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"## LLaVA's data.*?```python\n(.*?)```", page, re.DOTALL)
+    names = {"dataset": llava_rows(with_placeholder)}
+    exec(code, names)
+    return names["dataset"]
+
+
+def test_llavas_data_as_the_docs_show(tmp_path, teacher, vector, caplog):
+    expected = {
+        turn("user", VISION + f"what {i}") + turn("assistant", f"red {i}"): vector(*photos(i, 1)) for i in range(ROWS)
+    }
+    check(run(tmp_path, teacher, shown_in_the_docs(with_placeholder=True)), expected)
+    assert "which this model reads as words" not in caplog.text
+
+
+@pytest.mark.parametrize("heads", [None, ["L0H0"]])
+def test_llavas_data_as_it_is(tmp_path, teacher, heads):
+    with pytest.raises(ValueError, match=r"`conversations` is the form of LLaVA's data.*maybe_convert_to_chatml"):
+        run(tmp_path, teacher, llava_rows(), aligned_heads=heads)
+
+
+def test_placeholders_of_another_model_in_the_texts(tmp_path, teacher, caplog):
+    rows = llava_rows().map(lambda row: maybe_convert_to_chatml(dict(row)), remove_columns="conversations")
+    named = {"human": "user", "gpt": "assistant"}
+    rows = rows.map(lambda row: {"messages": [{**m, "role": named[m["role"]]} for m in row["messages"]]})
+    run(tmp_path, teacher, rows)
+    assert caplog.text.count("`<image>`, which this model reads as words") == 1
+
+
+class OfColumns(DataCollatorForVisionLanguageModeling):
+    """A subclass of SFTTrainer's collator that makes messages of columns of its own."""
+
+    def torch_call(self, examples):
+        made = []
+        for row in examples:
+            asked, answer = {"role": "user", "content": row["asked"]}, {"role": "assistant", "content": row["answer"]}
+            made.append({"images": row["images"], "messages": [asked, answer]})
+        return super().torch_call(made)
+
+
+def test_a_collator_that_makes_its_messages(tmp_path, teacher, vector):
+    rows = of_rows(
+        [{"images": photos(i, 1), "asked": f"what {i}", "answer": f"red {i}"} for i in range(ROWS)],
+        asked=Value("string"),
+        answer=Value("string"),
+    )
+    expected = {
+        turn("user", VISION + f"what {i}") + turn("assistant", f"red {i}"): vector(*photos(i, 1)) for i in range(ROWS)
+    }
+    _, processor = build_vlm("qwen2_5_vl")
+    settle(processor)
+    for settings in ({}, {"aligned_heads": None, "dataset_text_field": "answer", "num_aligned_heads": 2}):
+        check(
+            run(tmp_path, teacher, rows, data_collator=OfColumns(processor), remove_unused_columns=False, **settings),
+            expected,
+        )

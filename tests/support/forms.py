@@ -56,17 +56,25 @@ class Recorder(HeRATrainer):
             self.samples = {tuple(row[keep].tolist()): v for row, keep, v in zip(ids, masks[0], vectors, strict=True)}
 
 
-def run(tmp_path: Path, teacher: str, dataset: Dataset, family: str = "qwen2_5_vl", **kwargs: Any) -> Recorder:
+def run(
+    tmp_path: Path,
+    teacher: str,
+    dataset: Dataset,
+    family: str = "qwen2_5_vl",
+    data_collator: Callable | None = None,
+    **kwargs: Any,
+) -> Recorder:
     model, processor = build_vlm(family)
     settle(processor)
+    kwargs.setdefault("aligned_heads", ["L3H0", "L3H2"] if family == "qwen3_5" else ["L1H0", "L1H2"])
     args = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1, "max_steps": 2, "num_neighbors": 2}
     trainer = Recorder(
         model,
         HeRAConfig(
             **sft_args(tmp_path, **{**args, **kwargs}),
-            aligned_heads=["L3H0", "L3H2"] if family == "qwen3_5" else ["L1H0", "L1H2"],
             teacher_model_name_or_path=teacher,
         ),
+        data_collator=data_collator,
         train_dataset=dataset,
         processing_class=processor,
     )

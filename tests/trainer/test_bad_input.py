@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Image, List
+from datasets import Dataset, DatasetDict, Image, List
 from peft import LoraConfig, PromptTuningConfig
 from runs import NoStep
 from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
@@ -138,6 +138,60 @@ def test_text_only_data(tmp_path):
 def test_data_that_is_no_data_set(tmp_path):
     with pytest.raises(ValueError, match=r"`train_dataset` is a list, but .*`datasets.Dataset` or a streamed"):
         trainer(tmp_path, list(image_dataset(n=12)))
+
+
+def test_all_splits_at_once(tmp_path):
+    splits = DatasetDict(train=image_dataset(n=12), test=image_dataset(n=12))
+    with pytest.raises(ValueError, match=r"`train_dataset` is a DatasetDict of 'train', 'test'\. Pass one"):
+        trainer(tmp_path, splits)
+
+
+@pytest.mark.parametrize("hides", ["with_transform", "with_format", "set_transform"])
+def test_transforms_that_hide_the_vectors(tmp_path, hides):
+    rows = image_dataset(n=24, with_features=8)
+    names = [name for name in rows.column_names if name != TEACHER_COLUMN]
+
+    def chosen(batch):
+        return {name: batch[name] for name in names}
+
+    if hides == "with_format":
+        rows = rows.with_format("python", columns=names)
+    elif hides == "with_transform":
+        rows = rows.with_transform(chosen)
+    else:
+        rows.set_transform(chosen)
+    run = trainer(tmp_path, rows, aligned_heads=["L0H0"])
+    with pytest.raises(ValueError, match="transform or format leaves out column `teacher_features`"):
+        run.train()
+    whole = image_dataset(n=24, with_features=8).with_transform(lambda batch: batch)
+    trainer(tmp_path, whole, aligned_heads=["L0H0"]).prepare_alignment()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("alignment_weight", 0.0), ("num_neighbors", 2), ("aligned_heads", ["L1H1"])]
+)
+def test_settings_that_are_changed_too_late(tmp_path, name, value):
+    run = trainer(tmp_path, aligned_heads=["L0H0"])
+    setattr(run.args, name, value)
+    with pytest.raises(ValueError, match=rf"`{name}` was changed after the trainer was made.*make a new trainer"):
+        run.train()
+
+
+def test_formatting_that_would_not_happen(tmp_path):
+    model, processor = build_vlm("llava")
+    with pytest.raises(ValueError, match=r"`formatting_func` is not applied.*`dataset.map`"):
+        HeRATrainer(
+            model,
+            HeRAConfig(**sft_args(tmp_path, num_neighbors=3, per_device_train_batch_size=6)),
+            train_dataset=image_dataset(n=24, with_features=8),
+            processing_class=processor,
+            formatting_func=lambda row: "a",
+        )
+
+
+def test_grouping_by_length(tmp_path):
+    with pytest.raises(ValueError, match=r"'group_by_length'.*`train_sampling_strategy='random'`"):
+        trainer(tmp_path, train_sampling_strategy="group_by_length")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import sft_args
 from transformers import HfArgumentParser
@@ -192,6 +193,31 @@ def test_attention_head_and_its_text(text: str) -> None:
     assert head == (head.layer, head.head)
     assert AttentionHead(layer=head.layer, head=head.head) == head
     assert sorted([AttentionHead(10, 0), AttentionHead(2, 5), head])[-1] >= head
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_neighbors", 5.0), ("queue_size", np.int64(7)), ("alignment_weight", 1), ("monitor_steps", 3.0)],
+)
+def test_numbers_as_yaml_and_searches_write_them(tmp_path: Path, name: str, value: float) -> None:
+    args = HeRAConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
+    found = getattr(args, name)
+    assert found == value and type(found) is (float if name == "alignment_weight" else int)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_neighbors", 2.5, "a whole number"),
+        ("num_aligned_heads", "5", "a whole number"),
+        ("queue_size", float("nan"), "a whole number"),
+        ("alignment_weight", "0.1", "a number"),
+        ("target_pull", True, "a number"),
+    ],
+)
+def test_what_is_no_number(tmp_path: Path, name: str, value: object, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` must be {words}, got"):
+        HeRAConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
 
 
 @pytest.mark.parametrize("objective", ["feature", "cka", "uniformity"])
