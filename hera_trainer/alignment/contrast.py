@@ -31,6 +31,7 @@ class PoolLoss:
         left_out (`Tensor`): Number of this process's samples that could not take part.
         skipped (`Tensor`): Whether the pool was too small or its loss not finite, as 0.0 or 1.0.
         not_finite (`Tensor`): Whether the loss or its gradient was NaN or infinite, as 0.0 or 1.0.
+        repeated (`Tensor`): See [`repeated`]; zero where the pool was skipped.
         spread (`Tensor` of shape `[m]`): See [`spread`]; zeros where the pool was skipped.
         parts (`dict[str, Tensor]`): The terms of the loss by name, where the objective gives several.
     """
@@ -42,6 +43,7 @@ class PoolLoss:
     left_out: Tensor
     skipped: Tensor
     not_finite: Tensor
+    repeated: Tensor
     spread: Tensor
     parts: dict[str, Tensor]
 
@@ -79,6 +81,24 @@ def spread(heads: Tensor, valid: Tensor) -> Tensor:
     unit = F.normalize(heads.float(), dim=-1).masked_fill(~valid[:, None], 0.0)
     # The squared norm of the sum of unit vectors is the sum of all cosines, those with themselves included.
     return 1 - (unit.sum(1).square().sum(-1) - count) / (count * (count - 1)).clamp(min=1)
+
+
+def repeated(teacher: Tensor, valid: Tensor) -> Tensor:
+    """How many samples have an image that another one, counted before, has as well: they are each other's neighbours
+    whatever the teacher knows.
+
+    Args:
+        teacher (`Tensor` of shape `[B, d_teacher]`): Teacher vectors; those of the same images are equal.
+        valid (`BoolTensor` of shape `[B]`): Samples that count.
+
+    Returns:
+        `Tensor`: Scalar, float32. Nothing waits for it.
+    """
+    # Equal rows have equal keys, so that sorting puts them side by side.
+    weights = torch.arange(1, teacher.shape[1] + 1, device=teacher.device, dtype=teacher.dtype).sqrt()
+    order = (teacher * weights).sum(-1).masked_fill(~valid, torch.inf).argsort()
+    rows, counts = teacher[order], valid[order]
+    return ((rows[1:] == rows[:-1]).all(-1) & counts[1:] & counts[:-1]).sum().float()
 
 
 def _kept_where_it_is() -> AbstractContextManager:
@@ -163,6 +183,7 @@ class Contrast:
             left_out=(~valid).sum().float(),
             skipped=1.0 - taken.float(),
             not_finite=1.0 - finite.float(),
+            repeated=repeated(pool_teacher, pool_valid) * taken,
             spread=torch.where(taken, spread(pool_heads, pool_valid), 0.0),
             parts={name: torch.where(taken, part.detach(), 0.0) for name, part in parts.items()},
         )

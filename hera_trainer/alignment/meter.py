@@ -21,7 +21,7 @@ class AlignmentMeter:
         spread (`Tensor` of shape `[m]` or `None`): How much each head told samples apart when it was last logged.
     """
 
-    _NAMES = ("steps", "lm_loss", "pools", "alignment_loss", "samples", "skipped", "left_out", "not_finite")
+    _NAMES = ("steps", "lm_loss", "pools", "alignment_loss", "samples", "skipped", "left_out", "not_finite", "repeated")
 
     def __init__(self) -> None:
         self.has_warned = self.has_advised = False  # what is said once a run
@@ -60,6 +60,7 @@ class AlignmentMeter:
             skipped=pool.skipped,
             left_out=pool.left_out,
             not_finite=pool.not_finite,
+            repeated=pool.repeated,
             **{f"alignment_loss/{name}": part for name, part in pool.parts.items()},
         )
         self._spread = pool.spread if self._spread is None else self._spread + pool.spread
@@ -98,6 +99,7 @@ class AlignmentMeter:
         metrics = {
             "lm_loss": total["lm_loss"] / total["steps"],
             "alignment_pool": total["samples"] / total["pools"],
+            "alignment_repeated": total["repeated"] / total["pools"],
             "alignment_skipped": total["skipped"] / num_processes,
             "alignment_left_out": total["left_out"],
             "alignment_not_finite": total["not_finite"] / num_processes,

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from hera_trainer.alignment.contrast import Contrast, PoolLoss, spread
+from hera_trainer.alignment.contrast import Contrast, PoolLoss, repeated, spread
 from hera_trainer.alignment.eval_pools import EvalPools
 from hera_trainer.alignment.meter import AlignmentMeter
 from hera_trainer.data.batch import TeacherBatch
@@ -199,7 +199,7 @@ def test_pools_keep_no_graph_and_no_values_of_old_pools() -> None:
 
 
 def pool_of(value: float, samples: int, left_out: int, skipped: bool = False, not_finite: bool = False) -> PoolLoss:
-    numbers = [torch.tensor(float(x)) for x in (samples, left_out, skipped, not_finite)]
+    numbers = [torch.tensor(float(x)) for x in (samples, left_out, skipped, not_finite, 0 if skipped else 3)]
     spread = torch.tensor([0.25, 0.75]) * (not skipped)
     parts = {name: torch.tensor(share * value) for name, share in (("near", 0.25), ("far", 0.75))}
     return PoolLoss(torch.tensor(value), torch.zeros(2, 3, 4), [], *numbers, spread, parts)
@@ -222,6 +222,7 @@ EXPECTED = {
     "alignment_loss/far": 0.75 * (2.0 + 3.0) / 2,
     "alignment_spread": 0.5,
     "alignment_pool": (8 + 6) / 4,  # a skipped pool took part with no sample
+    "alignment_repeated": (3 + 3) / 4,
     "alignment_skipped": 2.0,
     "alignment_left_out": 2 + 6 + 1,
     "alignment_not_finite": 1.0,
@@ -396,6 +397,19 @@ def test_terms_keep_their_names_in_evaluation() -> None:
         },
         rel=1e-5,
     )
+
+
+def test_samples_of_the_same_image_are_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 6, generator=generator)
+    shown = torch.tensor([0, 1, 0, 2, 0, 3, 1, 1, 2])
+    valid = torch.tensor([True, True, True, True, True, True, True, False, False])
+    found = repeated(images[shown], valid)
+    kept = shown[valid].tolist()
+    assert found.item() == len(kept) - len(set(kept)) == 3
+    assert repeated(images, torch.ones(4, dtype=torch.bool)).item() == 0
+    pool = Contrast(HeRALoss(num_neighbors=3))(torch.randn(2, 9, 5, generator=generator), images[shown], valid)
+    assert pool.repeated.item() == 3
 
 
 class Plain(AlignmentObjective):
