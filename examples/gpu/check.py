@@ -5,7 +5,8 @@
     python examples/gpu/check.py --page           # writes what was measured into docs/performance.md
 
 From a checkout of the repository: models are random ones of the test suite. Each part writes what it found, or the
-error it ended with, to `results/<name of the GPU>.json`. The exit status says whether all is as it should be.
+error it ended with, to `results/<name of the GPU>.json`. The exit status says whether gradients and overflow are as
+they should be and all parts ran; time, memory and plan have no bar, and are for the reader to judge.
 
 - gradients: the alignment gradient of a step, cut into micro-batches, against that of one large batch, by precision,
   attention implementation, checkpointing, 4 bit and `torch.compile`
