@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-# Main memory that may be filled with features when the device's share is used up, as a multiple of it.
-HOST_SHARE = 4
+from ..common.memory import HOST_SHARE
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 

@@ -31,7 +31,7 @@ TEMPERATURES = {"dot": 1.0, "cosine": 0.07, "centered_cosine": 0.3}
 _EPSILON = 1e-6
 
 # Logits held at a time: 2**22 float32 numbers are 16 MiB, which a cache holds, whatever the pool and the heads are.
-_MAX_LOGITS = 2**22
+MAX_LOGITS = 2**22
 
 
 @dataclass
@@ -88,7 +88,7 @@ def _terms(z: Tensor, temperature: Tensor, pool: _Pool, z_grad: Tensor | None) -
     """
     total, temperature_grad = torch.zeros_like(temperature), torch.zeros_like(temperature)
     k = pool.positives.shape[1]
-    at_once = max(1, _MAX_LOGITS // z.shape[1])
+    at_once = max(1, MAX_LOGITS // z.shape[1])
     for start in range(0, len(pool.anchors), at_once):
         rows = slice(start, start + at_once)
         anchors, positives = pool.anchors[rows], pool.positives[rows].expand(len(z), -1, -1)
@@ -128,7 +128,7 @@ class _CrossEntropy(torch.autograd.Function):
         heads_grad = torch.zeros_like(heads) if with_gradient else None
         own = heads.shape[1]
         candidates = own + (0 if pool.past is None else pool.past.shape[1])
-        at_once = max(1, _MAX_LOGITS // (len(pool.anchors) * candidates))
+        at_once = max(1, MAX_LOGITS // (len(pool.anchors) * candidates))
         for start in range(0, len(heads), at_once):
             part = slice(start, start + at_once)
             z = heads[part] if pool.past is None else torch.cat([heads[part], pool.past[part]], dim=1)
@@ -298,7 +298,7 @@ class HeRALoss(AlignmentObjective):
         anchors = (others > self.num_neighbors).nonzero().flatten()  # enough others, and not all of them positive
         same_image = same_image[anchors]
         teachers = compared(torch.cat([teacher, queue.teacher]), self.teacher_similarity)
-        at_once = max(1, _MAX_LOGITS // len(teachers))
+        at_once = max(1, MAX_LOGITS // len(teachers))
         positives = [
             _hide(teachers[rows] @ teachers.T, rows, same).topk(self.num_neighbors, dim=-1).indices
             for rows, same in zip(anchors.split(at_once), same_image.split(at_once), strict=True)

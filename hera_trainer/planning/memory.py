@@ -10,13 +10,13 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..objectives.contrastive import _MAX_LOGITS
+from ..common.memory import HOST_SHARE
+from ..objectives.contrastive import MAX_LOGITS
 from .compute import ImageShape
 from .model import ModelParts
 from .settings import RunSettings
 
 _FLOAT = 4  # bytes of a float32
-HOST_SHARE = 4  # main memory for image features as a multiple of the device's, as alignment has it
 GIB = 2**30
 _TILE_TOKENS, _TILE_VOCABULARY = 4096, 32768  # TRL's fused LM head: logits that are held at a time
 
@@ -164,9 +164,9 @@ def alignment_bytes(
     """
     candidates = pool + queue
     vectors = _FLOAT * heads * pool * width
-    at_once = min(heads, max(1, _MAX_LOGITS // (pool * candidates)))
+    at_once = min(heads, max(1, MAX_LOGITS // (pool * candidates)))
     work = _FLOAT * at_once * candidates * width
-    logits = _FLOAT * min(heads * pool * candidates, max(_MAX_LOGITS, candidates))
+    logits = _FLOAT * min(heads * pool * candidates, max(MAX_LOGITS, candidates))
     return {
         "head_vectors": vectors,
         "gradients": 2 * vectors,  # before and after those of a pool that is skipped are masked

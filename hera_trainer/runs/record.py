@@ -187,8 +187,8 @@ def _longest_state(folder: Path) -> dict[str, Any] | None:
 
     A checkpoint whose log does not begin with the folder's is of an earlier run into the same folder.
     """
-    own = _read_if_whole(folder / TRAINER_STATE_NAME)
-    found = [_read_if_whole(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    own = read_if_whole(folder / TRAINER_STATE_NAME)
+    found = [read_if_whole(path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
     states = [state for state in found if state is not None]
     if own is not None:
         log = own.get("log_history") or []
@@ -197,7 +197,7 @@ def _longest_state(folder: Path) -> dict[str, Any] | None:
     return max(states, key=lambda state: state.get("global_step") or 0, default=None)
 
 
-def _read_if_whole(path: Path) -> dict[str, Any] | None:
+def read_if_whole(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:

@@ -25,7 +25,7 @@ from ..common.files import write_atomically
 from ..common.redaction import public_name, public_settings
 from ..heads.head import AlignedUnit
 from ..heads.registry import unwrap_model
-from .record import _read_if_whole, defaults_of
+from .record import defaults_of, read_if_whole
 from .written_files import RUN_FILE, written_by
 
 _LIBRARIES = ("trl", "transformers", "torch", "peft", "datasets", "accelerate")
@@ -110,7 +110,7 @@ class RunRecordCallback(TrainerCallback):
 
     def _earlier(self) -> dict[str, Any]:
         """The record of the run that goes on, as far as there is one."""
-        found = None if self.resumed_from is None else _read_if_whole(Path(self.resumed_from).parent / RUN_FILE)
+        found = None if self.resumed_from is None else read_if_whole(Path(self.resumed_from).parent / RUN_FILE)
         return found or {}
 
     def _write_record(self, args: TrainingArguments) -> None:

@@ -1,0 +1,6 @@
+"""How much memory is set aside."""
+
+from __future__ import annotations
+
+# Main memory that image features may fill when the device's share is used up, as a multiple of it.
+HOST_SHARE = 4
