@@ -31,7 +31,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 # glibc keeps what is freed, since each step on a CPU allocates as much again: a fifth less time.
 KEPT := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 .DEFAULT_GOAL := help
-.PHONY: help demo test engines lint format docs clean constraints newest
+.PHONY: help demo test pytest engines lint format docs clean constraints newest
 .DELETE_ON_ERROR:
 
 help:
@@ -62,7 +62,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+test: lint pytest
+
+pytest: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engines" $(PYTEST_ARGS)
 
 # Not side by side: each test has two processes of its own. What is skipped says why.

@@ -60,14 +60,14 @@ from .heads.ranking import HeadRanking
 from .heads.ranking_cache import cached_ranking
 from .heads.registry import get_head_accessor, unwrap_model
 from .hub import push
-from .hub.card import CardKeeper, licensed, write_model_card
+from .hub.card import CardKeeper, licensed, put_record_aside, write_model_card
 from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .objectives.similarity import comparison
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
 from .runs.control import mark_control
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
-from .runs.record import go_on_with_measurements, other_heads_advice, public_ranking, put_ranking_aside
+from .runs.record import go_on_with_measurements, other_heads_advice, public_ranking, put_aside
 from .runs.record_callback import RunRecordCallback
 from .runs.weights import kept_dtypes, load_weights
 from .runs.written_files import RANKING_FILE, written_by
@@ -485,7 +485,9 @@ class HeRATrainer(SFTTrainer):
         if self.is_world_process_zero():
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
             if self.head_ranking is None:
-                put_ranking_aside(str(self.args.output_dir))
+                put_aside(str(self.args.output_dir), [RANKING_FILE])
+            if self._record not in self.callback_handler.callbacks:
+                put_record_aside(str(self.args.output_dir))
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -68,6 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except Exception as error:
+        import jinja2
+
+        if not isinstance(error, jinja2.TemplateError):
+            raise
+        print(
+            f"hera {command}: error: The chat template does not take these turns, or cannot be read: "
+            f"{' '.join(str(error).split())} Give others, or another template.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print(f"hera {command}: interrupted", file=sys.stderr)
         return 130

@@ -31,6 +31,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..runs.written_files import holds_adapter
 from ..teacher.image_sources import IMAGE_COLUMNS
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -133,7 +134,7 @@ def adapter_folder(path: str, revision: str | None = None) -> str | None:
         if find_adapter_config_file(path, revision=revision) is None:
             return None
     if os.path.isdir(path):
-        return path
+        return path if holds_adapter(Path(path)) else None
     return snapshot_download(path, revision=revision, ignore_patterns=["*/*", "*.pt", "*.pth"])
 
 

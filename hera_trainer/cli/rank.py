@@ -213,6 +213,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"--ceiling {args.ceiling!r} is the teacher itself. Name another encoder.")
     if args.selection == "middle" and args.granularity == "head":
         raise ValueError("--selection middle chooses whole layers: --granularity layer.")
+    if args.num_samples < args.k + 2:
+        raise ValueError(f"--num-samples {args.num_samples} must be at least {args.k + 2} for --k {args.k}.")
     from ..heads.heat_map import plot_head_scores
     from ..heads.ranking import rank_heads
     from ..objectives.metrics import check_clip_quantile

@@ -239,7 +239,12 @@ def _mixed(mixture: DatasetMixtureConfig, text_field: str) -> Any:
         # The most rows of which no part has to be repeated.
         total = min(len(rows) / share for rows, share in zip(parts, shares, strict=True) if share)
         parts = [rows.select(range(round(share * total))) for rows, share in zip(parts, shares, strict=True)]
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if len(parts) == 1:
+        return parts[0]
+    mixed = datasets.concatenate_datasets(parts)
+    sources = [part.info.download_checksums or {} for part in parts]  # where they come from, which is lost otherwise
+    mixed.info.download_checksums = {name: value for source in sources for name, value in source.items()}
+    return mixed
 
 
 def _check_forms(names: Sequence[str], parts: Sequence[Any], text_field: str) -> None:
@@ -304,6 +309,9 @@ def run(
         "dtype": model_args.dtype or "auto",
         **cast(dict[str, Any], training_args.model_init_kwargs or {}),  # no longer JSON
     }
+    training_args.teacher_model_name_or_path = os.path.expanduser(training_args.teacher_model_name_or_path)
+    if training_args.head_ranking_path is not None:
+        training_args.head_ranking_path = os.path.expanduser(training_args.head_ranking_path)
     evaluated = training_args.eval_strategy != "no" or bool(training_args.monitor_steps)
     with training_args.main_process_first(desc="the data sets"):  # the others find them in the cache
         field = training_args.dataset_text_field

@@ -298,6 +298,7 @@ def predict(
     known = {
         "model_digest": weights_digest(model)[:16],
         "processor_digest": processor_digest(processor),
+        "config_digest": config_digest(model, processor),
         "max_new_tokens": max_new_tokens,
         "autocast_dtype": str(autocast_dtype) if autocast_dtype is not None else None,
         **(settings or {}),
@@ -343,6 +344,33 @@ def _answered(
     conversations = [questions.messages(row) for row in rows]
     answers = answer(model, processor, conversations, max_new_tokens, autocast_dtype)
     return [{**questions.describe(row), "prediction": text} for row, text in zip(rows, answers, strict=True)]
+
+
+# What says where a configuration comes from, or how it is computed and not what.
+_NOT_SAID = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "peft_version"}
+_NOT_SAID |= {"padding", "truncation"}  # of a tokenizer, which each call sets
+_NOT_SAID |= {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "_attn_implementation"}
+
+
+def config_digest(model: nn.Module, processor: Any) -> str:
+    """Digest of what answers depend on besides weights and templates: how the model is configured and its adapters are
+    scaled, how it generates, and how its tokenizer reads."""
+    adapters = getattr(model, "peft_config", None) or {}
+    tokenizer = getattr(getattr(processor, "tokenizer", processor), "backend_tokenizer", None)
+    generation = getattr(model, "generation_config", None)
+    configs = [
+        model.config,
+        *([] if generation is None else [generation]),
+        *(adapters[name] for name in sorted(adapters)),
+    ]
+    settings = [config.to_dict() for config in configs]
+    settings += [] if tokenizer is None else [json.loads(tokenizer.to_str())]
+    said = [{name: value for name, value in each.items() if name not in _NOT_SAID} for each in settings]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=_as_text).encode()).hexdigest()[:16]
+
+
+def _as_text(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def processor_digest(processor: Any) -> str:

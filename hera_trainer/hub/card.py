@@ -16,6 +16,7 @@ import yaml
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..common.redaction import is_local, public_settings, public_text, shown_name
@@ -24,9 +25,9 @@ from ..heads.heat_map import plot_head_scores
 from ..heads.ranking import HeadRanking
 from ..heads.registry import unwrap_model
 from ..objectives.contrastive import HeRALoss
-from ..runs.record import CONTEXTS, RunRecord, public_ranking, read_image_gains, read_rankings
+from ..runs.record import CONTEXTS, RunRecord, public_ranking, put_aside, read_image_gains, read_rankings
 from ..runs.record_callback import hub_names
-from ..runs.written_files import CARD_FILE, PLOTS_FOLDER
+from ..runs.written_files import CARD_FILE, PLOTS_FOLDER, RUN_FILE
 
 if TYPE_CHECKING:
     from ..trainer import HeRATrainer
@@ -158,6 +159,18 @@ def is_own_text(path: Path) -> bool:
     card = path.read_text(encoding="utf-8", errors="replace")
     text = re.sub(r"\A---\n.*?^---\s*$", "", card, count=1, flags=re.DOTALL | re.MULTILINE)
     return bool(text.strip()) and not any(mark in card for mark in _GENERATED)
+
+
+def put_record_aside(folder: str) -> None:
+    """Gives the record of an earlier run in `output_dir` another name, and the card and plots that it wrote. To be
+    called by a run that keeps no record: it must not pass for the earlier one.
+
+    Args:
+        folder (`str`): The run's `output_dir`.
+    """
+    if Path(folder, RUN_FILE).is_file():
+        card = [] if is_own_text(Path(folder, CARD_FILE)) else [CARD_FILE]
+        put_aside(folder, [RUN_FILE, TRAINER_STATE_NAME, PLOTS_FOLDER, *card])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate.utils
-import peft.utils
+from huggingface_hub import ModelCard
 from transformers import trainer
 from transformers import utils as names
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -37,6 +37,7 @@ from ..runs.written_files import (
     PLOTS_FOLDER,
     RANKING_FILE,
     RUN_FILE,
+    holds_adapter,
 )
 
 logger = logging.get_logger(__name__)
@@ -102,8 +103,7 @@ def _recorded(folder: Path) -> Iterable[str]:
         return [str(pattern) for pattern in recorded]
     tokenizer = tokenizer_class_from_name(str(_read_json(folder / TOKENIZER_CONFIG_FILE).get("tokenizer_class")))
     vocabulary = getattr(tokenizer, "vocab_files_names", {}).values()
-    is_adapter = (folder / peft.utils.CONFIG_NAME).is_file()
-    return [*(ADAPTER_FILES if is_adapter else MODEL_FILES), *_PROCESSOR, *vocabulary]
+    return [*(ADAPTER_FILES if holds_adapter(folder) else MODEL_FILES), *_PROCESSOR, *vocabulary]
 
 
 def _code(folder: Path) -> Iterator[str]:
@@ -152,6 +152,8 @@ def _without_private(files: dict[str, Path], secrets: Sequence[str]) -> dict[str
         content, is_settings = path.read_bytes(), any(fnmatch(path.name, pattern) for pattern in _SETTINGS)
         if is_settings:
             content = _cleaned(content)
+        if path.name == CARD_FILE:
+            content = _card_without_paths(content)
         # The other JSON files are vocabularies: their strings are pieces of words, which may look like anything.
         is_text = is_settings or path.suffix in _TEXTS
         unknown = is_text and holds_secret(content.decode(errors="replace"))
@@ -160,6 +162,18 @@ def _without_private(files: dict[str, Path], secrets: Sequence[str]) -> dict[str
             continue
         found[name] = content
     return found
+
+
+def _card_without_paths(content: bytes) -> bytes:
+    """A model card whose metadata names no folder of this computer as the base model, as PEFT's form does."""
+    card = ModelCard(content.decode(errors="replace"), ignore_metadata_errors=True)
+    base, tags = card.data.base_model, card.data.tags or []
+    kept = [tag for tag in tags if not is_local(str(tag).split(":")[-1])]
+    if kept == tags and not (isinstance(base, str) and is_local(base)):
+        return content
+    card.data.base_model = None if isinstance(base, str) and is_local(base) else base
+    card.data.tags = kept or None
+    return str(card).encode()
 
 
 def _cleaned(content: bytes) -> bytes:

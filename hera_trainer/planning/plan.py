@@ -105,6 +105,11 @@ def aligned_heads(settings: RunSettings, accessor: HeadAccessor) -> list[Aligned
         ranking = HeadRanking.load(os.fspath(settings.head_ranking_path))
         heads = ranking.select(settings.head_selection, settings.num_aligned_heads, settings.seed, granularity)
     else:
+        if settings.num_aligned_heads > len(units):
+            raise ValueError(
+                f"`num_aligned_heads` ({settings.num_aligned_heads}) exceeds the {len(units)} {units[0].kind}s of this "
+                "model. Lower it."
+            )
         return None
     missing = sorted(set(heads) - set(units))
     if missing:

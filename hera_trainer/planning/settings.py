@@ -90,6 +90,8 @@ class RunSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < bound:
                 raise ValueError(f"`{name}` must be a whole number of at least {bound}, got {value!r}.")
+        if self.image_tokens is not None and self.image_tokens < 0:
+            raise ValueError(f"`image_tokens` must be at least 0, got {self.image_tokens!r}.")
         if not self.image_feature_gib >= 0:
             raise ValueError(f"`image_feature_gib` must be at least 0, got {self.image_feature_gib!r}.")
         if self.dtype not in ("bfloat16", "float16", "float32"):

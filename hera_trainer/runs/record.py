@@ -255,17 +255,18 @@ def go_on_with_measurements(folder: str | os.PathLike, checkpoint: str | os.Path
             write_atomically(target, partial(shutil.copyfile, path))
 
 
-def put_ranking_aside(folder: str | os.PathLike) -> None:
-    """Gives the ranking in a run's `output_dir` another name, under which it is no part of the run. To be called where
-    the run's heads were not chosen from it: it is an earlier run's, or the user's own.
+def put_aside(folder: str | os.PathLike, names: Sequence[str]) -> None:
+    """Gives files and folders in a run's `output_dir` other names, under which they are no part of the run. To be
+    called for what an earlier run, or the user, has left there and this run does not replace.
 
     Args:
         folder (`str` or `os.PathLike`): The run's `output_dir`.
+        names (sequence of `str`): Their names.
     """
-    path = Path(folder, RANKING_FILE)
-    if path.is_file():
-        names = (path.with_suffix(f".{number}.json") for number in itertools.count(1))
-        path.rename(next(name for name in names if not name.exists()))
+    for path in (Path(folder, name) for name in names):
+        if path.exists():
+            others = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+            path.rename(next(other for other in others if not other.exists()))
 
 
 def public_ranking(ranking: HeadRanking) -> HeadRanking:

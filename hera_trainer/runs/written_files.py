@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from glob import escape
 from pathlib import Path
@@ -27,6 +28,27 @@ MODEL_FILES = (
     *(names.CONFIG_NAME, names.GENERATION_CONFIG_NAME, names.SAFE_WEIGHTS_NAME, names.SAFE_WEIGHTS_INDEX_NAME),
     SAFETENSORS_WEIGHTS_FILE_PATTERN.format(suffix="-?????-of-?????"),
 )
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether what a folder holds is an adapter, and not a whole model. Where two runs have left one of each, the
+    record says which is the newer.
+
+    Raises:
+        `ValueError`: If nothing says so.
+    """
+    whole = (names.SAFE_WEIGHTS_NAME, names.SAFE_WEIGHTS_INDEX_NAME)
+    adapter = (folder / peft.utils.CONFIG_NAME).is_file()
+    if not adapter or not any((folder / name).is_file() for name in whole):
+        return adapter
+    path = folder / RUN_FILE
+    files = json.loads(path.read_text()).get("files") if path.is_file() else None
+    if files is None:
+        raise ValueError(
+            f"{str(folder)!r} holds an adapter ({peft.utils.CONFIG_NAME}) and the weights of a whole model, of two "
+            "runs. Remove the files of the one that is not meant."
+        )
+    return peft.utils.CONFIG_NAME in files
 
 
 def written_by(model: nn.Module, processor: Any) -> list[str]:

@@ -158,8 +158,10 @@ def attach(dataset: datasets.Dataset, vectors: datasets.Dataset, key: str) -> da
     # images and all. The vectors are laid out like the rows underneath it, so both share it and nothing is copied.
     joined = datasets.concatenate_datasets([underlying(dataset), vectors], axis=1)
     fingerprint = hashlib.sha256(f"{dataset._fingerprint} {key}".encode()).hexdigest()[:16]
+    info = dataset.info.copy()  # the joined one does not say where the rows come from
+    info.features = joined.features
     result = datasets.Dataset(
-        joined.data, info=joined.info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint
+        joined.data, info=info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint
     )
     style = dataset.format
     if style["type"] is None and style["columns"] == dataset.column_names:

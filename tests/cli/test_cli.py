@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import jinja2
 import pytest
 import torch
 
@@ -82,6 +83,12 @@ def test_errors_are_one_line(monkeypatch, capsys):
             1,
             "hera env: error: The memory of the GPU is full. Use smaller batches or 4-bit weights; `hera plan` "
             "estimates what a training run takes. (CUDA out of memory. Tried to allocate 2 GiB)\n",
+        ),
+        (
+            jinja2.TemplateError("System role not supported"),
+            1,
+            "hera env: error: The chat template does not take these turns, or cannot be read: System role not "
+            "supported Give others, or another template.\n",
         ),
         (KeyboardInterrupt(), 130, "hera env: interrupted\n"),
     ],

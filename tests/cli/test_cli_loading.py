@@ -150,6 +150,20 @@ def test_adapter_on_its_base(base, tmp_path):
         assert not torch.allclose(logits(loaded, inputs), logits(model, inputs), atol=1e-3)
 
 
+@pytest.mark.parametrize("newer", ["adapter", "model", None])
+def test_of_two_runs_in_a_folder_the_newer_is_taken(base, tmp_path, newer):
+    adapted(base).save_pretrained(tmp_path)
+    load_model(base)[0].save_pretrained(tmp_path)
+    if newer is None:
+        with pytest.raises(ValueError, match=r"of two runs\. Remove the files of the one that is not meant"):
+            load_model(tmp_path)
+        return
+    files = {"adapter": ["adapter_config.json", "adapter_model.safetensors"], "model": ["config.json"]}[newer]
+    (tmp_path / "hera_run.json").write_text(json.dumps({"files": files}))
+    load_model(base)[1].save_pretrained(tmp_path)
+    assert isinstance(load_model(tmp_path)[0], PeftModel) is (newer == "adapter")
+
+
 def test_processor_beside_the_adapter_is_taken(base, tmp_path):
     adapted(base).save_pretrained(tmp_path)
     _, processor = load_model(base)

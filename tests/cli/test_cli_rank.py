@@ -202,6 +202,7 @@ def test_what_encode_has_cached_is_not_encoded_again(parts, monkeypatch, tmp_pat
         (["captions.jsonl", "--image-column", "picture"], "no column 'picture'"),
         (["rows", "--output", "heads.png"], "must end in .json"),
         (["rows", "--k", "19"], "21 are needed"),
+        (["rows", "--num-samples", "4"], "--num-samples 4 must be at least 5 for --k 3"),
         (["rows", "--m", "13"], "between 1 and the 12 heads"),
         (["rows", "--teacher", "./nowhere"], "./nowhere"),
         (["rows", "--ceiling", "./nothing"], "./nothing"),

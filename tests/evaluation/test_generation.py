@@ -8,7 +8,9 @@ from copy import copy
 import datasets
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, build_vlm, image_dataset
+from tokenizers.normalizers import Lowercase
 from transformers import T5Config, T5ForConditionalGeneration
 
 from hera_trainer.evaluation import generation
@@ -195,6 +197,27 @@ def test_other_settings_are_refused(llava, questions, tmp_path):
         with pytest.raises(ValueError, match=r"made differently.*--restart"):
             change()
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_answers_of_other_configurations_are_refused(questions, tmp_path):
+    """The weights are the same each time."""
+    model, processor = build_vlm("llava")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_alpha=8))
+    run((adapted, processor), questions, tmp_path)
+    assert len(run((adapted, processor), questions, tmp_path)) == len(questions)
+
+    def refused():
+        with pytest.raises(ValueError, match=r"made differently \(config_digest"):
+            run((adapted, processor), questions, tmp_path)
+
+    model.generation_config.repetition_penalty = 5.0
+    refused()
+    model.generation_config.repetition_penalty = None
+    adapted.peft_config["default"].lora_alpha = 512
+    refused()
+    adapted.peft_config["default"].lora_alpha = 8
+    processor.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    refused()
 
 
 @pytest.mark.parametrize("change", ["image", "question", "answer", "suffix"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hub_server import USER, running
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel
@@ -320,6 +321,18 @@ class TestFiles:
         assert json.loads(files["config.json"]) == {**content, **changed}
         assert files["tokenizer.json"] == b'{"/usr/bin": 1}'
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    def test_card_of_an_adapter_of_a_local_model(self, tmp_path):
+        """As PEFT writes it."""
+        data = {"base_model": "/home/me/models/base", "library_name": "peft"}
+        data["tags"] = ["base_model:adapter:/home/me/models/base", "lora"]
+        ModelCard(f"---\n{yaml.safe_dump(data)}---\n\n# Mine\n").save(tmp_path / "README.md")
+        card = publishable_files(tmp_path)["README.md"].decode()
+        assert "/home/me" not in card and "base_model" not in card and "# Mine" in card
+        assert ModelCard(card).data.tags == ["lora"] and ModelCard(card).data.library_name == "peft"
+        data |= {"base_model": "org/base", "tags": ["base_model:adapter:org/base", "lora"]}
+        ModelCard(f"---\n{yaml.safe_dump(data)}---\n\n# Mine\n").save(tmp_path / "README.md")
+        assert publishable_files(tmp_path)["README.md"] == (tmp_path / "README.md").read_bytes()
 
     def test_texts(self, tmp_path):
         """What stands in settings between other words."""

@@ -143,6 +143,14 @@ def test_tokens_of_an_image_that_are_given():
         image_shape(transformers.LlavaNextConfig(), (640, 480))
 
 
+def test_what_cannot_be():
+    with pytest.raises(ValueError, match="`image_tokens` must be at least 0, got -5"):
+        RunSettings(image_tokens=-5)
+    model, _ = build_vlm("llava")
+    with pytest.raises(ValueError, match=r"`num_aligned_heads` \(99\) exceeds the 12 attention heads"):
+        plan_run(model.config, RunSettings(num_aligned_heads=99))
+
+
 def run_inputs(family):
     model, processor = build_vlm(family, **WIDE)
     row = image_dataset(1)[0]

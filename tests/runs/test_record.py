@@ -9,13 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from runs import trainer
-from tiny import image_dataset
+from tiny import image_dataset, save_tiny_dinov2
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hera_trainer import AttentionHead, HeadRanking, read_run
 from hera_trainer.common.redaction import holds_secret, public_name, public_settings
 from hera_trainer.evaluation.image_gain import ImageGain
+from hera_trainer.hub.files import publishable_files
 from hera_trainer.runs.checkpoints import find_checkpoint
 from hera_trainer.runs.record import forget_measurements, measurement_path
 from hera_trainer.runs.record_callback import RunRecordCallback
@@ -210,12 +211,34 @@ class TestWriting:
         trainer(tmp_path, max_steps=1, alignment_weight=0.0).train()
         assert not (tmp_path / RUN_FILE).exists() and not (tmp_path / "trainer_state.json").exists()
 
-    def test_name_of_a_data_set_of_the_hub(self, tmp_path):
-        rows = image_dataset(n=24, with_features=8)
+    def test_a_baseline_in_the_folder_of_an_aligned_run_is_not_taken_for_it(self, tmp_path):
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"])
+        run = trainer(tmp_path, max_steps=1, peft_config=lora)
+        run.train()
+        run.create_model_card()
+        aligned = json.loads((tmp_path / RUN_FILE).read_text())
+        baseline = trainer(tmp_path, max_steps=1, peft_config=lora, alignment_weight=0.0)
+        baseline.train()
+        baseline.save_model()
+        assert not (tmp_path / RUN_FILE).exists() and not (tmp_path / "hera").exists()
+        assert json.loads((tmp_path / "hera_run.1.json").read_text()) == aligned  # nothing is lost
+        assert "were pulled towards" in (tmp_path / "README.1.md").read_text()
+        assert "were pulled towards" not in (tmp_path / "README.md").read_text()
+        published = set(publishable_files(tmp_path))
+        assert "adapter_model.safetensors" in published
+        assert not [name for name in published if name.startswith(("hera", "trainer_state", "README.1"))]
+
+    @pytest.mark.parametrize("encoded", [False, True])
+    def test_name_of_a_data_set_of_the_hub(self, tmp_path, encoded):
+        rows = image_dataset(n=24, with_features=None if encoded else 8)
         rows.info.download_checksums = {"hf://datasets/trl-lib/captions@1a2b/data/train.parquet": {}}
         rows.info.dataset_name = "captions"
-        trainer(tmp_path, dataset=rows, max_steps=1).train()
-        assert read_run(tmp_path).record["dataset"] == "trl-lib/captions"
+        teacher = save_tiny_dinov2(tmp_path / "teacher") if encoded else None
+        run = trainer(tmp_path / "run", dataset=rows, teacher=teacher, max_steps=1)
+        run.train()
+        assert read_run(tmp_path / "run").record["dataset"] == "trl-lib/captions"
+        run.create_model_card()
+        assert "trl-lib/captions" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ def _labels(ids: Sequence[int], path: str | os.PathLike | None) -> list[str]:
         )
     with open(path, encoding="utf-8") as file:
         questions = [json.loads(line) for line in file if line.strip()]
+    if not all(isinstance(question, dict) and {"question_id", "label"} <= question.keys() for question in questions):
+        raise ValueError(f"{path} is no question file of POPE: its lines need `question_id` and `label`.")
     labels = {question["question_id"]: question["label"] for question in questions}
     unknown = [i for i in ids if i not in labels]
     if unknown:
