@@ -167,12 +167,13 @@ def _without_private(files: dict[str, Path], secrets: Sequence[str]) -> dict[str
 def _card_without_paths(content: bytes) -> bytes:
     """A model card whose metadata names no folder of this computer as the base model, as PEFT's form does."""
     card = ModelCard(content.decode(errors="replace"), ignore_metadata_errors=True)
-    base, tags = card.data.base_model, card.data.tags or []
+    data: Any = card.data
+    base, tags = data.get("base_model"), data.get("tags") or []
     kept = [tag for tag in tags if not is_local(str(tag).split(":")[-1])]
     if kept == tags and not (isinstance(base, str) and is_local(base)):
         return content
-    card.data.base_model = None if isinstance(base, str) and is_local(base) else base
-    card.data.tags = kept or None
+    data.base_model = None if isinstance(base, str) and is_local(base) else base
+    data.tags = kept or None
     return str(card).encode()
 
 
