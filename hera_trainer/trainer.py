@@ -483,11 +483,11 @@ class HeRATrainer(SFTTrainer):
         teacher = None if self.alignment is None else self.teacher_name  # without alignment, none has taught
         self._record.begin(self.train_dataset, self.aligned_heads or (), teacher, checkpoint)
         if self.is_world_process_zero():
+            if self._record not in self.callback_handler.callbacks:
+                put_record_aside(str(self.args.output_dir))
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
             if self.head_ranking is None:
                 put_aside(str(self.args.output_dir), [RANKING_FILE])
-            if self._record not in self.callback_handler.callbacks:
-                put_record_aside(str(self.args.output_dir))
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:

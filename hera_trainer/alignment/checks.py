@@ -40,7 +40,7 @@ def check_arguments(args: HeRAConfig) -> None:
                 f"`{name}=True` mixes several samples in one sequence, so head representations cannot be pooled by "
                 f"sample. Set `{name}=False`, or `alignment_weight=0`."
             )
-    if args.train_sampling_strategy == "group_by_length":
+    if args.train_sampling_strategy == "group_by_length" and args.remove_unused_columns:  # and with them the lengths
         raise ValueError(
             "`train_sampling_strategy='group_by_length'` asks for the length of each row, which vision data does not "
             "have before it is collated. Set `train_sampling_strategy='random'`."
@@ -59,7 +59,7 @@ def check_unchanged(settings: Mapping[str, Any], args: HeRAConfig) -> None:
         `ValueError`: Naming the first of them.
     """
     for name, value in args.own_settings().items():
-        if value != settings[name]:
+        if value != settings[name] and name != "publish_control":  # which pushing reads
             raise ValueError(
                 f"`{name}` was changed after the trainer was made, from {settings[name]!r} to {value!r}. Set it in "
                 "`HeRAConfig`, and make a new trainer."

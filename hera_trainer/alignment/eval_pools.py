@@ -37,7 +37,7 @@ class EvalPools:
 
         Args:
             heads (`Tensor` of shape `[m, B, d_model]`): Head representations.
-            teacher ([`~data.collator.TeacherBatch`]): Teacher vectors of the same samples.
+            teacher ([`~data.batch.TeacherBatch`]): Teacher vectors of the same samples.
             mask (`BoolTensor` of shape `[B, T]`): Positions that were pooled.
         """
         vectors, valid = teacher.vectors, teacher.valid(mask)

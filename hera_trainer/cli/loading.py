@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -134,7 +135,12 @@ def adapter_folder(path: str, revision: str | None = None) -> str | None:
         if find_adapter_config_file(path, revision=revision) is None:
             return None
     if os.path.isdir(path):
-        return path if holds_adapter(Path(path)) else None
+        if not holds_adapter(Path(path)):  # transformers would put the adapter on the newer model
+            raise ValueError(
+                f"{path!r} holds a whole model and, of an earlier run, an adapter ({CONFIG_NAME}), which would be put on "
+                "it. Remove the adapter's files."
+            )
+        return path
     return snapshot_download(path, revision=revision, ignore_patterns=["*/*", "*.pt", "*.pth"])
 
 

@@ -40,9 +40,11 @@ _ROWS_COLLATED = 32
 def text_columns(args: HeRAConfig, collator: Any) -> TextColumns:
     """Which columns of text a collator trains on."""
     inner = collator.inner if isinstance(collator, TeacherCollator) else collator
-    if isinstance(inner, DataCollatorForVisionLanguageModeling) and not makes_its_own_rows(inner):
-        return TextColumns(inner.dataset_text_field, not args.remove_unused_columns)
     named = None if args.dataset_text_field == "text" else args.dataset_text_field
+    if isinstance(inner, DataCollatorForVisionLanguageModeling):
+        field = inner.dataset_text_field
+        own = makes_its_own_rows(inner) and named != field
+        return TextColumns(field, not args.remove_unused_columns, named if own else None)
     return TextColumns(args.dataset_text_field, not args.remove_unused_columns, named)
 
 
@@ -223,9 +225,12 @@ class TeacherVectors:
 
     def _has_no_images(self, dataset: Dataset | IterableDataset, name: str) -> bool:
         """Whether no row of what is evaluated has an image, as of a split of texts. It has a loss all the same."""
-        if isinstance(dataset, IterableDataset) or TEACHER_COLUMN in dataset.column_names:
+        if isinstance(dataset, IterableDataset):
             return False
-        if ImageColumn(dataset).has_images():
+        if TEACHER_COLUMN in dataset.column_names:
+            if len(rows_with_vectors(dataset)):
+                return False
+        elif ImageColumn(dataset).has_images():
             return False
         if name not in self._said_without_images:
             self._said_without_images.add(name)
@@ -331,8 +336,9 @@ class TeacherVectors:
 
     def _warn_of_written_placeholders(self, rows: Sequence[dict[str, Any]]) -> None:
         """LLaVA's data has its placeholder in the texts. Other models read it as words, beside the image."""
+        is_theirs = type(self.data_collator.inner) is DataCollatorForVisionLanguageModeling
         told = "<image>" in self.tokenizer.get_vocab()
-        if not told and any("<image>" in str(row.get(name)) for row in rows for name in CONVERSATIONS):
+        if is_theirs and not told and any("<image>" in str(row.get(name)) for row in rows for name in CONVERSATIONS):
             logger.warning(
                 "Texts of the training data hold `<image>`, which this model reads as words: its placeholder is "
                 "another, and SFTTrainer writes that by itself. Take `<image>` out of the texts (docs/data.md)."

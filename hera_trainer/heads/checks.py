@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 
+from ..common.redaction import public_name
 from ..common.sharded import gathered, gathered_in_forward
 from .accessor import HeadAccessor
 from .capture import ForwardDone, hidden_states_of
@@ -275,7 +276,7 @@ def other_ranking_advice(
         `str` or `None`: What differs, and what to do; `None` if nothing does.
     """
     differs = []
-    if ranking.teacher and teacher and ranking.teacher != teacher:
+    if ranking.teacher and teacher and public_name(ranking.teacher) != public_name(teacher):
         differs.append(f"the teacher is {ranking.teacher!r}, not {teacher!r}")
     if ranking.k != k:
         differs.append(f"k is {ranking.k}, not {k}")

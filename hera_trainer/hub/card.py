@@ -27,7 +27,7 @@ from ..heads.registry import unwrap_model
 from ..objectives.contrastive import HeRALoss
 from ..runs.record import CONTEXTS, RunRecord, public_ranking, put_aside, read_image_gains, read_rankings
 from ..runs.record_callback import hub_names
-from ..runs.written_files import CARD_FILE, PLOTS_FOLDER, RUN_FILE
+from ..runs.written_files import CARD_FILE, MONITOR_FOLDER, PLOTS_FOLDER, RUN_FILE
 
 if TYPE_CHECKING:
     from ..trainer import HeRATrainer
@@ -93,7 +93,7 @@ def write_model_card(
         paper=trainer._paper,
         is_the_papers=isinstance(objective, HeRALoss),
         teaches=objective.uses_teacher,
-        summary=objective.summary.format(unit=trainer.args.alignment_granularity),
+        summary=objective.summary.replace("{unit}", trainer.args.alignment_granularity),
         control="" if trainer.args.teacher_control == "none" else trainer.args.teacher_control,
         badges=public_text("\n".join(line for line in trl_card.text.splitlines() if line.startswith("[<img"))),
         repo=trainer.hub_model_id or trainer.args.hub_model_id or folder.absolute().name,
@@ -162,7 +162,7 @@ def is_own_text(path: Path) -> bool:
 
 
 def put_record_aside(folder: str) -> None:
-    """Gives the record of an earlier run in `output_dir` another name, and the card and plots that it wrote. To be
+    """Gives the record of an earlier run in `output_dir` another name, and the card, plots and measurements that it wrote. To be
     called by a run that keeps no record: it must not pass for the earlier one.
 
     Args:
@@ -170,7 +170,7 @@ def put_record_aside(folder: str) -> None:
     """
     if Path(folder, RUN_FILE).is_file():
         card = [] if is_own_text(Path(folder, CARD_FILE)) else [CARD_FILE]
-        put_aside(folder, [RUN_FILE, TRAINER_STATE_NAME, PLOTS_FOLDER, *card])
+        put_aside(folder, [RUN_FILE, TRAINER_STATE_NAME, PLOTS_FOLDER, MONITOR_FOLDER, *card])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate.utils
+import yaml
 from huggingface_hub import ModelCard
 from transformers import trainer
 from transformers import utils as names
@@ -166,7 +167,10 @@ def _without_private(files: dict[str, Path], secrets: Sequence[str]) -> dict[str
 
 def _card_without_paths(content: bytes) -> bytes:
     """A model card whose metadata names no folder of this computer as the base model, as PEFT's form does."""
-    card = ModelCard(content.decode(errors="replace"), ignore_metadata_errors=True)
+    try:
+        card = ModelCard(content.decode(errors="replace"), ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError):  # written by hand: the Hub says what is wrong with it
+        return content
     data: Any = card.data
     base, tags = data.get("base_model"), data.get("tags") or []
     kept = [tag for tag in tags if not is_local(str(tag).split(":")[-1])]

@@ -160,8 +160,17 @@ def test_of_two_runs_in_a_folder_the_newer_is_taken(base, tmp_path, newer):
         return
     files = {"adapter": ["adapter_config.json", "adapter_model.safetensors"], "model": ["config.json"]}[newer]
     (tmp_path / "hera_run.json").write_text(json.dumps({"files": files}))
-    load_model(base)[1].save_pretrained(tmp_path)
-    assert isinstance(load_model(tmp_path)[0], PeftModel) is (newer == "adapter")
+    model, processor = load_model(base)
+    processor.save_pretrained(tmp_path)
+    if newer == "model":
+        with pytest.raises(ValueError, match=r"of an earlier run, an adapter .*Remove the adapter's files"):
+            load_model(tmp_path)
+        for path in tmp_path.glob("adapter_*"):
+            path.unlink()
+        inputs = batch(processor)
+        torch.testing.assert_close(logits(load_model(tmp_path)[0], inputs), logits(model, inputs))
+    else:
+        assert isinstance(load_model(tmp_path)[0], PeftModel)
 
 
 def test_processor_beside_the_adapter_is_taken(base, tmp_path):

@@ -318,6 +318,25 @@ def test_placeholders_of_another_model_in_the_texts(tmp_path, teacher, caplog):
     assert caplog.text.count("`<image>`, which this model reads as words") == 1
 
 
+class Afterwards(DataCollatorForVisionLanguageModeling):
+    """A subclass that does something to the batch."""
+
+    def torch_call(self, examples):
+        return super().torch_call(examples)
+
+
+def test_a_collator_that_changes_its_batch(tmp_path, teacher, vector):
+    """It keeps its own column of text, and gets rows as SFTTrainer's."""
+    rows = of_rows([{"images": photos(i, 1), "caption": f"red {i}"} for i in range(ROWS)], caption=Value("string"))
+    _, processor = build_vlm("qwen2_5_vl")
+    settle(processor)
+    collator = Afterwards(processor, dataset_text_field="caption")
+    check(
+        run(tmp_path, teacher, rows, data_collator=collator, aligned_heads=None, num_aligned_heads=2),
+        {f"red {i}": vector(*photos(i, 1)) for i in range(ROWS)},
+    )
+
+
 class OfColumns(DataCollatorForVisionLanguageModeling):
     """A subclass of SFTTrainer's collator that makes messages of columns of its own."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType
 from runs import assert_same_parameters, config, logged, parameters, trainer
 from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
@@ -289,6 +289,12 @@ class TestEvaluatingOnTexts:
         assert len([entry for entry in run.state.log_history if "eval_images_alignment_loss" in entry]) == 2
         (said,) = [record.message for record in caplog.records if "is not measured" in record.message]
         assert "No row of `eval_dataset['texts']` has an image" in said
+
+    def test_of_data_whose_vectors_are_known(self, tmp_path, teacher):
+        """A part of it that has none."""
+        rows = self.texts().add_column(TEACHER_COLUMN, [None] * 6)
+        run = make(tmp_path, teacher, eval_dataset=rows.cast_column(TEACHER_COLUMN, List(Value("float32"))))
+        assert run.evaluate()["eval_alignment_left_out"] == 0
 
     def test_that_are_named_after_training(self, tmp_path, teacher):
         run = make(tmp_path, teacher)

@@ -115,7 +115,7 @@ class TestMetadata:
 
     def test_of_a_criterion_of_ones_own(self, tmp_path):
         class Halved(FeatureLoss):
-            summary = "halved"
+            summary = "halved by {x}"
 
         class Own(HeRATrainer):
             def create_criterion(self):
@@ -125,7 +125,7 @@ class TestMetadata:
         run.train()
         run.create_model_card()
         text = " ".join(card_of(tmp_path).text.split())
-        assert "of the language model were halved. That is not the loss of" in text
+        assert "of the language model were halved by {x}. That is not the loss of" in text
 
     def test_without_alignment(self, tmp_path):
         """TRL's own card, to the letter."""

@@ -330,6 +330,8 @@ class TestFiles:
         card = publishable_files(tmp_path)["README.md"].decode()
         assert "/home/me" not in card and "base_model" not in card and "# Mine" in card
         assert ModelCard(card).data.tags == ["lora"] and ModelCard(card).data.library_name == "peft"
+        (tmp_path / "README.md").write_text("---\nlicense: mit: x\n---\n")  # for the Hub to say what is wrong
+        assert publishable_files(tmp_path)["README.md"] == (tmp_path / "README.md").read_bytes()
         data |= {"base_model": "org/base", "tags": ["base_model:adapter:org/base", "lora"]}
         ModelCard(f"---\n{yaml.safe_dump(data)}---\n\n# Mine\n").save(tmp_path / "README.md")
         assert publishable_files(tmp_path)["README.md"] == (tmp_path / "README.md").read_bytes()

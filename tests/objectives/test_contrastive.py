@@ -408,7 +408,7 @@ def test_the_bound_on_logits_changes_nothing_but_memory(
         return loss, *torch.autograd.grad(3.0 * loss, [leaf, criterion.log_temperature])
 
     whole = run()
-    monkeypatch.setattr(loss_module, "_MAX_LOGITS", bound)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", bound)
     with LargestTensor() as seen:
         parts = run()
     # The inputs, and one row of logits where the bound is smaller than that.
@@ -421,7 +421,7 @@ def test_the_bound_on_logits_changes_nothing_but_memory(
 
 def test_large_pools_hold_no_square_of_all_heads() -> None:
     m, batch = 3, 2304  # a head's logits are more than the bound
-    assert batch**2 > loss_module._MAX_LOGITS
+    assert batch**2 > loss_module.MAX_LOGITS
     heads, teacher = inputs(m, batch)
     heads.requires_grad_()
     criterion = HeRALoss(10)

@@ -213,9 +213,12 @@ class TestWriting:
 
     def test_a_baseline_in_the_folder_of_an_aligned_run_is_not_taken_for_it(self, tmp_path):
         lora = LoraConfig(target_modules=["q_proj", "v_proj"])
-        run = trainer(tmp_path, max_steps=1, peft_config=lora)
+        held_out = image_dataset(n=12, with_features=8, seed=5)
+        monitored = {"monitor_steps": 1, "monitor_num_samples": 12, "eval_dataset": held_out}
+        run = trainer(tmp_path, max_steps=1, peft_config=lora, **monitored)
         run.train()
         run.create_model_card()
+        measured = sorted(path.name for path in (tmp_path / "alignment_monitor").iterdir())
         aligned = json.loads((tmp_path / RUN_FILE).read_text())
         baseline = trainer(tmp_path, max_steps=1, peft_config=lora, alignment_weight=0.0)
         baseline.train()
@@ -223,10 +226,11 @@ class TestWriting:
         assert not (tmp_path / RUN_FILE).exists() and not (tmp_path / "hera").exists()
         assert json.loads((tmp_path / "hera_run.1.json").read_text()) == aligned  # nothing is lost
         assert "were pulled towards" in (tmp_path / "README.1.md").read_text()
+        assert sorted(path.name for path in (tmp_path / "alignment_monitor.1").iterdir()) == measured != []
         assert "were pulled towards" not in (tmp_path / "README.md").read_text()
         published = set(publishable_files(tmp_path))
         assert "adapter_model.safetensors" in published
-        assert not [name for name in published if name.startswith(("hera", "trainer_state", "README.1"))]
+        assert not [name for name in published if name.startswith(("hera", "trainer_state", "README.1", "alignment"))]
 
     @pytest.mark.parametrize("encoded", [False, True])
     def test_name_of_a_data_set_of_the_hub(self, tmp_path, encoded):

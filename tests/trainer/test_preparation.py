@@ -134,6 +134,8 @@ class TestReadyRanking:
         own = HeadRanking(torch.zeros(2, 4), torch.zeros(2), k=3, num_samples=20, teacher="org/one")
         settings = {"k": 3, "clip_quantile": None, "center": False, "normalize": True}
         assert "'org/one', not 'org/two'" in other_ranking_advice(own, teacher="org/two", **settings)
+        local = replace(own, teacher="dinov2")  # as a run's folder has it
+        assert other_ranking_advice(local, teacher="/models/dinov2", **settings) is None
         for unknown in ("org/one", ""):
             assert other_ranking_advice(own, teacher=unknown, **settings) is None
 
