@@ -137,8 +137,8 @@ def adapter_folder(path: str, revision: str | None = None) -> str | None:
     if os.path.isdir(path):
         if not holds_adapter(Path(path)):  # transformers would put the adapter on the newer model
             raise ValueError(
-                f"{path!r} holds a whole model and, of an earlier run, an adapter ({CONFIG_NAME}), which would be put on "
-                "it. Remove the adapter's files."
+                f"{path!r} holds a whole model and, of an earlier run, an adapter ({CONFIG_NAME}), which would be put "
+                "on it. Remove the adapter's files."
             )
         return path
     return snapshot_download(path, revision=revision, ignore_patterns=["*/*", "*.pt", "*.pth"])

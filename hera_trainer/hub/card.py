@@ -162,8 +162,8 @@ def is_own_text(path: Path) -> bool:
 
 
 def put_record_aside(folder: str) -> None:
-    """Gives the record of an earlier run in `output_dir` another name, and the card, plots and measurements that it wrote. To be
-    called by a run that keeps no record: it must not pass for the earlier one.
+    """Gives the record of an earlier run in `output_dir` another name, and the card, plots and measurements that it
+    wrote. To be called by a run that keeps no record: it must not pass for the earlier one.
 
     Args:
         folder (`str`): The run's `output_dir`.
