@@ -40,7 +40,8 @@ def check_arguments(args: HeRAConfig) -> None:
                 f"`{name}=True` mixes several samples in one sequence, so head representations cannot be pooled by "
                 f"sample. Set `{name}=False`, or `alignment_weight=0`."
             )
-    if args.train_sampling_strategy == "group_by_length" and args.remove_unused_columns:  # and with them the lengths
+    knows_lengths = not args.remove_unused_columns  # there may be a column of them
+    if args.train_sampling_strategy == "group_by_length" and not (knows_lengths or args.neighbor_group_size):
         raise ValueError(
             "`train_sampling_strategy='group_by_length'` asks for the length of each row, which vision data does not "
             "have before it is collated. Set `train_sampling_strategy='random'`."
