@@ -1,1 +1,2 @@
-"""Memory and cost of a run, from its settings and the model's config alone. Uses `heads` and `objectives`."""
+"""Memory and cost of a run, from its settings and the model's config alone. Uses `heads`, `objectives` and
+`common`."""

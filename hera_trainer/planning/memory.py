@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..common.memory import HOST_SHARE
+from ..common.limits import HOST_SHARE
 from ..objectives.contrastive import MAX_LOGITS
 from .compute import ImageShape
 from .model import ModelParts

@@ -1,4 +1,4 @@
-"""How much memory is set aside."""
+"""Limits that several rooms keep to."""
 
 from __future__ import annotations
 
