@@ -322,23 +322,26 @@ class TeacherVectors:
             with_image = rows_with_vectors(rows)
         # At random: at equal distances, data of alternating kinds would show one of them.
         chosen = [int(i) for i in np.random.default_rng(0).permutation(with_image)[:_ROWS_COLLATED]]
-        self._warn_of_written_placeholders([rows[i] for i in chosen])
-        batches = [self.data_collator([self._as_trained(rows[i])]) for i in chosen]
-        if not is_stream and any(bool(batch[TEACHER_COLUMN].isnan().all()) for batch in batches):
-            raise ValueError(
-                f"Rows reach the collator without their teacher vector: the data set's transform or format leaves out "
-                f"column `{TEACHER_COLUMN}`. Let it return that column, too."
-            )
-        masks = [pooling_mask(batch["labels"], batch["input_ids"], self.placeholder_ids) for batch in batches]
-        tokens = [int(mask.sum()) for mask in masks]
+        tokens, writes_placeholder = [], False
+        for i in chosen:  # one at a time: pixels of many rows may be large
+            row = rows[i]
+            writes_placeholder |= any("<image>" in str(row.get(name)) for name in CONVERSATIONS)
+            batch = self.data_collator([self._as_trained(row)])
+            if not is_stream and bool(batch[TEACHER_COLUMN].isnan().all()):
+                raise ValueError(
+                    f"Rows reach the collator without their teacher vector: the data set's transform or format leaves "
+                    f"out column `{TEACHER_COLUMN}`. Let it return that column, too."
+                )
+            tokens.append(int(pooling_mask(batch["labels"], batch["input_ids"], self.placeholder_ids).sum()))
+        if writes_placeholder:
+            self._warn_of_written_placeholders()
         with_label = sum(count > 0 for count in tokens)
         return RowCounts(len(rows), len(with_image), len(chosen), with_label, sum(tokens), is_stream)
 
-    def _warn_of_written_placeholders(self, rows: Sequence[dict[str, Any]]) -> None:
+    def _warn_of_written_placeholders(self) -> None:
         """LLaVA's data has its placeholder in the texts. Other models read it as words, beside the image."""
         is_theirs = type(self.data_collator.inner) is DataCollatorForVisionLanguageModeling
-        told = "<image>" in self.tokenizer.get_vocab()
-        if is_theirs and not told and any("<image>" in str(row.get(name)) for row in rows for name in CONVERSATIONS):
+        if is_theirs and "<image>" not in self.tokenizer.get_vocab():
             logger.warning(
                 "Texts of the training data hold `<image>`, which this model reads as words: its placeholder is "
                 "another, and SFTTrainer writes that by itself. Take `<image>` out of the texts (docs/data.md)."
