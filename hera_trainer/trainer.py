@@ -67,7 +67,7 @@ from .objectives.similarity import comparison
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
 from .runs.control import mark_control
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
-from .runs.record import go_on_with_measurements, other_heads_advice, public_ranking, put_aside
+from .runs.record import go_on_with_measurements, leave_out, other_heads_advice, public_ranking
 from .runs.record_callback import RunRecordCallback
 from .runs.weights import kept_dtypes, load_weights
 from .runs.written_files import RANKING_FILE, written_by
@@ -487,7 +487,7 @@ class HeRATrainer(SFTTrainer):
                 put_record_aside(str(self.args.output_dir))
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
             if self.head_ranking is None:
-                put_aside(str(self.args.output_dir), [RANKING_FILE])
+                leave_out(str(self.args.output_dir), [RANKING_FILE])
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:

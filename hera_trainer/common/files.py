@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import shutil
 import uuid
@@ -78,3 +79,9 @@ def restore_folder(folder: str | os.PathLike) -> None:
 
 def _put_aside(target: Path) -> list[Path]:
     return list(target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.old"))
+
+
+def rename_with_number(path: Path) -> None:
+    """Gives a file or folder the first free name with a number: `a.json` becomes `a.1.json`."""
+    others = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+    path.rename(next(other for other in others if not other.exists()))

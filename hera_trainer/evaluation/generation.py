@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from ..common.digest import weights_digest
-from ..common.files import write_atomically
+from ..common.files import rename_with_number, write_atomically
 from ..common.processes import Team
 from ..heads.modes import evaluating
 from .questions import Questions
@@ -195,7 +195,7 @@ class PredictionFile:
     def _prepare(self, settings: dict[str, Any], restart: bool) -> None:
         settings_path = self.folder / SETTINGS_FILE
         if restart and self.path.exists():
-            self._set_aside()
+            rename_with_number(self.path)
         if self.path.exists():
             self._check(json.loads(settings_path.read_text()) if settings_path.is_file() else {}, settings)
             _drop_half_line(self.path)
@@ -210,12 +210,6 @@ class PredictionFile:
                 f"{str(self.path)!r} holds predictions that were made differently ({differences}). Use another "
                 "`--output`, or `--restart` to begin anew (they are kept under another name)."
             )
-
-    def _set_aside(self) -> None:
-        number = 1
-        while (aside := self.path.with_suffix(f".{number}.jsonl")).exists():
-            number += 1
-        self.path.rename(aside)
 
     def done(self, questions: Questions) -> list[int]:
         """Numbers of the rows that are answered already.

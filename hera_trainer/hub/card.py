@@ -25,7 +25,7 @@ from ..heads.heat_map import plot_head_scores
 from ..heads.ranking import HeadRanking
 from ..heads.registry import unwrap_model
 from ..objectives.contrastive import HeRALoss
-from ..runs.record import CONTEXTS, RunRecord, public_ranking, put_aside, read_image_gains, read_rankings
+from ..runs.record import CONTEXTS, RunRecord, leave_out, public_ranking, read_image_gains, read_rankings
 from ..runs.record_callback import hub_names
 from ..runs.written_files import CARD_FILE, MONITOR_FOLDER, PLOTS_FOLDER, RUN_FILE
 
@@ -170,7 +170,7 @@ def put_record_aside(folder: str) -> None:
     """
     if Path(folder, RUN_FILE).is_file():
         card = [] if is_own_text(Path(folder, CARD_FILE)) else [CARD_FILE]
-        put_aside(folder, [RUN_FILE, TRAINER_STATE_NAME, PLOTS_FOLDER, MONITOR_FOLDER, *card])
+        leave_out(folder, [RUN_FILE, TRAINER_STATE_NAME, PLOTS_FOLDER, MONITOR_FOLDER, *card])
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..common.files import write_atomically
+from ..common.files import rename_with_number, write_atomically
 from ..common.redaction import public_name
 from ..evaluation.image_gain import ImageGain
 from ..heads.head import AlignedUnit, parse_unit
@@ -255,7 +254,7 @@ def go_on_with_measurements(folder: str | os.PathLike, checkpoint: str | os.Path
             write_atomically(target, partial(shutil.copyfile, path))
 
 
-def put_aside(folder: str | os.PathLike, names: Sequence[str]) -> None:
+def leave_out(folder: str | os.PathLike, names: Sequence[str]) -> None:
     """Gives files and folders in a run's `output_dir` other names, under which they are no part of the run. To be
     called for what an earlier run, or the user, has left there and this run does not replace.
 
@@ -265,8 +264,7 @@ def put_aside(folder: str | os.PathLike, names: Sequence[str]) -> None:
     """
     for path in (Path(folder, name) for name in names):
         if path.exists():
-            others = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
-            path.rename(next(other for other in others if not other.exists()))
+            rename_with_number(path)
 
 
 def public_ranking(ranking: HeadRanking) -> HeadRanking:
