@@ -137,8 +137,8 @@ def pool() -> list[Run]:
             ("64 and a queue of 192", micro_batches(64, queue_size=192)),
             ("64 in groups of neighbours", micro_batches(64, neighbor_group_size=4)),
             ("64 in micro-batches of 8", micro_batches(8, **within)),
-            ("128 as one", micro_batches(128)),
-            ("256 as one", micro_batches(256)),
+            ("128 over micro-batches of 64", micro_batches(64, gradient_accumulation_steps=2)),
+            ("256 over micro-batches of 64", micro_batches(64, gradient_accumulation_steps=4)),
         ]
     )
 
