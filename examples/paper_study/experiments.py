@@ -52,9 +52,16 @@ def references() -> list[Run]:
 
 
 def stage1() -> list[Run]:
-    """From the projector of stage 1 instead, with the drawings of five artists and keywords in their captions."""
+    """From the projector of stage 1 instead, with the drawings of five artists and keywords in their captions; then
+    pulled harder, by the objective that moved heads furthest, and for longer."""
     brief: dict[str, Any] = {"steps": 20, "in_full": False}
-    return [Run("start", steps=0), Run("SFT", settings=SFT, **brief), *pair("temperature 0.3", HELD, **brief)]
+    longer: dict[str, Any] = {**brief, "steps": 80}
+    hard = HELD | {"target_pull": 1.0}
+    return [
+        *(Run("start", steps=0), Run("SFT", settings=SFT, **brief), *pair("temperature 0.3", HELD, **brief)),
+        *(*pair("pull 1.0", hard, **brief), *pair("CKA", HELD | CKA, **brief)),
+        *(Run("SFT, 80 steps", settings=SFT, **longer), *pair("pull 1.0, 80 steps", hard, **longer)),
+    ]
 
 
 def searched(varied: Sequence[tuple[str, dict[str, Any]]], teachers: Sequence[str] = NOT_ITS_OWN) -> list[Run]:
