@@ -54,32 +54,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_out_chatter()
     try:
         import_module(f".{command}", __name__).main(arguments[1:])
-    except (ValueError, ImportError, OSError) as error:
-        print(f"hera {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise  # not a mistake of the user
-        print(
-            f"hera {command}: error: The memory of the GPU is full. Use smaller batches or 4-bit weights; `hera plan` "
-            f"estimates what a training run takes. ({' '.join(str(error).split())})",
-            file=sys.stderr,
-        )
-        return 1
     except Exception as error:
-        import jinja2
-
-        if not isinstance(error, jinja2.TemplateError):
-            raise
-        print(
-            f"hera {command}: error: The chat template does not take these turns, or cannot be read: "
-            f"{' '.join(str(error).split())} Give others, or another template.",
-            file=sys.stderr,
-        )
+        if (said := _explained(error)) is None:
+            raise  # not a mistake of the user
+        print(f"hera {command}: error: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"hera {command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _explained(error: Exception) -> str | None:
+    """An error in one line, with its cure; `None` of one that is a fault of the program."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, ImportError, OSError)):
+        return text
+    import jinja2
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        cure = "The memory of the GPU is full. Use smaller batches or 4-bit weights: `hera plan` estimates what fits."
+    elif isinstance(error, jinja2.TemplateError):
+        cure = "The chat template does not take these turns, or cannot be read. Give others, or another template."
+    else:
+        return None
+    return f"{cure} ({text})"

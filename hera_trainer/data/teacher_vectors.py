@@ -215,7 +215,9 @@ class TeacherVectors:
             self._warn_of_another_teacher(dataset, name)
         if not isinstance(dataset, IterableDataset):
             check_tools(dataset, self.data_collator)
-            return with_teacher_features(dataset, name, self.teacher, self.args.teacher_batch_size, width)
+            rows = with_teacher_features(dataset, name, self.teacher, self.args.teacher_batch_size, width)
+            _check_not_hidden(rows, name)
+            return rows
         self._forbid_dispatching()
         stream = open_stream(dataset, name, self.columns)
         if not stream.width:
@@ -254,7 +256,7 @@ class TeacherVectors:
         first = _first_rows(rows)
         columns = self.columns
         names = set().union(*first, getattr(rows, "column_names", None) or ())
-        is_theirs = type(collator.inner) is DataCollatorForVisionLanguageModeling
+        is_theirs = _is_theirs(collator)
         if is_theirs and not columns.trained(names) and (advice := from_llava(names)):
             raise ValueError(f"There is no text to train on.{advice}")
         if ranks_heads:
@@ -327,11 +329,6 @@ class TeacherVectors:
             row = rows[i]
             writes_placeholder |= any("<image>" in str(row.get(name)) for name in CONVERSATIONS)
             batch = self.data_collator([self._as_trained(row)])
-            if not is_stream and bool(batch[TEACHER_COLUMN].isnan().all()):
-                raise ValueError(
-                    f"Rows reach the collator without their teacher vector: the data set's transform or format leaves "
-                    f"out column `{TEACHER_COLUMN}`. Let it return that column, too."
-                )
             tokens.append(int(pooling_mask(batch["labels"], batch["input_ids"], self.placeholder_ids).sum()))
         if writes_placeholder:
             self._warn_of_written_placeholders()
@@ -340,8 +337,7 @@ class TeacherVectors:
 
     def _warn_of_written_placeholders(self) -> None:
         """LLaVA's data has its placeholder in the texts. Other models read it as words, beside the image."""
-        is_theirs = type(self.data_collator.inner) is DataCollatorForVisionLanguageModeling
-        if is_theirs and "<image>" not in self.tokenizer.get_vocab():
+        if _is_theirs(self.data_collator) and "<image>" not in self.tokenizer.get_vocab():
             logger.warning(
                 "Texts of the training data hold `<image>`, which this model reads as words: its placeholder is "
                 "another, and SFTTrainer writes that by itself. Take `<image>` out of the texts (docs/data.md)."
@@ -386,6 +382,11 @@ class TeacherVectors:
         return None if vectors is None else vectors.to(self.args.device)
 
 
+def _is_theirs(collator: TeacherCollator) -> bool:
+    """Whether texts are made by SFTTrainer's collator, as it comes."""
+    return type(collator.inner) is DataCollatorForVisionLanguageModeling
+
+
 def _check_control(rows: Any, is_derived: bool) -> None:
     if is_derived:
         raise ValueError(
@@ -416,6 +417,21 @@ def _first_rows(rows: Any) -> list[dict[str, Any]]:
         except Exception as error:  # whatever decoding or the user's own transforms raise
             raise unreadable(place, error) from error
     return first
+
+
+def _check_not_hidden(rows: Dataset, name: str) -> None:
+    """Refuses a transform or format that leaves the vectors out: nothing would be aligned, without a word."""
+    number = int(rows_with_vectors(rows)[0])
+    place = f"Row {number} of `{name}`"
+    try:
+        row = rows[number]
+    except Exception as error:  # whatever decoding or the user's own transforms raise
+        raise unreadable(place, error) from error
+    if row.get(TEACHER_COLUMN) is None:
+        raise ValueError(
+            f"{place} comes without its teacher vector: the data set's transform or format leaves out column "
+            f"`{TEACHER_COLUMN}`. Let it return that column, too."
+        )
 
 
 def _has_image(row: dict[str, Any], has_vectors: bool) -> bool:

@@ -81,14 +81,14 @@ def test_errors_are_one_line(monkeypatch, capsys):
         (
             torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
             1,
-            "hera env: error: The memory of the GPU is full. Use smaller batches or 4-bit weights; `hera plan` "
-            "estimates what a training run takes. (CUDA out of memory. Tried to allocate 2 GiB)\n",
+            "hera env: error: The memory of the GPU is full. Use smaller batches or 4-bit weights: `hera plan` "
+            "estimates what fits. (CUDA out of memory. Tried to allocate 2 GiB)\n",
         ),
         (
             jinja2.TemplateError("System role not supported"),
             1,
-            "hera env: error: The chat template does not take these turns, or cannot be read: System role not "
-            "supported Give others, or another template.\n",
+            "hera env: error: The chat template does not take these turns, or cannot be read. Give others, or "
+            "another template. (System role not supported)\n",
         ),
         (KeyboardInterrupt(), 130, "hera env: interrupted\n"),
     ],

@@ -165,6 +165,9 @@ def test_transforms_that_hide_the_vectors(tmp_path, hides):
         run.train()
     whole = image_dataset(n=24, with_features=8).with_transform(lambda batch: batch)
     trainer(tmp_path, whole, aligned_heads=["L0H0"]).prepare_alignment()
+    held_out = trainer(tmp_path, whole, eval_dataset={"hidden": rows}, aligned_heads=["L0H0"])
+    with pytest.raises(ValueError, match=r"Row 0 of `eval_dataset\['hidden'\]` comes without its teacher vector"):
+        held_out.prepare_alignment()
 
 
 @pytest.mark.parametrize(
