@@ -10,8 +10,8 @@ from .heads.head import AttentionHead as AttentionHead
 from .heads.head import DecoderLayer as DecoderLayer
 from .heads.heat_map import plot_head_scores as plot_head_scores
 from .heads.layouts import decoder_accessor as decoder_accessor
+from .heads.rank import rank_heads as rank_heads
 from .heads.ranking import HeadRanking as HeadRanking
-from .heads.ranking import rank_heads as rank_heads
 from .heads.registry import get_head_accessor as get_head_accessor
 from .heads.registry import register_head_accessor as register_head_accessor
 from .objectives.contrastive import HeRALoss as HeRALoss

@@ -60,7 +60,8 @@ from .heads.ranking import HeadRanking
 from .heads.ranking_cache import cached_ranking
 from .heads.registry import get_head_accessor, unwrap_model
 from .hub import push
-from .hub.card import CardKeeper, licensed, put_record_aside, write_model_card
+from .hub.card import write_model_card
+from .hub.card_file import CardKeeper, licensed, put_record_aside
 from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .objectives.similarity import comparison

@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     from ..teacher.encoder import teacher_identity
     from ..teacher.images import ImageColumn
     from ..teacher.vectors import add_teacher_features, cache_root
-    from .loading import load_rows, local_path
+    from .paths import local_path
+    from .rows import load_rows
 
     begin = time.perf_counter()
     team = Team(distributed=True)

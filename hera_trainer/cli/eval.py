@@ -230,7 +230,7 @@ def _evaluate(args: argparse.Namespace, metric_arguments: dict[str, dict[str, An
 def _questions(args: argparse.Namespace, dataset: str, split: str) -> Questions:
     from ..evaluation.answer_scores import REFERENCE_COLUMNS
     from ..evaluation.questions import Questions
-    from .loading import IMAGE_COLUMNS, load_rows
+    from .rows import IMAGE_COLUMNS, load_rows
 
     rows = load_rows(
         dataset,
@@ -274,7 +274,7 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
 def _without_splits(dataset: str) -> tuple[str, str]:
     """Data without splits, such as the one data file of a folder, and what its rows are called as a split. Of data with
     splits nobody should score the training part by mistake."""
-    from .loading import FILE_FORMATS, local_path
+    from .paths import FILE_FORMATS, local_path
 
     path = Path(local_path(dataset))
     if path.is_file() or (path.is_dir() and (path / "state.json").is_file()):
@@ -371,7 +371,8 @@ def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def _export(args: argparse.Namespace) -> str:
     from ..evaluation.benchmarks import choose_benchmarks, export_commands
-    from .loading import adapter_folder, base_of, local_path, model_config
+    from .loading import adapter_folder, base_of, model_config
+    from .paths import local_path
 
     benchmarks = choose_benchmarks(args.benchmarks)
     path = local_path(args.model)

@@ -1,19 +1,14 @@
-"""Models and data as they are named on the command line: by a name on the Hub, a folder or a file."""
+"""Models as they are named on the command line: by a name on the Hub or a folder, or as an adapter."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from datasets import Dataset, IterableDataset
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
@@ -33,15 +28,9 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..runs.written_files import holds_adapter
-from ..teacher.image_sources import IMAGE_COLUMNS
+from .paths import local_path
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-# Endings of data files, and the builders of `datasets` that read them.
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-
-
-# --- Models ----------------------------------------------------------------------------------------------------------
 
 
 def default_device() -> torch.device:
@@ -114,19 +103,6 @@ def _named(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"The model {path!r} can't be loaded: {error}") from error
-
-
-def local_path(path: str | os.PathLike) -> str:
-    """A path as it is opened, or a name on the Hub as it is.
-
-    Raises:
-        `FileNotFoundError`: If it can only be a path, and nothing is there.
-    """
-    text = os.path.expanduser(os.fspath(path))
-    looks_local = text.startswith((".", os.sep)) or text.count("/") > 1 or Path(text).suffix in FILE_FORMATS
-    if looks_local and not os.path.exists(text):
-        raise FileNotFoundError(f"There is no file or folder {text!r} (looked for in {os.getcwd()}).")
-    return text
 
 
 def adapter_folder(path: str, revision: str | None = None) -> str | None:
@@ -277,156 +253,3 @@ def _four_bit(config: PreTrainedConfig, dtype: str | torch.dtype, skipped: list[
         bnb_4bit_compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
         llm_int8_skip_modules=skipped,
     )
-
-
-# --- Data ------------------------------------------------------------------------------------------------------------
-
-
-def load_rows(
-    dataset: str | os.PathLike,
-    *,
-    config: str | None = None,
-    split: str = "train",
-    limit: int | None = None,
-    image_columns: Sequence[str] = IMAGE_COLUMNS,
-) -> Dataset:
-    """Loads a split of a data set.
-
-    Args:
-        dataset (`str` or `os.PathLike`):
-            Name on the Hub; a folder that `save_to_disk` wrote, of images, or of data files; or a `.json`, `.jsonl`,
-            `.parquet`, `.csv` or `.arrow` file. In files, image columns may hold paths (one, or a list), which are
-            relative to the file's folder.
-        config (`str`, *optional*): Configuration (subset) of a data set on the Hub.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split, also a part of one such as `"train[:10%]"`. Data without splits is `"train"`.
-        limit (`int`, *optional*): Only the first rows.
-        image_columns (sequence of `str`, *optional*, defaults to `("image", "images")`):
-            Columns whose paths become images.
-
-    Returns:
-        [`~datasets.Dataset`].
-
-    Raises:
-        `OSError`: If there is no such file, folder or repository.
-        `ValueError`: If it has no such split, no rows, or can't be read.
-    """
-    rows = open_rows(dataset, config=config, split=split, image_columns=image_columns)
-    assert isinstance(rows, Dataset)
-    if limit is not None and limit < len(rows):
-        rows = rows.select(range(limit))
-    if not len(rows):
-        raise ValueError(f"The data set {os.fspath(dataset)!r} has no rows in {split!r}.")
-    return rows
-
-
-def open_rows(
-    dataset: str | os.PathLike,
-    *,
-    config: str | None = None,
-    split: str = "train",
-    streaming: bool = False,
-    image_columns: Sequence[str] = IMAGE_COLUMNS,
-    **builder: Any,
-) -> Dataset | IterableDataset:
-    """As [`load_rows`], but also as a stream, and with more arguments of [`~datasets.load_dataset`].
-
-    Args:
-        dataset, config, split, image_columns: See [`load_rows`].
-        streaming (`bool`, *optional*, defaults to `False`): Return a [`~datasets.IterableDataset`].
-        **builder: More for [`~datasets.load_dataset`], such as `data_dir` or `data_files`.
-    """
-    path = local_path(dataset)
-    folder = Path(path) if os.path.isdir(path) else Path(path).parent if os.path.isfile(path) else Path()
-    rows: Any
-    if any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):  # of `save_to_disk`
-        rows = _part(datasets.load_from_disk(path), split)
-        rows = rows.to_iterable_dataset() if streaming else rows
-    else:
-        if os.path.isfile(path):
-            if not os.path.getsize(path):
-                raise ValueError(f"The data file {path!r} is empty.")
-            builder["data_files"] = path
-            path = _format_of(path)
-        elif (name := re.fullmatch(r"(\w+)(\[.*\])?", split)) and config is None and not builder:
-            # Where its images lie beside `test.jsonl`, `datasets` would take the folder for one of images alone.
-            files = [file.name for file in Path(path).glob(f"{name[1]}.*") if file.suffix in FILE_FORMATS]
-            builder = {"data_files": {name[1]: files[0]}} if len(files) == 1 else {}
-        try:
-            rows = datasets.load_dataset(path, name=config, split=split, streaming=streaming, **builder)
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"The data set {os.fspath(dataset)!r} can't be read: {_root_cause(error)}") from error
-    return with_images(rows, folder, image_columns)
-
-
-def _format_of(path: str) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in FILE_FORMATS:
-        raise ValueError(f"Data files end in one of {', '.join(FILE_FORMATS)}, not in {suffix!r}: {path!r}.")
-    return FILE_FORMATS[suffix]
-
-
-def _part(stored: Dataset | datasets.DatasetDict, split: str) -> Dataset:
-    """What `split` (`"train"`, `"train[:10%]"`, `"train+test"`) means of data that `save_to_disk` wrote."""
-    splits = stored if isinstance(stored, datasets.DatasetDict) else {"train": stored}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
-    if len(parts) == 1 and (parts[0].from_, parts[0].to) == (0, len(splits[parts[0].splitname])):
-        return splits[parts[0].splitname]  # untouched, so that its fingerprint stays
-    return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in parts])
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def with_images(rows: Any, folder: Path, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
-    """Columns of paths, or of dictionaries of bytes and path, become columns of images.
-
-    Args:
-        rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The data.
-        folder (`Path`): What relative paths are relative to.
-        columns (sequence of `str`): The columns.
-
-    Raises:
-        `FileNotFoundError`: If the first image of a column is not there.
-    """
-    features = rows.features
-    if features is None:  # of a stream whose source does not say
-        features = Dataset.from_list(list(rows.take(8))).features
-    cast = dict(features)
-    for name in columns:
-        feature = features.get(name)
-        is_list = isinstance(feature, (datasets.List, datasets.LargeList))
-        inner = feature.feature if is_list else feature
-        is_text = isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
-        if not is_text and not (isinstance(inner, dict) and set(inner) == {"bytes", "path"}):
-            continue
-        if is_text:
-            _check_first(rows, name, folder)
-            absolute = partial(_absolute_paths, name=name, folder=os.path.abspath(folder))
-            rows = rows.map(absolute, batched=True, input_columns=[name])
-        cast[name] = datasets.List(datasets.Image()) if is_list else datasets.Image()
-    return rows if cast == dict(features) else rows.cast(datasets.Features(cast))
-
-
-def _absolute_paths(values: list[Any], name: str, folder: str) -> dict[str, list[Any]]:
-    def absolute(value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute(item) for item in value]
-        return value if not value or "://" in value else os.path.join(folder, value)
-
-    return {name: [absolute(value) or None for value in values]}
-
-
-def _check_first(rows: Any, name: str, folder: Path) -> None:
-    for row in islice(rows.select_columns([name]), 100):
-        for path in row[name] if isinstance(row[name], list) else [row[name]]:
-            if path and "://" not in path:
-                if not os.path.exists(os.path.join(folder, path)):
-                    raise FileNotFoundError(
-                        f"Column `{name}` names the image {path!r}, which is not in {os.path.abspath(folder)}. Paths "
-                        "of images are absolute, or relative to the folder of the data file."
-                    )
-                return

@@ -71,7 +71,8 @@ def merge_adapter(
         `ValueError`: If `output` exists, `adapter` is none or can't be merged, or the base model is stored quantized.
     """
     from ..runs.control import mark_control, read_control
-    from .loading import adapter_folder, base_of, load_model, local_path
+    from .loading import adapter_folder, base_of, load_model
+    from .paths import local_path
 
     name = local_path(adapter)
     folder = adapter_folder(name, revision)

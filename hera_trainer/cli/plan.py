@@ -290,7 +290,7 @@ def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     from ..planning.model import read_config
     from ..planning.plan import plan_run
-    from .loading import local_path
+    from .paths import local_path
 
     name, revision, settings = _settings(args)
     name = local_path(name)

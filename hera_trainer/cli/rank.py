@@ -216,11 +216,13 @@ def main(arguments: Sequence[str]) -> None:
     if args.num_samples < args.k + 2:
         raise ValueError(f"--num-samples {args.num_samples} must be at least {args.k + 2} for --k {args.k}.")
     from ..heads.heat_map import plot_head_scores
-    from ..heads.ranking import rank_heads
+    from ..heads.rank import rank_heads
     from ..objectives.metrics import check_clip_quantile
     from ..teacher.encoder import teacher_identity
     from ..teacher.vectors import TEACHER_COLUMN, add_teacher_features, cached_teacher_features
-    from .loading import IMAGE_COLUMNS, check_device, check_model, load_model, load_rows, local_path
+    from .loading import check_device, check_model, load_model
+    from .paths import local_path
+    from .rows import IMAGE_COLUMNS, load_rows
 
     check_device(args.device)
     check_model(args.model, args.revision, args.base_model)  # before the teacher works for long

@@ -187,7 +187,7 @@ def load_data(
     Raises:
         `OSError`, `ValueError`: If the data can't be found or read, or nothing is there to evaluate on.
     """
-    from .loading import open_rows
+    from .rows import open_rows
 
     name = script_args.dataset_name or ""
     if mixture.datasets:
@@ -221,7 +221,7 @@ def _mixed(mixture: DatasetMixtureConfig, text_field: str) -> Any:
     """All data sets of a mixture in one. Like [`~trl.get_dataset`], but of all that [`open_rows`] opens."""
     import datasets
 
-    from .loading import open_rows
+    from .rows import open_rows
 
     parts: list[Any] = []
     for source in mixture.datasets:

@@ -19,7 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ..common.files import replacing_folder, write_atomically
 from ..heads.head import AlignedUnit
 from ..heads.heat_map import plot_head_scores
-from ..heads.ranking import HeadRanking, rank_heads
+from ..heads.rank import rank_heads
+from ..heads.ranking import HeadRanking
 from ..runs.record import RunRecord, read_run
 from ..runs.report import write_report
 from ..trainer import HeRATrainer

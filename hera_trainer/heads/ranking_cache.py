@@ -18,7 +18,8 @@ from ..teacher.checkpoint import plain_config
 from ..teacher.vectors import cache_root
 from .accessor import HeadAccessor
 from .modes import adapters_complete_base, without_adapters
-from .ranking import HeadRanking, rank_samples
+from .rank import rank_samples
+from .ranking import HeadRanking
 from .registry import has_common_layout, unwrap_model
 from .samples import draw_samples
 

@@ -52,7 +52,7 @@ def draw_samples(
     seed: int,
     text_column: str | None = None,
 ) -> Samples:
-    """Draws samples of distinct images with text. Arguments and errors are those of [`~heads.ranking.rank_heads`]."""
+    """Draws samples of distinct images with text. Arguments and errors are those of [`~heads.rank.rank_heads`]."""
     if num_samples < k + 2:
         raise ValueError(f"`num_samples` ({num_samples}) must be at least k + 2 = {k + 2}.")
     if not isinstance(dataset, Dataset):

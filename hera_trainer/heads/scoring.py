@@ -38,9 +38,9 @@ def score_layers(
         accessor ([`HeadAccessor`]): The model's attention heads.
         layers: Layer by layer, what [`~heads.observer.Observer.gather`] gives.
         targets (`LongTensor` of shape `[N, k]`): The teacher's neighbours, as [`nearest_neighbors`] gives them.
-        normalize (`bool`), clip_quantile (`float` or `None`): As for [`~heads.ranking.rank_heads`].
+        normalize (`bool`), clip_quantile (`float` or `None`): As for [`~heads.rank.rank_heads`].
         seed (`int`): Seed of the permuted pairs.
-        center (`bool`, *optional*, defaults to `False`): As for [`~heads.ranking.rank_heads`].
+        center (`bool`, *optional*, defaults to `False`): As for [`~heads.rank.rank_heads`].
 
     Returns:
         Scores of the heads `[L, largest H]` and of the layers `[L]`, float32, NaN where there is none, and the null of

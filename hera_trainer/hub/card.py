@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..common.redaction import is_local, public_settings, public_text, shown_name
@@ -25,17 +20,16 @@ from ..heads.heat_map import plot_head_scores
 from ..heads.ranking import HeadRanking
 from ..heads.registry import unwrap_model
 from ..objectives.contrastive import HeRALoss
-from ..runs.record import CONTEXTS, RunRecord, leave_out, public_ranking, read_image_gains, read_rankings
+from ..runs.record import CONTEXTS, RunRecord, public_ranking, read_image_gains, read_rankings
 from ..runs.record_callback import hub_names
-from ..runs.written_files import CARD_FILE, MONITOR_FOLDER, PLOTS_FOLDER, RUN_FILE
+from ..runs.written_files import CARD_FILE, PLOTS_FOLDER
+from .card_file import written_by_hand
 
 if TYPE_CHECKING:
     from ..trainer import HeRATrainer
 
 logger = get_logger(__name__)
 
-# What a user writes into the card by hand.
-_KEPT = ("license", "license_name", "license_link", "language")
 _PAPER_POOLS = (128, 256)
 # Which heat maps this process has drawn, by their files.
 _DRAWN: dict[str, int] = {}
@@ -63,7 +57,7 @@ def write_model_card(
     folder, objective = Path(str(trainer.args.output_dir)), trainer.criterion
     assert objective is not None
     path = folder / CARD_FILE
-    kept = _written_by_hand(path, license)
+    kept = written_by_hand(path, license)
     adapter = trainer.model if isinstance(trainer.model, PeftModel) else None
     tags = [tags] if isinstance(tags, str) else list(tags or ())
     write_trl_card(model_name, None, tags)
@@ -107,101 +101,6 @@ def write_model_card(
     )
     card.text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in card.text.splitlines())) + "\n"
     card.save(path)
-
-
-class CardKeeper:
-    """Writes the card into a folder where a model is saved, and keeps one that was written by hand. To be made before
-    the model is saved, since PEFT rewrites what it finds.
-
-    Args:
-        output_dir (`str`): The run's folder, where cards are made.
-        folder (`str`): Where the model is saved.
-    """
-
-    def __init__(self, output_dir: str | os.PathLike | None, folder: str | os.PathLike | None) -> None:
-        self._here, self._there = Path(str(output_dir)), Path(str(folder))
-        card = self._here / CARD_FILE
-        self._is_kept = is_own_text(self._there / CARD_FILE)
-        self._own = card.read_bytes() if is_own_text(card) else None
-
-    def write(self, create: Callable[[], None]) -> None:
-        """
-        Args:
-            create (`Callable`): Makes the card in `output_dir`.
-        """
-        if self._is_kept:
-            return
-        card = self._here / CARD_FILE
-        try:
-            create()
-            if self._here.resolve() != self._there.resolve():
-                shutil.copy(card, self._there / CARD_FILE)
-                if (self._here / PLOTS_FOLDER).is_dir():
-                    shutil.copytree(self._here / PLOTS_FOLDER, self._there / PLOTS_FOLDER, dirs_exist_ok=True)
-        finally:
-            if self._own is not None:
-                card.write_bytes(self._own)
-
-
-# Of trainers (PEFT takes the tag away when it saves beside a card), of PEFT's form, and of this library's card.
-_GENERATED = (
-    "generated_from_trainer",
-    "It has been trained using [TRL]",
-    "[More Information Needed]",
-    "It was trained with hera-trainer, which is not needed",
-)
-
-
-def is_own_text(path: Path) -> bool:
-    """Whether there is a card at `path` whose text neither a trainer nor PEFT wrote."""
-    if not path.is_file():
-        return False
-    card = path.read_text(encoding="utf-8", errors="replace")
-    text = re.sub(r"\A---\n.*?^---\s*$", "", card, count=1, flags=re.DOTALL | re.MULTILINE)
-    return bool(text.strip()) and not any(mark in card for mark in _GENERATED)
-
-
-def put_record_aside(folder: str) -> None:
-    """Gives the record of an earlier run in `output_dir` another name, and the card, plots and measurements that it
-    wrote. To be called by a run that keeps no record: it must not pass for the earlier one.
-
-    Args:
-        folder (`str`): The run's `output_dir`.
-    """
-    if Path(folder, RUN_FILE).is_file():
-        card = [] if is_own_text(Path(folder, CARD_FILE)) else [CARD_FILE]
-        leave_out(folder, [RUN_FILE, TRAINER_STATE_NAME, PLOTS_FOLDER, MONITOR_FOLDER, *card])
-
-
-@contextmanager
-def licensed(folder: str | os.PathLike, license: str | None, writes: bool) -> Iterator[None]:
-    """Puts a licence, or what a card of before says of it by hand, into the card that is written inside.
-
-    Args:
-        folder (`str` or `os.PathLike`): Where the card is.
-        license (`str`, *optional*): Licence, by default the one that is in the card already.
-        writes (`bool`): Whether this process writes it.
-    """
-    path = Path(folder, CARD_FILE)
-    kept = _written_by_hand(path, license) if writes else {}
-    yield
-    if kept:
-        card = ModelCard.load(path)
-        for name, value in kept.items():
-            setattr(card.data, name, value)
-        card.save(path)
-
-
-def _written_by_hand(path: Path, license: str | None) -> dict[str, Any]:
-    """What a card that is there already says of licence and language; a licence that is given goes before."""
-    data: dict[str, Any] = {}
-    # One that cannot be read is replaced by the new card, as by TRL's.
-    with suppress(ValueError, yaml.YAMLError):
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
-    kept = {name: data[name] for name in _KEPT if data.get(name) is not None}
-    if license is None:
-        return kept
-    return {"license": license, **{name: value for name, value in kept.items() if not name.startswith("license")}}
 
 
 def _is_repo_id(name: str) -> bool:

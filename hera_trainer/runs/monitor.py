@@ -23,7 +23,8 @@ from ..heads.checks import check_ranking
 from ..heads.head import AlignedUnit, granularity_of, parse_unit
 from ..heads.heat_map import pixels, plot_head_scores
 from ..heads.modes import evaluating
-from ..heads.ranking import HeadRanking, rank_heads
+from ..heads.rank import rank_heads
+from ..heads.ranking import HeadRanking
 from ..heads.registry import get_head_accessor, unwrap_model
 from ..heads.samples import draw_samples
 from ..objectives.similarity import comparison

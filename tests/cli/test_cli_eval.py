@@ -411,7 +411,7 @@ def test_labels_in_lists_have_their_names():
 def test_easy_vqa_example(folder, tmp_path, capsys):
     """The example's file has the demo's questions and images."""
     pytest.importorskip("easy_vqa")
-    from hera_trainer.cli.loading import load_rows
+    from hera_trainer.cli.rows import load_rows
     from hera_trainer.demo.data import easy_vqa
 
     path = Path(__file__).parents[2] / "examples" / "write_easy_vqa.py"

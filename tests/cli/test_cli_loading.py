@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import build_vlm, image_dataset, save_vlm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hera_trainer.cli.loading import load_model, load_rows, open_rows
+from hera_trainer.cli.loading import load_model
+from hera_trainer.cli.rows import load_rows, open_rows
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from hera_trainer import VisionTeacher, add_teacher_features
 from hera_trainer.data.collator import TEACHER_COLUMN, TeacherCollator
 from hera_trainer.heads.head import AttentionHead
-from hera_trainer.heads.ranking import rank_heads
+from hera_trainer.heads.rank import rank_heads
 
 
 def hooks_of(model: nn.Module) -> list[tuple[str, int]]:

@@ -33,7 +33,7 @@ from hera_trainer.heads.capture import HeadCapture
 from hera_trainer.heads.checks import check_decoder, check_projections
 from hera_trainer.heads.head import AttentionHead, DecoderLayer
 from hera_trainer.heads.projection import project_heads, projection_offset
-from hera_trainer.heads.ranking import rank_heads, rank_samples
+from hera_trainer.heads.rank import rank_heads, rank_samples
 from hera_trainer.heads.registry import get_head_accessor
 from hera_trainer.heads.samples import Samples
 

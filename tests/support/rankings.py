@@ -11,7 +11,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hera_trainer.heads.head import AttentionHead
-from hera_trainer.heads.ranking import HeadRanking, rank_heads
+from hera_trainer.heads.rank import rank_heads
+from hera_trainer.heads.ranking import HeadRanking
 
 HEADS = 4
 K = 4
