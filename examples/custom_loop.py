@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, load_dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from hera_trainer import Alignment, HeadCapture, HeRALoss, add_teacher_features, mutual_knn, rank_heads
+from hera_trainer.cli.rows import load_rows
 
 
 def with_parts(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,11 +124,6 @@ def steps_of(loader: DataLoader, accumulation: int, steps: int) -> Iterator[list
             raise ValueError("The data is less than one optimizer step. Lower `--batch_size` or `--accumulation`.")
 
 
-def read_dataset(path: str, split: str) -> Dataset:
-    """A data set of the Hub, or one that `save_to_disk` wrote."""
-    return load_from_disk(path) if Path(path, "dataset_info.json").is_file() else load_dataset(path, split=split)
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Tensor | float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -151,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Tensor | float]:
     torch.manual_seed(0)
     model: Any = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").to(accelerator.device)
     processor = AutoProcessor.from_pretrained(args.model)
-    dataset = add_teacher_features(read_dataset(args.dataset, args.split), args.teacher, distributed=True)
+    dataset = add_teacher_features(load_rows(args.dataset, split=args.split), args.teacher, distributed=True)
 
     # The heads are ranked before anything is trained, and stay the same.
     ranking = rank_heads(

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from custom_loop import collate, read_dataset
+from custom_loop import collate
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -37,6 +37,7 @@ from hera_trainer import (
     add_teacher_features,
     rank_heads,
 )
+from hera_trainer.cli.rows import load_rows
 
 
 class AlignedTrainer(Trainer):
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> AlignedTrainer:
     set_seed(args.seed)
     model: Any = AutoModelForImageTextToText.from_pretrained(script.model, dtype="auto").to(args.device)
     processor = AutoProcessor.from_pretrained(script.model)
-    dataset = add_teacher_features(read_dataset(script.dataset, script.split), script.teacher, distributed=True)
+    dataset = add_teacher_features(load_rows(script.dataset, split=script.split), script.teacher, distributed=True)
 
     # The heads are ranked before anything is trained, and stay the same.
     ranking_file = Path(args.output_dir, "head_ranking.json")

@@ -4,7 +4,7 @@ Stage 1 trains the projector between a frozen vision tower and a frozen language
 projector and the language model on instructions. The heads are ranked once, before stage 1, and stay the same.
 
 ```
-accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/two_stage.py \
+accelerate launch --config_file examples/accelerate_configs/ddp.yaml --num_processes 8 examples/two_stage.py \
     --model_name_or_path path/to/a/model/with/a/new/projector \
     --caption_dataset path/to/captions \
     --instruction_dataset path/to/instructions \
@@ -13,7 +13,8 @@ accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/tw
     --output_dir two-stage
 ```
 
-Everything that `HeRAConfig` knows is an argument, and goes for both stages. After an interruption, the same command
+Everything that `HeRAConfig` knows is an argument, and goes for both stages. With `--use_peft --lora_target_modules
+all-linear` stage 2 trains an adapter, and the projector beside it. After an interruption, the same command
 with `--resume_from_checkpoint two-stage/stage2/checkpoint-500` goes on from there; stage 1 does not run again.
 """
 
@@ -23,11 +24,12 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
 from transformers import AutoModelForImageTextToText
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from hera_trainer import HeRAConfig, HeRATrainer
+from hera_trainer.cli.rows import load_rows
 
 
 @dataclass
@@ -35,7 +37,7 @@ class TwoStageArguments:
     """What the stages do not share.
 
     Args:
-        caption_dataset (`str`): Data set of stage 1: a name on the Hub, or a folder that `save_to_disk` wrote.
+        caption_dataset (`str`): Data set of stage 1: a name on the Hub, a folder or a file.
         instruction_dataset (`str`): Data set of stage 2.
         dataset_split (`str`, *optional*, defaults to `"train"`): Split of both that is trained on.
         projector (`str`, *optional*, defaults to `"multi_modal_projector"`): Part of the projector's parameter names.
@@ -57,22 +59,27 @@ class TwoStageArguments:
     )
 
 
-def read_dataset(name: str, split: str) -> Dataset:
-    """A split of a data set of the Hub, or of one that `save_to_disk` wrote to the folder `name`."""
-    if Path(name, "dataset_dict.json").is_file():
-        return load_from_disk(name)[split]
-    return load_from_disk(name) if Path(name, "dataset_info.json").is_file() else load_dataset(name, split=split)
-
-
 def train_stage(
-    stage: int, model_path: str, dataset: Dataset, args: HeRAConfig, script_args: TwoStageArguments, dtype: str
+    stage: int,
+    model_path: str,
+    dataset: Dataset,
+    args: HeRAConfig,
+    script_args: TwoStageArguments,
+    model_args: ModelConfig,
 ) -> None:
-    """Loads a model, freezes what the stage does not train, trains the rest and saves all of it."""
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype)
+    """Loads a model, freezes what the stage does not train, trains the rest and saves it: all of it, or with `use_peft`
+    in stage 2 the adapter with the projector."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_path,
+        dtype=model_args.dtype or "float32",
+        revision=model_args.model_revision if stage == 1 else None,
+        attn_implementation=model_args.attn_implementation,
+    )
     for name, parameter in model.named_parameters():
         is_projector, is_tower = script_args.projector in name, script_args.vision_tower in name
         parameter.requires_grad_(is_projector or (stage == 2 and not is_tower))
-    trainer = HeRATrainer(model, args, train_dataset=dataset)
+    peft_config = get_peft_config(model_args) if stage == 2 else None
+    trainer = HeRATrainer(model, args, train_dataset=dataset, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 
@@ -102,15 +109,17 @@ def main(script_args: TwoStageArguments, training_args: HeRAConfig, model_args: 
     stage1.gradient_accumulation_steps = (
         script_args.stage1_gradient_accumulation_steps or training_args.gradient_accumulation_steps
     )
-    dtype = model_args.dtype or "float32"
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("Stage 1 trains the projector itself, and no quantized weights: leave `load_in_...` out.")
+    model_args.lora_modules_to_save = model_args.lora_modules_to_save or [script_args.projector]
 
     if first == 1:
-        captions = read_dataset(script_args.caption_dataset, script_args.dataset_split)
-        train_stage(1, model_args.model_name_or_path, captions, stage1, script_args, dtype)
+        captions = load_rows(script_args.caption_dataset, split=script_args.dataset_split)
+        train_stage(1, model_args.model_name_or_path, captions, stage1, script_args, model_args)
     if training_args.aligned_heads is None:  # the heads that were ranked before stage 1
         stage2.head_ranking_path = str(out / "stage1" / "head_ranking.json")
-    instructions = read_dataset(script_args.instruction_dataset, script_args.dataset_split)
-    train_stage(2, stage1.output_dir, instructions, stage2, script_args, dtype)
+    instructions = load_rows(script_args.instruction_dataset, split=script_args.dataset_split)
+    train_stage(2, stage1.output_dir, instructions, stage2, script_args, model_args)
 
 
 if __name__ == "__main__":

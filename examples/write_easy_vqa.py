@@ -15,18 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hera_trainer.demo.data import TEST_SEED, easy_vqa
+from hera_trainer.demo.job import SEED
+
+DEMO = TEST_SEED + SEED
 
 
-def write_easy_vqa(
-    folder: str | Path, split: str = "test", questions: int | None = None, seed: int = TEST_SEED
-) -> Path:
+def write_easy_vqa(folder: str | Path, split: str = "test", questions: int | None = None, seed: int = DEMO) -> Path:
     """Writes questions and images.
 
     Args:
         folder (`str` or `Path`): Where to.
         split (`str`): `"train"` or `"test"`.
         questions (`int`, *optional*): How many, balanced; all of them by default.
-        seed (`int`): Seed of the draw. That of `hera demo` is 11 more than its `--seed`.
+        seed (`int`): Seed of the draw, by default that of `hera demo`, which is 11 more than its `--seed`.
 
     Returns:
         `Path`: The JSON lines file, with the columns `id`, `image`, `prompt`, `answer` and `question_type`.
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="folder to write")
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--questions", type=int, default=None, help="how many, balanced [all]")
-    parser.add_argument("--seed", type=int, default=TEST_SEED, help="seed of the draw [%(default)s]")
+    parser.add_argument("--seed", type=int, default=DEMO, help="seed of the draw [%(default)s]")
     args = parser.parse_args(arguments)
     path = write_easy_vqa(args.folder, args.split, args.questions, args.seed)
     print(f"Written: {path}")

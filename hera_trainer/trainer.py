@@ -49,6 +49,7 @@ from .heads.checks import (
     check_decoder,
     check_projections,
     check_ranking,
+    check_same_modules,
     check_trainable,
     other_ranking_advice,
     resumed_heads_advice,
@@ -66,7 +67,7 @@ from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .objectives.similarity import comparison
 from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
-from .runs.control import mark_control
+from .runs.control import mark_control, other_control_advice, read_control
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
 from .runs.record import go_on_with_measurements, leave_out, other_heads_advice, public_ranking
 from .runs.record_callback import RunRecordCallback
@@ -354,6 +355,7 @@ class HeRATrainer(SFTTrainer):
             self.head_ranking = self.head_ranking or self._rank_heads()
             check_ranking(self.head_ranking, accessor, self._model_type)
             heads = self.head_ranking.select(args.head_selection, args.num_aligned_heads, args.seed, granularity)
+        check_same_modules(self.model, accessor, heads)
         if heads == self.aligned_heads:
             return
         with self.accelerator.autocast():  # some kernels take nothing but 16 bit
@@ -464,6 +466,8 @@ class HeRATrainer(SFTTrainer):
             self._begin_watching(last)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
+        if checkpoint is not None and (then := read_control(checkpoint)) != self._control:
+            logger.warning(other_control_advice(then, self._control))
         self.prepare_alignment(checkpoint)
         self._check_trained(self.alignment.accessor)
         check_best_metric(self.args, self.eval_dataset)
@@ -575,6 +579,11 @@ class HeRATrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         alignment, training = self.alignment, self.model.training
+        if alignment is not None and training and not alignment.is_attached:
+            raise RuntimeError(
+                "Heads are read inside of `train` alone, so that this step would train without alignment. Call "
+                "`prepare_alignment`, and then this inside of `with trainer.alignment.attached():`."
+            )
         if alignment is None or not alignment.is_attached or not alignment.observe(inputs, train=training):
             inputs.pop(TEACHER_COLUMN, None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -624,7 +633,10 @@ class HeRATrainer(SFTTrainer):
     def _prepare_evaluation(self) -> None:
         is_first = self.alignment is not None and self.aligned_heads is None
         self.prepare_alignment()
-        if is_first and (advice := other_heads_advice(str(self.args.output_dir), self.aligned_heads or ())) is not None:
+        if not is_first or self.alignment is None:
+            return
+        trained = self.alignment.heads, self.alignment.trains_objective
+        if (advice := other_heads_advice(str(self.args.output_dir), *trained)) is not None:
             logger.warning(advice)
 
     def evaluation_loop(
@@ -724,6 +736,8 @@ class HeRATrainer(SFTTrainer):
                     super()._load_best_model()
                 else:  # beside it may lie an adapter of the default name, which `Trainer` would load in its place
                     cast(PeftModel, self.model).load_adapter(os.path.join(best, adapter), adapter)
+        if self.alignment is not None:
+            self.alignment.load_objective(best)
         # Not `best_global_step`: a better step need not have been saved.
         self.best_step = saved_step(best)
 
@@ -737,7 +751,7 @@ class HeRATrainer(SFTTrainer):
     def _loads_whole_model(self, checkpoint: str) -> bool:
         """Whether a checkpoint holds all weights of an unsharded model, which `Trainer` may fail to find there."""
         is_whole = isinstance(self.model, PreTrainedModel) and Path(checkpoint, CONFIG_NAME).is_file()
-        return self.alignment is not None and not self.is_sharded and is_whole
+        return not self.is_sharded and is_whole
 
     # Publishing
 

@@ -153,7 +153,8 @@ def confirmation(records: Sequence[Record], first: Sequence[Measure] = ()) -> st
             found = [differences(arms[one], arms[another], start, measure) for measure in measures]
             cells = [number(values, measure[1], sign="+") for values, measure in zip(found, measures, strict=True)]
             rows.append([f"**{one} minus {another}**", str(len(found[0])), *cells])
-            notes.append(_of_other_heads(f"{one} minus {another}", by_seed(arms[one], arms[another])))
+            name, compared = f"{one} minus {another}", by_seed(arms[one], arms[another])
+            notes += [_of_other_heads(name, compared), _of_other_precision(name, compared)]
     table = markdown(["", "seeds", *(name for name, _, _ in measures)], rows)
     return "\n\n".join([table, *filter(None, notes), references(records)])
 
@@ -168,6 +169,12 @@ def _of_other_heads(name: str, pairs: Sequence[tuple[Record, Record]]) -> str:
         f"*{name}*: in {len(unequal)} of {len(chosen)} pairs the two runs were made on CPUs that round otherwise, and "
         f"have {min(map(len, unequal))} of their aligned heads in common; the difference is that of these."
     )
+
+
+def _of_other_precision(name: str, pairs: Sequence[tuple[Record, Record]]) -> str:
+    """Says so if runs that are compared were computed in different precisions."""
+    unequal = sum(one["config"].get("bf16") != other["config"].get("bf16") for one, other in pairs)
+    return f"*{name}*: in {unequal} of {len(pairs)} pairs one run was computed in float32." if unequal else ""
 
 
 def stages(records: Sequence[Record]) -> str:
@@ -201,7 +208,7 @@ def hours(results: dict[str, list[Record]]) -> str:
     ]
     total = [record for found in results.values() for record in found]
     rows.append(["all", str(len(total)), f"{sum(record['seconds'] for record in total) / 3600:.1f}"])
-    return markdown(["experiment", "runs", "hours of a core"], rows)
+    return markdown(["experiment", "runs", "hours"], rows)
 
 
 def head_map(records: Sequence[Record]) -> str:

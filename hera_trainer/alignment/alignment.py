@@ -22,6 +22,7 @@ from ..data.batch import TeacherBatch, pop_teacher
 from ..heads.accessor import HeadAccessor
 from ..heads.capture import ForwardDone, HeadCapture, done_after
 from ..heads.head import AlignedUnit
+from ..heads.modes import needs_whole_forward
 from ..heads.pooling import placeholder_token_ids, pooling_mask
 from ..heads.registry import get_head_accessor, unwrap_model
 from ..objectives.objective import AlignmentObjective
@@ -106,6 +107,7 @@ class Alignment:
         self.seed = seed
         self.contrast = Contrast(criterion, accelerator, SampleQueue(queue_size) if queue_size else None)
         self._args = args
+        self._whole = model if needs_whole_forward(model) else None
         self.optimizer = ObjectiveOptimizer(criterion, accelerator, args)
         self.meter = AlignmentMeter()
         self.capture: HeadCapture | None = None
@@ -144,6 +146,11 @@ class Alignment:
     def heads(self) -> list[AlignedUnit]:
         """The aligned heads or layers."""
         return [] if self.capture is None else self.capture.heads
+
+    @property
+    def trains_objective(self) -> bool:
+        """Whether the objective has parameters of its own that are trained."""
+        return any(parameter.requires_grad for parameter in self.criterion.parameters())
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -197,7 +204,7 @@ class Alignment:
             whole (`nn.Module`, *optional*): A module whose forward must be run to its end (sharded parameters).
         """
         assert self.capture is not None
-        device = self.device
+        device, whole = self.device, self._whole if whole is None else whole
         seeds = torch.randint(2**31, (len(batches),)).tolist()
         first = []
         reading = self.capture.reading(stop_early=whole is None)
@@ -370,8 +377,8 @@ class Alignment:
         self.pull.load_state_dict(state.get("pull", {}), self.device)
         if "log_temperature" in state:  # as it was written before there were other parameters
             self.optimizer.load_temperature(state)
-        elif Path(folder, OBJECTIVE_FILE).is_file():
-            self.optimizer.load(Path(folder, OBJECTIVE_FILE))
+        else:
+            self.load_objective(folder)
         if state["aligned_heads"] != [str(head) for head in self.heads]:
             warnings.warn(
                 f"The checkpoint was trained with aligned heads {', '.join(state['aligned_heads'])}, this run goes on "
@@ -380,6 +387,11 @@ class Alignment:
             )
         if self.contrast.queue is not None and queue.is_file():
             self._load_queue(self.contrast.queue, queue, state["aligned_heads"])
+
+    def load_objective(self, folder: str | os.PathLike) -> None:
+        """Takes the objective's parameters alone, which belong to the weights of the same checkpoint."""
+        if (path := Path(folder, OBJECTIVE_FILE)).is_file():
+            self.optimizer.load(path)
 
     def _queue_identity(self) -> dict[str, str]:
         """What samples of the queue depend on, beside the weights of the model."""

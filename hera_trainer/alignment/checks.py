@@ -40,6 +40,18 @@ def check_arguments(args: HeRAConfig) -> None:
                 f"`{name}=True` mixes several samples in one sequence, so head representations cannot be pooled by "
                 f"sample. Set `{name}=False`, or `alignment_weight=0`."
             )
+    steps_of_parts = args.contrast_scope == "step" and args.gradient_accumulation_steps > 1
+    optimizer = getattr(args.optim, "value", args.optim)
+    if optimizer in ("lomo", "adalomo") and steps_of_parts:
+        raise ValueError(
+            f"`optim={optimizer!r}` moves the weights after each micro-batch, so that those of a step would be "
+            "compared at different weights. Set `gradient_accumulation_steps=1`, or choose another optimizer."
+        )
+    if args.train_sampling_strategy == "batch_rebalance" and args.contrast_scope == "micro_batch":
+        raise ValueError(
+            "`train_sampling_strategy='batch_rebalance'` makes micro-batches of few long samples, which would be "
+            "compared with nothing. Set `contrast_scope='step'`, or `train_sampling_strategy='random'`."
+        )
     knows_lengths = not args.remove_unused_columns  # there may be a column of them
     if args.train_sampling_strategy == "group_by_length" and not (knows_lengths or args.neighbor_group_size):
         raise ValueError(

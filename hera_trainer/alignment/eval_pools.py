@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..data.batch import TeacherBatch
 from ..objectives.objective import AlignmentObjective
+from .contrast import repeated
 
 
 class EvalPools:
@@ -28,6 +29,7 @@ class EvalPools:
         self.accelerator = accelerator
         self.totals: dict[str, float] = {}  # of each term, or of the loss where it has none
         self.pools = 0
+        self.repeated = 0.0
         self._heads: list[Tensor] = []
         self._teacher: list[Tensor] = []
 
@@ -54,6 +56,8 @@ class EvalPools:
             for name, term in (loss if isinstance(loss, dict) else {"": loss}).items():
                 self.totals[name] = self.totals.get(name, 0.0) + term.item()
             self.pools += 1
+            images = all_teacher[: self.pool_size]
+            self.repeated += repeated(images, torch.ones_like(images[:, 0], dtype=torch.bool)).item()
             self._heads, self._teacher = [all_heads[:, self.pool_size :]], [all_teacher[self.pool_size :]]
 
     @property
@@ -62,10 +66,11 @@ class EvalPools:
         return sum(len(vectors) for vectors in self._teacher)
 
     def metrics(self) -> dict[str, float]:
-        """The mean alignment loss of the pools, and that of each term with a name, if there was a full one, and the
-        number of samples left out."""
+        """The mean alignment loss of the pools, and that of each term with a name, if there was a full one, how many
+        samples of a pool show an image that another one shows, and the number of samples left out."""
         found: dict[str, float] = {}
         if self.pools:
             found["alignment_loss"] = sum(self.totals.values()) / self.pools
+            found["alignment_repeated"] = self.repeated / self.pools
             found |= {f"alignment_loss/{name}": total / self.pools for name, total in self.totals.items() if name}
         return {**found, "alignment_left_out": self.left_out}

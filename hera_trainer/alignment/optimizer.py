@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -95,6 +97,8 @@ class ObjectiveOptimizer:
                 "`alignment_objective`, the aligned heads and the teacher of the checkpoint."
             )
         for name, parameter in self.criterion.named_parameters():
+            if name == "log_temperature" and not parameter.requires_grad:
+                _warn_of_another_temperature(tensors[name].exp().item(), parameter.exp().item())
             parameter.copy_(tensors[name])
             prefix = f"{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -115,6 +119,15 @@ class ObjectiveOptimizer:
             self._adam.state[parameter] = {
                 name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
             }
+
+
+def _warn_of_another_temperature(then: float, now: float) -> None:
+    if not math.isclose(then, now, rel_tol=1e-4):
+        warnings.warn(
+            f"Training goes on with the checkpoint's temperature, {then:.4g}, and not with the `temperature` that is "
+            f"set now, {now:.4g}: what is resumed is the run that was begun.",
+            stacklevel=3,
+        )
 
 
 def scheduled_rate(learning_rate: float, optimizer: Any) -> float:

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     if args.export is not None:
         if args.model is None:
             parser.error("--export needs MODEL")
-        _check_export(parser, args)
+        _check_heeded(parser, args, _EXPORTED, "with --export, which asks nothing itself")
         print(_export(args), end="")
         return
     if args.metric is None:
@@ -131,8 +131,8 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("MODEL and --dataset are needed, or --predictions")
     if args.predictions is not None and (args.model is not None or args.dataset is not None):
         parser.error("--predictions scores what it names: leave MODEL and --dataset out")
-    if args.predictions is not None and args.images != ["right"]:
-        parser.error("--images needs MODEL and --dataset: it asks again")
+    if args.predictions is not None:
+        _check_heeded(parser, args, _SCORED, "with --predictions, which asks nothing again")
     for name in ("batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -144,6 +144,18 @@ def main(arguments: Sequence[str]) -> None:
         _score_file(args, metric_arguments)
     else:
         _evaluate(args, metric_arguments)
+
+
+# What has a meaning where commands are written, and where answers that are there are scored.
+_EXPORTED = ("model", "export", "benchmarks", "model_type", "output", "revision", "base_model", "dtype")
+_SCORED = ("predictions", "metric", "metric_arg", "output", "limit")
+
+
+def _check_heeded(parser: argparse.ArgumentParser, args: argparse.Namespace, heeded: Sequence[str], where: str) -> None:
+    """Refuses options that would have no effect."""
+    for name, value in vars(args).items():
+        if name not in heeded and value != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} has no effect {where}: leave it out")
 
 
 def _metric_arguments(given: Sequence[str], metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -350,23 +362,14 @@ def _report(results: dict[str, Any], metric_arguments: dict[str, dict[str, Any]]
         return
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"hera_trainer": __version__, **{name: version(name) for name in _LIBRARIES}}
-    text = json.dumps({**results, "metric_arguments": metric_arguments, "versions": versions}, indent=1) + "\n"
+    from ..common.plain import as_plain
+
+    content = {**results, "metric_arguments": metric_arguments, "versions": versions}
+    text = json.dumps(content, indent=1, default=as_plain) + "\n"  # metrics of others return what they like
     write_atomically(folder / RESULTS_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 # --- Public benchmarks -----------------------------------------------------------------------------------------------
-
-
-# What has a meaning for the commands that are written.
-_EXPORTED = ("model", "export", "benchmarks", "model_type", "output", "revision", "base_model", "dtype")
-
-
-def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses options that the commands would not heed."""
-    for name, value in vars(args).items():
-        if name not in _EXPORTED and value != parser.get_default(name):
-            option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option} has no effect with --export, which asks nothing itself: leave it out")
 
 
 def _export(args: argparse.Namespace) -> str:

@@ -122,13 +122,21 @@ def merge(model: Any) -> Any:
 
 
 def _check_target(target: Path, overwrite: bool, sources: list[Path]) -> None:
+    from transformers.utils import CONFIG_NAME
+
     for source in sources:
         if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
             raise ValueError(f"OUTPUT {str(target)!r} holds what is to be merged. Choose another folder.")
     if target.is_file():
         raise ValueError(f"OUTPUT {str(target)!r} is a file. Choose a folder.")
-    if not overwrite and target.is_dir() and any(target.iterdir()):
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
         raise ValueError(f"OUTPUT {str(target)!r} is not empty. Choose another folder, or replace it with --overwrite.")
+    if not Path(target, CONFIG_NAME).is_file():
+        raise ValueError(
+            f"OUTPUT {str(target)!r} holds no model, and --overwrite replaces nothing else. Choose another folder."
+        )
 
 
 def _check_not_quantized(base: str, revision: str | None) -> None:

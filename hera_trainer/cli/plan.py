@@ -132,9 +132,7 @@ def settings_of_config(path: str | Path) -> tuple[str | None, str | None, dict[s
         raise ValueError("8-bit weights cannot be planned for. Take `load_in_8bit` out of the file to plan without.")
     loaded = content.get("model_init_kwargs") or {}
     loaded = json.loads(loaded) if isinstance(loaded, str) else loaded
-    found["dtype"] = loaded.get("dtype", found["dtype"])
-    if found["dtype"] in ("auto", None):
-        found["dtype"] = "bfloat16"
+    found["dtype"] = loaded.get("dtype", found["dtype"]) or "auto"
     for name in ("image_feature_gib", "alignment_weight"):
         if isinstance(found.get(name), str):  # YAML takes 5e-1 for a text
             found[name] = _number(name, found[name])
@@ -157,7 +155,8 @@ def _number(name: str, text: str) -> float:
         raise ValueError(f"`{name}` must be a number, got {text!r}.") from None
 
 
-def _settings(args: argparse.Namespace) -> tuple[str, str | None, RunSettings]:
+def _settings(args: argparse.Namespace) -> tuple[str, str | None, dict[str, Any]]:
+    """Model, its revision, and what of [`RunSettings`] is given."""
     from ..planning.settings import RunSettings
 
     name, revision, values = settings_of_config(args.config) if args.config else (None, None, {})
@@ -173,7 +172,13 @@ def _settings(args: argparse.Namespace) -> tuple[str, str | None, RunSettings]:
     if model is None:
         raise ValueError("Which model? Give its name or folder, or a --config file with `model_name_or_path`.")
     # A revision is one of the model that it was written for.
-    return model, args.revision or (revision if args.model is None else None), RunSettings(**values)
+    return model, args.revision or (revision if args.model is None else None), values
+
+
+def _stored_dtype(config: Any) -> str:
+    """What `dtype: auto` loads: the type that the weights are stored in, as far as the configuration says."""
+    stored = config.dtype or config.get_text_config().dtype or "bfloat16"
+    return str(stored).removeprefix("torch.")
 
 
 def _gib(size: float) -> str:
@@ -215,6 +220,7 @@ def _memory_lines(plan: RunPlan) -> list[str]:
         "unpacked_layer": "largest 4-bit layer, unpacked while it runs",
         "adapter": f"LoRA adapter, {plan.trained:,} parameters",
         "gradients": "gradients",
+        "gradient_buckets": "gradients once more, in DDP's buckets",
         "optimizer": f"optimizer, {settings.optim}",
         "activations": "activations, " + ("layer inputs" if settings.gradient_checkpointing else "all"),
         "inputs": "pixels of all micro-batches of a step",
@@ -290,11 +296,16 @@ def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     from ..planning.model import read_config
     from ..planning.plan import plan_run
+    from ..planning.settings import RunSettings
     from .paths import local_path
 
-    name, revision, settings = _settings(args)
+    name, revision, values = _settings(args)
     name = local_path(name)
-    plan = plan_run(read_config(name, revision), settings)
+    config = read_config(name, revision)
+    if values.get("dtype") == "auto":
+        values["dtype"] = _stored_dtype(config)
+    settings = RunSettings(**values)
+    plan = plan_run(config, settings)
     if args.json:
         content = {"model": name, **plan.to_dict()}
         if args.gpu_memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,8 +216,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("--selection middle chooses whole layers: --granularity layer.")
     if args.num_samples < args.k + 2:
         raise ValueError(f"--num-samples {args.num_samples} must be at least {args.k + 2} for --k {args.k}.")
+    if not args.no_plot and find_spec("matplotlib") is None:
+        raise ImportError('The heat map needs matplotlib: `pip install "hera-trainer[plot]"`, or `--no-plot`.')
     from ..heads.heat_map import plot_head_scores
     from ..heads.rank import rank_heads
+    from ..heads.registry import get_head_accessor
     from ..objectives.metrics import check_clip_quantile
     from ..teacher.encoder import teacher_identity
     from ..teacher.vectors import TEACHER_COLUMN, add_teacher_features, cached_teacher_features
@@ -248,6 +252,9 @@ def main(arguments: Sequence[str]) -> None:
         device=args.device,
         base_model=args.base_model,
     )
+    units = len(get_head_accessor(model).units(args.granularity))
+    if args.m > units:
+        raise ValueError(f"--m {args.m} exceeds the {units} {args.granularity}s of this model.")
     ranking = rank_heads(
         model,
         processor,

@@ -71,7 +71,7 @@ def open_rows(
         streaming (`bool`, *optional*, defaults to `False`): Return a [`~datasets.IterableDataset`].
         **builder: More for [`~datasets.load_dataset`], such as `data_dir` or `data_files`.
     """
-    path = local_path(dataset)
+    path = name = local_path(dataset)
     folder = Path(path) if os.path.isdir(path) else Path(path).parent if os.path.isfile(path) else Path()
     rows: Any
     if any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):  # of `save_to_disk`
@@ -83,14 +83,16 @@ def open_rows(
                 raise ValueError(f"The data file {path!r} is empty.")
             builder["data_files"] = path
             path = _format_of(path)
-        elif (name := re.fullmatch(r"(\w+)(\[.*\])?", split)) and config is None and not builder:
+        elif (part := re.fullmatch(r"(\w+)(\[.*\])?", split)) and config is None and not builder:
             # Where its images lie beside `test.jsonl`, `datasets` would take the folder for one of images alone.
-            files = [file.name for file in Path(path).glob(f"{name[1]}.*") if file.suffix in FILE_FORMATS]
-            builder = {"data_files": {name[1]: files[0]}} if len(files) == 1 else {}
+            files = [file.name for file in Path(path).glob(f"{part[1]}.*") if file.suffix in FILE_FORMATS]
+            builder = {"data_files": {part[1]: files[0]}} if len(files) == 1 else {}
         try:
             rows = datasets.load_dataset(path, name=config, split=split, streaming=streaming, **builder)
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"The data set {os.fspath(dataset)!r} can't be read: {_root_cause(error)}") from error
+    if os.path.exists(name):  # by which the record of a run calls it; `datasets` says "json"
+        rows.info.dataset_name = Path(name).absolute().name
     return with_images(rows, folder, image_columns)
 
 

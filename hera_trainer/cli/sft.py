@@ -79,7 +79,10 @@ class _Parser(TrlParser):
                     "or from the start if there is none."
                 )
             elif action.dest == "test_split_size":
-                action.help = "Share (or number) of the training rows to hold out for evaluation, drawn with `seed`."
+                action.help = (
+                    "Share (or number) of the training rows to hold out for evaluation, drawn with `seed`: no image is "
+                    "in both parts."
+                )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` lists all options)\n")
@@ -142,12 +145,25 @@ def parse(arguments: Sequence[str]) -> tuple[ScriptArguments, HeRAConfig, ModelC
     if words[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
     try:
+        _check_environment(words)
         script_args, training_args, model_args, mixture = parser.parse_args_and_config(words)
     except yaml.YAMLError as error:
         raise ValueError(f"{words[words.index('--config') + 1]!r} is no YAML file: {error}") from error
     except TypeError as error:  # a key of `datasets` that does not exist, a list where a number belongs
         raise ValueError(f"An option has a value of the wrong kind: {error}.") from error
     return script_args, training_args, model_args, mixture
+
+
+def _check_environment(words: Sequence[str]) -> None:
+    """Refuses variables in `env` of the file that the libraries have read already, when they were imported."""
+    if "--config" not in words:
+        return
+    content = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
+    named = content.get("env") if isinstance(content, dict) else None
+    for name, value in (named if isinstance(named, dict) else {}).items():
+        is_late = str(name).startswith(("HF_", "TRANSFORMERS_")) and name != "HF_TOKEN"
+        if is_late and os.environ.get(name) != str(value):
+            raise ValueError(f"`env` sets {name} too late: it is read when hera starts. Set it in the shell.")
 
 
 def _split_config(argument: str) -> list[str]:
@@ -187,6 +203,7 @@ def load_data(
     Raises:
         `OSError`, `ValueError`: If the data can't be found or read, or nothing is there to evaluate on.
     """
+    from ..data.held_out import split_by_image
     from .rows import open_rows
 
     name = script_args.dataset_name or ""
@@ -199,9 +216,8 @@ def load_data(
     if mixture.test_split_size is not None:
         if streaming:
             raise ValueError("Nothing can be held out of a stream: leave --test_split_size, or do not stream.")
-        size = mixture.test_split_size
-        parts = train.train_test_split(test_size=int(size) if size >= 1 else size, seed=seed)
-        return parts["train"], parts["test"] if evaluated else None
+        train, held_out = split_by_image(train, mixture.test_split_size, seed)
+        return train, held_out if evaluated else None
     if not evaluated:
         return train, None
     cure = "Hold some training rows out with --test_split_size 0.05, or leave --eval_strategy and --monitor_steps."

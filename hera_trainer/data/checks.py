@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
 from ..config import HeRAConfig
-from ..teacher.column import TEACHER_COLUMN, check_teacher_features
+from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_vectors
 from ..teacher.encoder import VisionTeacher
-from ..teacher.image_sources import IMAGE_COLUMNS
+from ..teacher.image_sources import IMAGE_COLUMNS, ONE_COLUMN, find_sources
+from ..teacher.images import ImageColumn
 from ..teacher.vectors import add_teacher_features
 from .stream_start import column_names
+
+logger = get_logger(__name__)
 
 
 def check_dataset(dataset: Any, name: str) -> None:
@@ -35,6 +41,43 @@ def check_dataset(dataset: Any, name: str) -> None:
             f"`{name}` has no column `image`, `images` or `{TEACHER_COLUMN}`, so there is nothing to align with. Add "
             "one, or set `alignment_weight=0` to train as SFTTrainer does. If all images lie in videos or inside of "
             "messages, let it be a column `images` of empty lists: that is how SFTTrainer knows vision data."
+        )
+    if isinstance(dataset, Dataset):
+        _check_one_image_column(dataset, name)
+
+
+def _check_one_image_column(dataset: Dataset, name: str) -> None:
+    """Refuses rows whose images lie in the column that does not count, as where data sets of both forms are put
+    together."""
+    if not set(IMAGE_COLUMNS) <= set(dataset.column_names):
+        return
+    table = dataset.data
+    first, second = (table.column(column) for column in IMAGE_COLUMNS)
+    if pa.types.is_list(second.type) or pa.types.is_large_list(second.type):
+        is_there = pc.fill_null(pc.greater(pc.list_value_length(second), 0), False)
+    else:
+        is_there = pc.is_valid(second)
+    hidden = pc.and_(pc.is_null(first), is_there).to_numpy()
+    rows = hidden if dataset._indices is None else hidden[dataset._indices.column(0).to_numpy()]
+    if rows.any():
+        raise ValueError(
+            f"Row {int(rows.argmax())} of `{name}` has its images in `images`, and null in `image`, which counts. "
+            f"{ONE_COLUMN}"
+        )
+
+
+def warn_of_missing_vectors(dataset: Dataset, name: str) -> None:
+    """Says how many rows of data that brings its vectors have an image and no vector, as where a part without any was
+    put to it."""
+    if dataset.format["type"] == "custom" or not find_sources(dataset.features):
+        return
+    missing = ImageColumn(dataset).rows_with_images()
+    missing[rows_with_vectors(dataset)] = False
+    if missing.any():
+        logger.warning(
+            f"{missing.sum():,} of {len(dataset):,} rows of `{name}` have an image, and null in column "
+            f"`{TEACHER_COLUMN}`: they are trained on, and take no part in the alignment. Remove the column to have "
+            "all images encoded."
         )
 
 

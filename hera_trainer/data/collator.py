@@ -19,6 +19,9 @@ from .rows import collatable
 ROW_PLACE = "stream_place"
 TEACHER_IMAGES = "teacher_images"
 
+# What the wrapper holds itself.
+_OWN = ("inner", "width", "prepare", "columns")
+
 
 class TeacherCollator:
     """Wraps a data collator so that each sample's teacher vector reaches the batch beside it.
@@ -80,6 +83,13 @@ class TeacherCollator:
         if name.startswith("_") or name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Set on the trainer's collator, a setting is meant for the one that reads it.
+        if name not in _OWN and hasattr(self.inner, name):
+            setattr(self.inner, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def checked_vector(vector: Any, place: str, width: int | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from ..teacher.control import distinct_vectors, permuted_vectors
 from ..teacher.encoder import VisionTeacher, teacher_identity
 from ..teacher.image_sources import IMAGE_COLUMNS
 from ..teacher.images import ImageColumn
-from .checks import check_dataset, check_width, with_teacher_features
+from .checks import check_dataset, check_width, warn_of_missing_vectors, with_teacher_features
 from .collator import ROW_PLACE, TEACHER_IMAGES, TeacherCollator, check_collator, check_ranked_text
 from .pool import RowCounts, check_expected_pool
 from .rows import CARRIED_COLUMNS, check_tools, makes_its_own_rows
@@ -142,6 +142,8 @@ class TeacherVectors:
             if not is_derived:  # the column names of a stream may not be known before it is opened
                 self._brings_vectors = TEACHER_COLUMN in (getattr(rows, "column_names", None) or ())
             check_dataset(rows, "train_dataset")
+            if isinstance(rows, Dataset) and TEACHER_COLUMN in rows.column_names:
+                warn_of_missing_vectors(rows, "train_dataset")
             if isinstance(rows, IterableDataset):
                 rows = open_stream(rows, "train_dataset", self.columns)
         if not isinstance(collator, TeacherCollator):
@@ -302,8 +304,12 @@ class TeacherVectors:
     def _identify_teacher(self) -> str:
         """Tells teachers apart; of vectors that the data brought, nothing but the first of them can."""
         if self._brings_vectors:
-            return hashlib.sha256(np.asarray(self._first_image_row()[TEACHER_COLUMN], np.float32).tobytes()).hexdigest()
-        return teacher_identity(self.teacher) if isinstance(self.teacher, str) else self.teacher.identity
+            first = np.asarray(self._first_image_row()[TEACHER_COLUMN], np.float32)
+            identity = hashlib.sha256(first.tobytes()).hexdigest()
+        else:
+            identity = teacher_identity(self.teacher) if isinstance(self.teacher, str) else self.teacher.identity
+        is_control = self.args.teacher_control != "none"
+        return f"{identity} {self.args.teacher_control} {self.args.seed}" if is_control else identity
 
     @property
     def rows_without_image(self) -> int:

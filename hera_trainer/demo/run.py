@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -231,7 +230,11 @@ def _baseline(data: DemoData) -> float:
 
 
 def _peak_memory() -> float:
-    """Peak resident memory of this process in GB."""
+    """Peak resident memory of this process in GB; NaN on Windows, which keeps no count."""
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
 

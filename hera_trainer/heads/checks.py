@@ -16,10 +16,10 @@ from ..common.sharded import gathered, gathered_in_forward
 from .accessor import HeadAccessor
 from .capture import ForwardDone, hidden_states_of
 from .head import AlignedUnit, DecoderLayer
-from .modes import evaluating
+from .modes import evaluating, needs_whole_forward
 from .projection import contributions_add_up, passes_gradient, project_heads
 from .ranking import HeadRanking
-from .registry import unwrap_model
+from .registry import get_head_accessor, unwrap_model
 
 
 def check_compiled(model: nn.Module) -> None:
@@ -169,6 +169,20 @@ def check_trainable(
             )
 
 
+def check_same_modules(model: nn.Module, accessor: HeadAccessor, units: Sequence[AlignedUnit]) -> None:
+    """Refuses a model in which what is read was replaced since its heads were found, as by an adapter put on it later.
+
+    Raises:
+        `ValueError`: Saying what to do first.
+    """
+    now = get_head_accessor(model)
+    if any(now.module(unit) is not accessor.module(unit) for unit in units):
+        raise ValueError(
+            "Layers of the model were replaced after the trainer was made (an adapter on them, or quantization), and "
+            "their heads would be read without it. Change the model first, and then make the trainer."
+        )
+
+
 def _some_tokens(accessor: HeadAccessor) -> dict[str, Any]:
     """Inputs of the text decoder."""
     embeddings = accessor.decoder.get_input_embeddings().weight
@@ -188,6 +202,7 @@ def _reached_layers(
     pass."""
     seen: set[int] = set()  # of a looped layer, the first pass is the one whose heads are read
     reached: set[int] = set()
+    whole = needs_whole_forward(model)
 
     def watch(unit: AlignedUnit) -> Any:
         layer = unit.layer
@@ -203,7 +218,7 @@ def _reached_layers(
                 read = project_heads(module, heads[:, :1], [0])
             if _depends_on(read, trained):
                 reached.add(layer)
-            if unit == units[-1]:
+            if unit == units[-1] and not whole:
                 raise ForwardDone
 
         return accessor.module(unit).register_forward_hook(hook)

@@ -51,6 +51,13 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def needs_whole_forward(model: nn.Module) -> bool:
+    """Whether a forward pass must not be left by an exception: for aLoRA, PEFT places hooks in each, and takes them
+    away at its end only."""
+    configs = getattr(model, "peft_config", None) or {}
+    return any(getattr(config, "alora_invocation_tokens", None) for config in configs.values())
+
+
 @contextmanager
 def without_bias(module: nn.Module) -> Iterator[None]:
     """Biases off in `module` and below (for a LoRA layer: those of its base layer and of the adapters).

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import CONFIG_NAME
 
 from .. import __version__
+from ..common.files import write_atomically
 from ..common.redaction import is_local, is_secret, shown_name
 from ..runs.control import read_control
 from .files import checkpoint_files, publishable_files
@@ -188,8 +190,8 @@ def push_checkpoint(
     folder = Path(str(args.output_dir))
     for source in (path for pattern in written for path in checkpoint.glob(pattern)):
         target = folder / source.relative_to(checkpoint)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(source, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, partial(shutil.copyfile, source))
     steps = args.save_strategy == SaveStrategy.STEPS
     when = f"step {state.global_step}" if steps else f"epoch {int(state.epoch or 0)}"
     message, token = f"Training in progress, {when}", args.hub_token

@@ -163,6 +163,8 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
         # Autocast keeps a 16-bit copy of what is trained in float32.
         "autocast_copies": 2 * sum(numbers) if element == 4 else 0,
         "gradients": element * sum(numbers),
+        # What DDP sends: a second copy, in buckets.
+        "gradient_buckets": element * sum(numbers) if settings.processes > 1 else 0,
         "optimizer": optimizer_bytes(numbers, settings.optim, element),
     }
     trained = _trained_parts(parts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -40,5 +42,17 @@ def read_control(folder: str | os.PathLike) -> str:
         record = folder.parent / RUN_FILE
     if mark.is_file():
         return str(json.loads(mark.read_text())["teacher_control"])
-    config = (json.loads(record.read_text()).get("config") or {}) if record.is_file() else {}
+    return control_in((json.loads(record.read_text()).get("config") or {}) if record.is_file() else {})
+
+
+def other_control_advice(then: str, now: str) -> str:
+    """What to say where a run goes on that had other vectors than it has now."""
+    return (
+        f"The checkpoint was trained with `teacher_control={then!r}`, this run goes on with {now!r}: its heads have "
+        "followed other vectors than they follow now. To compare a run with its control, train each from the start."
+    )
+
+
+def control_in(config: Mapping[str, Any]) -> str:
+    """`teacher_control` of a run with these settings: `"none"` where nothing is aligned, whatever is set."""
     return "none" if config.get("alignment_weight") == 0 else str(config.get("teacher_control") or "none")

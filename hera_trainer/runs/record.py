@@ -35,9 +35,9 @@ class RunRecord:
     Args:
         path (`Path`): The run's folder.
         record (`dict[str, Any]`):
-            Content of `hera_run.json`: `model`, `dataset`, `adapter`, `aligned_heads`, `config`, `versions`,
-            `hardware`, `started`, `finished`, `seconds` (of training, so far), `resumed_from`, `files` (what saving the
-            result writes). Empty where there is no such file.
+            Content of `hera_run.json`: `model`, `dataset`, `rows` (of the training data), `adapter`, `aligned_heads`,
+            `config`, `versions`, `hardware`, `started`, `finished`, `seconds` (of training, so far), `resumed_from`,
+            `files` (what saving the result writes). Empty where there is no such file.
         log_history (`list[dict]`): What was logged, as `TrainerState.log_history` has it.
         head_ranking ([`HeadRanking`] or `None`): The ranking that the aligned heads were chosen from.
         monitored (`dict[str, dict[int, HeadRanking]]`):
@@ -81,13 +81,13 @@ class RunRecord:
 
         Returns:
             `tuple` of two [`HeadRanking`], or `None` if fewer than two such steps were measured in this context, or
-            their scores are of different scales ([`HeadRanking.scale`]).
+            their scores are of different scales ([`HeadRanking.scale`]) or teachers.
         """
         steps = self.measured_steps(context)
         if len(steps) < 2:
             return None
         before, after = (self.monitored[context][step] for step in (steps[0], steps[-1]))
-        return (before, after) if before.scale == after.scale else None
+        return (before, after) if (before.scale, before.teacher) == (after.scale, after.teacher) else None
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """The steps at which a value was logged, and the values.
@@ -142,12 +142,20 @@ def _best_step(record: dict[str, Any], state: dict[str, Any] | None) -> int | No
     return None if found is None else int(found[1])
 
 
-def other_heads_advice(folder: str, heads: Sequence[AlignedUnit]) -> str | None:
-    """What to say where a run in the folder has aligned other heads than are about to be measured."""
+def other_heads_advice(folder: str, heads: Sequence[AlignedUnit], trains_objective: bool = False) -> str | None:
+    """What to say where a run in the folder has aligned other heads than are about to be measured, or the same ones by
+    an objective whose parameters it has trained, too."""
     path = Path(folder, RUN_FILE)
     trained = (_read_json(path) if path.is_file() else {}).get("aligned_heads") or []
-    if not trained or set(trained) == set(map(str, heads)):
+    if not trained:
         return None
+    if set(trained) == set(map(str, heads)):
+        if not trains_objective:
+            return None
+        return (
+            "The alignment loss is measured with the objective's parameters (such as the temperature) that a run "
+            f"begins with, not with those that the run in {folder!r} has trained; they are in its checkpoints alone."
+        )
     return (
         f"The alignment loss is measured at the heads {' '.join(map(str, heads))}, chosen now, while the run in "
         f"{folder!r} has aligned {' '.join(trained)}. To measure these, set `aligned_heads` or `head_ranking_path`."
@@ -222,11 +230,11 @@ def defaults_of(config_class: type) -> dict[str, Any]:
 
 
 def forget_measurements(folder: str | os.PathLike, after: int) -> None:
-    """Removes the measurements of later steps than `after`, which an earlier run left in its `output_dir`.
+    """Removes the measurements of later steps than `after`, which the run made before it went back to that step.
 
     Args:
         folder (`str` or `os.PathLike`): The run's `output_dir`.
-        after (`int`): The step from which training goes on; -1 for a new run.
+        after (`int`): The step from which training goes on.
     """
     for step, _, path in list(measurements(folder)):
         if step > after:
@@ -235,19 +243,19 @@ def forget_measurements(folder: str | os.PathLike, after: int) -> None:
 
 def go_on_with_measurements(folder: str | os.PathLike, checkpoint: str | os.PathLike | None, step: int) -> None:
     """Leaves in a run's `output_dir` the measurements that led to the checkpoint from which it goes on, and no others.
-    They are those of the run that wrote it, which may be in another folder.
+    They are those of the run that wrote it, which may be in another folder. An earlier run's get another name.
 
     Args:
         folder (`str` or `os.PathLike`): The run's `output_dir`.
         checkpoint (`str` or `os.PathLike`, *optional*): The checkpoint; `None` for a new run.
         step (`int`): The step at which it was saved; -1 for a new run.
     """
-    source = Path(folder if checkpoint is None else Path(checkpoint).parent)
-    if source.resolve() == Path(folder).resolve():
+    source = None if checkpoint is None else Path(checkpoint).parent
+    if source is not None and source.resolve() == Path(folder).resolve():
         forget_measurements(folder, after=step)
         return
-    forget_measurements(folder, after=-1)
-    for measured, kind, path in measurements(source):
+    leave_out(folder, [MONITOR_FOLDER])
+    for measured, kind, path in () if source is None else measurements(source):
         if measured <= step:
             target = measurement_path(folder, measured, kind)
             target.parent.mkdir(parents=True, exist_ok=True)

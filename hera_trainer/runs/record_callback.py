@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
 from ..common.files import write_atomically
+from ..common.plain import as_plain
 from ..common.redaction import public_name, public_settings
 from ..heads.head import AlignedUnit
 from ..heads.registry import unwrap_model
@@ -123,16 +123,9 @@ class RunRecordCallback(TrainerCallback):
         # As `TrainerState.save_to_json` writes it, but for the folder of this computer.
         best = state.best_model_checkpoint
         content = {**vars(state), "best_model_checkpoint": None if best is None else Path(best).name}
-        text = json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n"
+        text = json.dumps(content, indent=2, sort_keys=True, default=as_plain)  # callbacks may log tensors + "\n"
         _write(Path(str(args.output_dir), TRAINER_STATE_NAME), text)
         self._written = time.monotonic()
-
-
-def _plain(value: Any) -> Any:
-    """What JSON does not know, as it does: a callback of the user's may log tensors and NumPy's numbers."""
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return value.tolist()
-    return str(value)
 
 
 def _files(model: nn.Module, processor: Any) -> list[str] | None:
@@ -169,6 +162,7 @@ def describe_run(
     return {
         "model": public_name(unwrap_model(model).config.name_or_path),
         "dataset": _dataset_name(dataset),
+        "rows": len(dataset) if hasattr(dataset, "__len__") else None,
         "adapter": _adapter(model),
         "aligned_heads": [str(head) for head in aligned_heads],
         "config": config,

@@ -19,8 +19,8 @@ def permuted_vectors(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
     """A data set in which each distinct image has the teacher vector of another one.
 
     Images are told apart by their vectors, so that an image that occurs in several rows gets the same other vector in
-    all of them. No image keeps its own, and each vector is given to one image. What a contrast with these vectors does
-    to a model, the teacher has not taught: everything else is as with the right ones.
+    all of them, in whatever order the rows are. No image keeps its own, and each vector is given to one image. What a
+    contrast with these vectors does to a model, the teacher has not taught: everything else is as with the right ones.
 
     Args:
         dataset (`datasets.Dataset`): Rows with a column `teacher_features`.
@@ -59,16 +59,16 @@ def distinct_vectors(dataset: datasets.Dataset) -> set[bytes]:
 
 
 def _distinct(dataset: datasets.Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first row of each distinct vector, and which of them each of `rows` has."""
-    known: dict[bytes, int] = {}
-    first: list[int] = []
-    numbers: list[int] = []
+    """The first row of each distinct vector, and which of them each of `rows` has. They are numbered by their digests,
+    so that a permutation of them is the same in whatever order the rows are."""
+    first: dict[bytes, int] = {}
+    digests = []
     for row, digest in _digests(dataset, rows):
-        if digest not in known:
-            known[digest] = len(first)
-            first.append(row)
-        numbers.append(known[digest])
-    return np.asarray(first, dtype=np.int64), np.asarray(numbers, dtype=np.int64)
+        first.setdefault(digest, row)
+        digests.append(digest)
+    places = {digest: place for place, digest in enumerate(sorted(first))}
+    numbers = [places[digest] for digest in digests]
+    return np.asarray([first[digest] for digest in places], dtype=np.int64), np.asarray(numbers, dtype=np.int64)
 
 
 def _digests(dataset: datasets.Dataset, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:

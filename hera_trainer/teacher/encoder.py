@@ -160,21 +160,37 @@ class VisionTeacher:
 
         For a teacher made by [`VisionTeacher.from_pretrained`] it equals [`teacher_identity`] of the name. For one made
         from objects in memory, or changed since it was loaded (another dtype, other weights, another size of its image
-        processor), the weights themselves are digested, anew at each access.
+        processor, another readout), the weights themselves are digested, anew at each access. A subclass is told apart
+        by its name, not by its code.
         """
-        if self._loaded is not None and self._loaded[0] == self._state():
+        own = self._own_ways()
+        if not own and self._loaded is not None and self._loaded[0] == self._state():
             return self._loaded[1]
         return digest(
             weights=weights_digest(self.model),
             config=plain_config(self.model.config),
             preprocessing=preprocessing(self.image_processor),
+            **own,
         )
 
+    def _own_ways(self) -> dict[str, Any]:
+        """What makes other vectors of the same encoder: a class of one's own, of the teacher or of its readout, by its
+        name, and a readout that was changed. Empty of a teacher as it comes."""
+        own: dict[str, Any] = {}
+        kinds = {"teacher": (type(self), VisionTeacher), "readout": (type(self.readout), TeacherReadout)}
+        for name, (kind, plain) in kinds.items():
+            if kind is not plain:
+                own[name] = f"{kind.__module__}.{kind.__qualname__}"
+        settings = getattr(self.readout, "__dict__", {})
+        if settings != vars(TeacherReadout(self.model)):
+            own["settings"] = {name: str(value) for name, value in sorted(settings.items())}
+        return own
+
     def _state(self) -> str:
-        """Changes with the preprocessing, with the dtype of a parameter, and when one is written to; not with the
-        device."""
-        parameters = [(tensor.dtype, tensor._version) for tensor in self.model.parameters()]
-        return digest(parameters=parameters, preprocessing=preprocessing(self.image_processor))
+        """Changes with the preprocessing, with the dtype of a parameter or buffer, and when one is written to; not with
+        the device."""
+        tensors = [(tensor.dtype, tensor._version) for tensor in (*self.model.parameters(), *self.model.buffers())]
+        return digest(parameters=tensors, preprocessing=preprocessing(self.image_processor))
 
     def to(self, device: str | torch.device) -> VisionTeacher:
         """Moves the encoder to `device` and returns the teacher itself."""

@@ -102,15 +102,22 @@ def part_value(part: Mapping[str, Any]) -> Any:
 
 
 IMAGE_COLUMNS = ("image", "images")  # of a row that has both, the first counts
+ONE_COLUMN = "Bring the images of all rows into one column before data sets are put together."
 
 
 def column_images(row: Mapping[str, Any]) -> list[Any]:
-    """What stands in the row's column of images, which may hold one image or a list, without nulls."""
-    if "image" in row:
-        images = list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
-    else:
-        images = _listed(row.get("images"))
-    return [image for image in images if image is not None]
+    """What stands in the row's column of images, which may hold one image or a list, without nulls.
+
+    Raises:
+        `ValueError`: If its image is in `images`, while `image`, which counts, is there and null.
+    """
+    images = [image for image in _listed(row.get("images")) if image is not None]
+    if "image" not in row:
+        return images
+    if row["image"] is None and images:
+        raise ValueError(f"A row has its images in `images`, and null in `image`, which counts. {ONE_COLUMN}")
+    found = list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
+    return [image for image in found if image is not None]
 
 
 def column_videos(row: Mapping[str, Any]) -> list[Any]:

@@ -151,6 +151,12 @@ class ImageColumn:
         """Whether a row of the data set has an image. None is read."""
         return next(self._stored_images(), None) is not None
 
+    def rows_with_images(self) -> np.ndarray:
+        """Which rows of the data set have an image, `[n_rows]` bool. None is read."""
+        found = np.zeros(len(self), dtype=bool)
+        found[[row for (row, _, _), _, _ in self._stored_images()]] = True
+        return found if self._indices is None else found[self._indices]
+
     def fast_key(self, teacher: str) -> str | None:
         """Key that is found without reading an image, or None if only the images themselves can be trusted.
 

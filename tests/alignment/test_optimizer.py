@@ -168,6 +168,15 @@ class TestResumeAcrossSettings:
             begin = first.criterion.temperature
             assert second.criterion.temperature == pytest.approx(begin, rel=2e-2 if not after else 1e-6)
 
+    def test_another_temperature(self, tmp_path):
+        """The checkpoint's goes on, as the record of the run cannot tell by itself."""
+        fixed = {**self.KWARGS, "learn_temperature": False}
+        trainer(tmp_path, peft_config=lora(), temperature=0.3, **fixed).train()
+        second = trainer(tmp_path, peft_config=lora(), **{**fixed, "max_steps": 3}, temperature=0.07)
+        with pytest.warns(UserWarning, match=r"the checkpoint's temperature, 0\.3, and not with .* set now, 0\.07"):
+            second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert second.criterion.temperature == pytest.approx(0.3)
+
     def test_of_sft_trainer(self, tmp_path):
         model, processor = build_vlm("llava")
         args = sft_args(tmp_path, per_device_train_batch_size=6, **self.KWARGS)

@@ -90,10 +90,13 @@ def test_activated_lora(tmp_path):
             alora_invocation_tokens=tokens,
         )
         model = get_peft_model(model, lora)
+        hooks = [len(module._forward_pre_hooks) for module in model.modules()]
         recorder = run(make_trainer(tmp_path / f"{cut}", "llava", cut, model=model, processor=processor))
         losses[cut] = logged(recorder.trainer, "alignment_loss")[0]
         # The adapter acts on some of the positions: with all or none of them, the loss would be another one.
         assert recorder.trainer.model.peft_config["default"].alora_invocation_tokens == tokens
+        # PEFT's, which it takes away at the end of a forward pass: none may be left early.
+        assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert losses[4, 4] == pytest.approx(losses[16, 1], rel=1e-5)
 
 

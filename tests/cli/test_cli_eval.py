@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from peft import LoraConfig, get_peft_model
@@ -241,6 +242,16 @@ def test_scores_a_file(tmp_path, capsys):
     assert results["metrics"] == {"exact_match": {"exact_match": 0.5}}
 
 
+def test_metrics_of_others_may_return_arrays(tmp_path, monkeypatch):
+    from hera_trainer.evaluation import answer_scores
+
+    monkeypatch.setattr(answer_scores, "score", lambda *given: {"f1": {"f1": np.array([0.5, 0.25]), "n": np.int64(2)}})
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"prediction": "a", "reference": "a"}) + "\n")
+    arguments = ["eval", "--predictions", str(tmp_path / "answers.jsonl"), "--metric", "exact_match"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"] == {"f1": {"f1": [0.5, 0.25], "n": 2}}
+
+
 def test_annotations_reach_the_metric(tmp_path, capsys):
     """POPE with ids of questions and its question file."""
     questions = [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}]
@@ -311,6 +322,7 @@ def test_errors_name_the_cure(folder, tmp_path, capsys, arguments, words):
         ["model", "--metric", "pope"],
         ["--export", "lmms-eval"],
         ["--predictions", "answers.jsonl", "--metric", "pope", "--images", "permuted"],
+        ["--predictions", "answers.jsonl", "--metric", "exact_match", "--answer-column", "label"],
     ],
 )
 def test_what_is_needed(arguments):
@@ -412,14 +424,15 @@ def test_easy_vqa_example(folder, tmp_path, capsys):
     """The example's file has the demo's questions and images."""
     pytest.importorskip("easy_vqa")
     from hera_trainer.cli.rows import load_rows
-    from hera_trainer.demo.data import easy_vqa
+    from hera_trainer.demo.data import TEST_SEED, easy_vqa
+    from hera_trainer.demo.job import SEED
 
     path = Path(__file__).parents[2] / "examples" / "write_easy_vqa.py"
     spec = importlib.util.spec_from_file_location("write_easy_vqa", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     example.main([str(tmp_path), "--questions", "6"])
-    written, original = load_rows(tmp_path / "test.jsonl"), easy_vqa("test", 6, 11)
+    written, original = load_rows(tmp_path / "test.jsonl"), easy_vqa("test", 6, TEST_SEED + SEED)
     assert written["answer"][:] == original["answer"][:]
     first, second = (Questions(rows).messages(4)[0]["content"] for rows in (written, original))
     assert first[1] == second[1] and first[0]["image"].tobytes() == second[0]["image"].tobytes()

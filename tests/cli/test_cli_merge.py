@@ -161,6 +161,9 @@ def test_refusals(base, tmp_path, capsys):
     for place in (tmp_path / "adapter", tmp_path, base):
         assert "holds what is to be merged" in error_of([tmp_path / "adapter", place, "--overwrite"], capsys)
     assert (merged / "precious").read_text() == "x" and (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert "holds no model" in error_of([tmp_path / "adapter", merged, "--overwrite"], capsys)
+    assert (merged / "precious").read_text() == "x"
+    (merged / "config.json").write_text("{}")
     assert main(["merge", str(tmp_path / "adapter"), str(merged), "--overwrite"]) == 0
     assert not (merged / "precious").exists() and (merged / "model.safetensors").exists()
 
@@ -216,6 +219,7 @@ def test_old_result_stays_whatever_step_of_its_replacement_fails(base, tmp_path,
     save_adapter(base, tmp_path / "adapter")
     merged, arguments = tmp_path / "merged", [tmp_path / "adapter", tmp_path / "merged", "--overwrite"]
     merged.mkdir()
+    (merged / "config.json").write_text("{}")
     (merged / "precious").write_text("x")
     original, calls = os.replace, []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import datasets
@@ -110,6 +111,21 @@ def test_how_vectors_are_compared(parts, similarity, settings):
     same = expected(parts, **settings)
     assert_same(ranking, same)
     assert ranking.spaces == same.spaces != expected(parts).spaces
+
+
+def test_what_would_fail_in_the_end_fails_at_once(parts, monkeypatch, tmp_path, capsys):
+    """Before the teacher, and before the model is run."""
+    count = count_work(monkeypatch)
+    image_dataset(n=24, seed=11).save_to_disk(tmp_path / "rows")
+    arguments = ["rank", str(parts / "model"), str(tmp_path / "rows"), "--teacher", str(parts / "teacher")]
+    arguments += ["--output", str(tmp_path / "heads.json"), "--k", "3"]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        assert main(arguments) == 1
+    assert "--no-plot" in capsys.readouterr().err and not count["images"]
+    assert main([*arguments, "--no-plot", "--m", "13"]) == 1
+    assert "--m 13 exceeds the 12 heads of this model" in capsys.readouterr().err
+    assert not (tmp_path / "heads.json").exists()
 
 
 def test_captions_in_columns_of_other_names(parts):

@@ -21,6 +21,7 @@ from hera_trainer import HeadRanking, HeRAConfig, HeRATrainer
 from hera_trainer.cli import main
 from hera_trainer.cli.sft import load_data, parse
 from hera_trainer.runs.checkpoints import is_complete
+from hera_trainer.runs.record import read_run
 
 STEPS = 3
 BASE = {"model_name_or_path": "m", "dataset_name": "d", "use_cpu": True, "bf16": False}
@@ -167,6 +168,8 @@ def test_monitor_looks_at_what_is_held_out(parts, tmp_path):
         flags += [f"--{name}", value]
     assert main(["sft", *map(str, flags)]) == 0
     assert HeadRanking.load(tmp_path / "run" / "alignment_monitor" / "step-00000001-text.json").num_samples == 6
+    record = read_run(tmp_path / "run").record
+    assert (record["dataset"], record["rows"]) == ("rows", 18)
 
 
 def test_4bit_adapter_from_training_to_an_ordinary_model(parts, tmp_path):
@@ -271,6 +274,7 @@ def test_wrong_flags(arguments, words, capsys):
         ("alignment_wieght: 1", ["`alignment_wieght`", "did you mean `alignment_weight`?"]),
         ("banana: 1", ["`banana`", "--help"]),
         ("- a", ["mapping"]),
+        (yaml.safe_dump({**BASE, "env": {"HF_HOME": "/elsewhere"}}), ["`env`", "HF_HOME", "shell"]),
         ("a: [b", ["no YAML"]),
         (yaml.safe_dump({**BASE, "dataset_name": None, "datasets": [{"path": "a", "splitt": "b"}]}), ["splitt"]),
         (yaml.safe_dump({**BASE, "temperature": -1}), ["`temperature`"]),

@@ -267,6 +267,10 @@ def test_attributes_are_those_of_the_inner_collator() -> None:
     inner.pad_token_id = 8
     assert collator.pad_token_id == 8
     assert (collator.width, collator.inner) == (3, inner)
+    collator.pad_token_id = 9  # as `trainer.data_collator.max_length = ...` sets one
+    assert inner.pad_token_id == collator.pad_token_id == 9 and "pad_token_id" not in vars(collator)
+    collator.width = 4
+    assert collator.width == 4 and not hasattr(inner, "width")
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = collator.no_such_thing
     assert not hasattr(collator, "_private")

@@ -57,6 +57,23 @@ def test_json_has_the_plan(folder, capsys):
     assert found["total"] == sum(sum(found[part].values()) for part in ("fixed", "batch", "alignment"))
 
 
+def test_ddp_has_the_gradients_twice(folder, capsys):
+    one, two = (as_json([folder, "--processes", n], capsys)["fixed"] for n in ("1", "2"))
+    assert (one["gradient_buckets"], two["gradient_buckets"]) == (0, one["gradients"])
+    assert main(["plan", folder, "--processes", "2"]) == 0
+    assert "gradients once more, in DDP's buckets" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_dtype_auto_is_what_the_model_is_stored_in(folder, tmp_path, stored, capsys):
+    config = read_config(folder)
+    config.dtype = stored
+    config.save_pretrained(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(f"model_name_or_path: {tmp_path / 'model'}\ndtype: auto\n")
+    found = as_json(["--config", str(tmp_path / "run.yaml")], capsys)
+    assert found["settings"]["dtype"] == stored
+
+
 def test_text_says_that_it_is_an_estimate_and_names_all_parts(folder, capsys):
     assert main(["plan", folder, "--gpu-memory", "24"]) == 0
     text = capsys.readouterr().out
@@ -269,7 +286,8 @@ def test_what_training_takes_from_a_file_is_planned_for(folder, tmp_path, capsys
     assert planned("lora_modules_to_save: lm_head\n")["trained"] == plain["trained"] + head.numel()
     assert planned("use_dora: true\n")["trained"] > plain["trained"]
     short = planned("model_init_kwargs: {dtype: bfloat16}\n")
-    assert short["fixed"]["weights"] == planned("dtype: null\n")["fixed"]["weights"] == plain["fixed"]["weights"] / 2
+    assert short["fixed"]["weights"] == plain["fixed"]["weights"] / 2
+    assert planned("dtype: null\n")["fixed"]["weights"] == plain["fixed"]["weights"]  # "auto": it is stored in float32
     assert planned("image_feature_gib: 5e-1\n")["settings"]["image_feature_gib"] == 0.5
     path.write_text("load_in_8bit: true\n")
     assert main(["plan", folder, "--config", str(path)]) == 1

@@ -433,6 +433,8 @@ class TestResuming:
             "image": [0, 1],
         }
         assert list(read_run(tmp_path).image_gains) == [0, 1]
+        kept = sorted(path.name for path in (tmp_path / "alignment_monitor.1").glob("*-gain.json"))
+        assert kept[0] == "step-00000000-gain.json" and len(kept) > 1  # nothing that was measured is lost
 
     def test_a_checkpoint_of_another_folder(self, tmp_path):
         """Its run's measurements come along, and those of an earlier run in the own folder go."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from compared_runs import logged, scores, write, write_all
 from report_page import Page
-from report_runs import ALIGNED, STEPS, write_json, write_run
+from report_runs import ALIGNED, STEPS, record, write_json, write_run
 
 from hera_trainer import cli
 from hera_trainer.runs.record import read_run
@@ -65,17 +65,37 @@ def test_runs_of_the_same_settings_but_for_the_seed_are_one_group(folders):
         ({"alignment_weight": 0.1}, False),
         ({"learning_rate": 1e-3}, False),
         ({"teacher_control": "permuted"}, False),
+        ({"seed": 0}, False),  # what tells two runs of one seed apart is not recorded
+        ({"load_best_model_at_end": True, "save_steps": 2}, False),
     ],
 )
 def test_what_makes_another_group(tmp_path, changes, same):
-    runs = named([write(tmp_path / "a", 0), write(tmp_path / "b", 1, **changes)])
+    best = {name: value for name, value in changes.items() if name == "load_best_model_at_end"}
+    runs = named([write(tmp_path / "a", 0, **best), write(tmp_path / "b", 1, **{"seed": 1, **changes})])
     assert len(grouped(runs)) == (1 if same else 2)
 
 
 def test_other_models_data_and_adapters_are_other_groups(tmp_path):
-    for name, change in {"a": {}, "b": {"model": "x"}, "c": {"dataset": "x"}, "d": {"adapter": {"r": 8}}}.items():
-        write_run(tmp_path / name, **change)
-    assert len(grouped(named([tmp_path / name for name in "abcd"]))) == 4
+    changes = [{}, {"model": "x"}, {"dataset": "x"}, {"adapter": {"r": 8}}, {"rows": 9}, {"hardware": {"processes": 2}}]
+    for seed, change in enumerate(changes):
+        write_run(tmp_path / str(seed), **change, config={**record()["config"], "seed": seed})
+    assert len(grouped(named([tmp_path / str(seed) for seed in range(len(changes))]))) == len(changes)
+
+
+def test_a_run_without_alignment_is_no_control(tmp_path):
+    (run,) = named([write(tmp_path / "a", 0, alignment_weight=0, teacher_control="permuted")])
+    assert run.title == "SFT (a)"
+
+
+def test_controls_align_the_same_heads(tmp_path, folders):
+    control = write(tmp_path / "control", 5, teacher_control="permuted", head_ranking_path="heads.json")
+    assert [(run.name, other.name) for run, other in controls(named([folders[1], control]))] == [
+        ("aligned-0", "control")
+    ]
+    content = json.loads((control / "hera_run.json").read_text())
+    write_json(control / "hera_run.json", {**content, "aligned_heads": ["L0H0"]})
+    assert not controls(named([folders[1], control]))
+    assert "It differs from aligned-0 in aligned heads." in rendered([folders[1], control]).text
 
 
 def test_runs_without_settings_stay_by_themselves(tmp_path):
@@ -281,6 +301,35 @@ def test_closing_table(page):
     assert each[3] == ["aligned (aligned-1)", "1", "60", "1.625", "1.625", "2.75", "0.14", "0.07", "102"]
 
 
+def test_a_control_that_has_trained_for_less_long(tmp_path, folders):
+    """Both are compared at the last step that both were measured at."""
+    control = write(tmp_path / "control", 5, teacher_control="permuted")
+    content = json.loads((control / "trainer_state.json").read_text())
+    entries = [entry for entry in content["log_history"] if entry["step"] <= 30]
+    write_json(control / "trainer_state.json", {"global_step": 30, "log_history": entries})
+    for path in (control / "alignment_monitor").glob(f"step-{STEPS:08d}-*"):
+        path.unlink()
+    page = rendered([folders[1], control])
+    added = page.figures["teacher-image-0"]["data"][0]["z"][0][0]
+    assert added == pytest.approx((scores(1, 30, 2).scores - scores(5, 30, 2).scores)[0, 0].item(), abs=1e-6)
+    (row,) = page.tables["Image in context: last mutual k-NN of runs and their controls"][1:]
+    assert row[0] == "aligned-0 and control (control), step 30" and row[3] == "-0.0400"
+    assert page.tables["Text only: first and last mutual k-NN"][1][3] == "0.0900"  # alone, at its own last step
+
+
+def test_scores_of_other_teachers_stand_apart(tmp_path, folders):
+    other = write(tmp_path / "other", 5)
+    for path in (other / "alignment_monitor").glob("step-*-text.json"):
+        write_json(path, {**json.loads(path.read_text()), "teacher": "org/another"})
+    page = rendered([folders[1], other])
+    assert (
+        "Text only: with k = 5, N = 101, teacher org/teacher (aligned-0) and with k = 5, N = 101, teacher org/another"
+        in page.text
+    )
+    assert "Text only: first and last mutual k-NN" not in page.tables
+    assert "Image in context: first and last mutual k-NN" in page.tables
+
+
 def test_scores_of_other_k_or_n_stand_apart(tmp_path, folders):
     other = write(tmp_path / "other", 5, k=5, samples=201, teacher_control="permuted")
     page = rendered([folders[1], other])
@@ -311,8 +360,10 @@ def test_last_is_of_the_weights_that_were_loaded(tmp_path, folders):
     change = page.figures["change-text-0"]["data"][0]["z"][0][0]
     assert change == pytest.approx((scores(1, 30, 1).scores - scores(1, 0, 1).scores)[0, 0].item(), abs=1e-6)
     added = page.figures["teacher-text-0"]["data"][0]["z"][0][0]
-    assert added == pytest.approx((scores(1, 30, 1).scores - scores(5, STEPS, 1).scores)[0, 0].item(), abs=1e-6)
-    assert "step 30 less step 60" in page.text
+    assert added == pytest.approx((scores(1, 30, 1).scores - scores(5, 30, 1).scores)[0, 0].item(), abs=1e-6)
+    (row,) = page.tables["Text only: last mutual k-NN of runs and their controls"][1:]
+    assert row[0] == "best and control (best-control), step 30"
+    assert row[1:4] == ["0.0750", "0.1150", "-0.0400"]  # 0.05 + shift / 100 + 30 / 2000, of both
     rows = {row[0]: row for row in page.tables["Text only: first and last mutual k-NN"][1:]}
     assert rows["aligned (best)"][2:4] == ["0.0600", "0.0750"]  # 0.05 + 1 / 100, and 30 / 2000 more
     last = [scores(shift, step, 1).null_p95 for shift, step in ((1, 30), (5, STEPS))]
@@ -320,7 +371,7 @@ def test_last_is_of_the_weights_that_were_loaded(tmp_path, folders):
 
 
 def test_a_run_measured_in_two_ways_is_left_out(tmp_path, folders):
-    mixed = write(tmp_path / "mixed", 5)
+    mixed = write(tmp_path / "mixed", 5, seed=1)
     scores(5, STEPS, 1, num_samples=51).save(mixed / "alignment_monitor" / f"step-{STEPS:08d}-text.json")
     page = rendered([folders[1], mixed])
     said = (
@@ -332,8 +383,9 @@ def test_a_run_measured_in_two_ways_is_left_out(tmp_path, folders):
 
 
 def test_alignment_losses_that_cannot_be_compared_are_marked(tmp_path, folders):
-    text = rendered([folders[1], write(tmp_path / "ten", 5, num_neighbors=10)]).text
-    assert "Not to be compared between runs that differ in num_neighbors." in text
+    for name, value in (("num_neighbors", 10), ("gradient_accumulation_steps", 16), ("queue_size", 64)):
+        text = rendered([folders[1], write(tmp_path / name, 5, **{name: value})]).text
+        assert f"Not to be compared between runs that differ in {name}." in text
     assert "Not to be compared" not in rendered(folders).text
 
 

@@ -55,6 +55,15 @@ def test_the_seed_decides() -> None:
     assert first == again != other
 
 
+def test_the_order_of_the_rows_does_not_matter() -> None:
+    """A resumed run may have its rows in another one."""
+    rows = rows_of(NUMBERS)
+    shuffled = rows.shuffle(seed=1)
+    assert shuffled["row"][:] != rows["row"][:]
+    mappings = [dict(zip(numbers_of(r), numbers_of(permuted_vectors(r, 0)), strict=True)) for r in (rows, shuffled)]
+    assert mappings[0] == mappings[1]
+
+
 def test_two_images_are_needed() -> None:
     assert numbers_of(permuted_vectors(rows_of([7, 8]), 0)) == [8, 7]
     with pytest.raises(ValueError, match=r"has only 1 distinct image\. Add rows"):

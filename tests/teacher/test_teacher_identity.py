@@ -170,6 +170,23 @@ def test_identity_of_a_loaded_teacher_notices_what_changes_its_vectors(change, d
         assert teacher.identity == before
 
 
+class PatchMean(VisionTeacher):
+    def forward_prepared(self, prepared):
+        return self.model(**prepared).last_hidden_state[:, 1:].mean(1)
+
+
+def test_identity_tells_ways_to_read_an_encoder(dinov2):
+    """Vectors of one way must not come from the cache of another."""
+    plain, read = (VisionTeacher.from_pretrained(dinov2, device="cpu") for _ in range(2))
+    own = PatchMean.from_pretrained(dinov2, device="cpu")
+    read.readout.uses_class_token = False
+    assert plain.identity == teacher_identity(dinov2)
+    assert len({plain.identity, own.identity, read.identity}) == 3
+    read.readout.uses_class_token = True
+    assert read.identity == plain.identity
+    assert own.identity == PatchMean.from_pretrained(dinov2, device="cpu").identity
+
+
 def test_identity_notices_every_number_and_is_that_of_what_is_in_memory(dinov2):
     loaded, other = (VisionTeacher.from_pretrained(dinov2, device="cpu") for _ in range(2))
     loaded.model.half()

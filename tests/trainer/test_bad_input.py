@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Image, List
-from peft import LoraConfig, PromptTuningConfig
+from datasets import Dataset, DatasetDict, Features, Image, List, concatenate_datasets
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from runs import NoStep
 from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
 from transformers import TrainerCallback
@@ -19,6 +19,7 @@ from hera_trainer.alignment.checks import check_loss_scaling
 from hera_trainer.data.collator import TEACHER_COLUMN
 from hera_trainer.objectives.cka import CKALoss
 from hera_trainer.objectives.feature import FeatureLoss
+from hera_trainer.teacher.image_sources import column_images
 
 
 def trainer(tmp_path, dataset=None, family="llava", model=None, data_collator=None, **kwargs):
@@ -168,6 +169,66 @@ def test_transforms_that_hide_the_vectors(tmp_path, hides):
     held_out = trainer(tmp_path, whole, eval_dataset={"hidden": rows}, aligned_heads=["L0H0"])
     with pytest.raises(ValueError, match=r"Row 0 of `eval_dataset\['hidden'\]` comes without its teacher vector"):
         held_out.prepare_alignment()
+
+
+def test_images_in_a_column_that_does_not_count(tmp_path):
+    """Where data sets of both forms are put together, `datasets` fills the other column with nulls."""
+    one = image_dataset(n=12)
+    other = one.map(lambda row: {"image": row["images"][0]}, remove_columns="images", features=_with_image(one))
+    both = concatenate_datasets([other, one])
+    with pytest.raises(ValueError, match=r"Row 12 of `train_dataset` has its images in `images`, and null in `image`"):
+        trainer(tmp_path, both)
+    with pytest.raises(ValueError, match="A row has its images in `images`, and null in `image`"):
+        column_images(both[12])
+    assert column_images(both[0]) == [both[0]["image"]] and len(column_images(one[0])) == 1
+
+
+def _with_image(rows):
+    features = {name: feature for name, feature in rows.features.items() if name != "images"}
+    return Features({**features, "image": Image()})
+
+
+def test_rows_that_lack_a_vector_though_they_have_an_image(tmp_path, caplog):
+    rows = concatenate_datasets([image_dataset(n=24, with_features=8), image_dataset(n=12, seed=1)])
+    trainer(tmp_path, rows, aligned_heads=["L0H0"], gradient_accumulation_steps=2).prepare_alignment()
+    assert "12 of 36 rows of `train_dataset` have an image, and null in column `teacher_features`" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, aligned_heads=["L0H0"]).prepare_alignment()
+    assert "null in column" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"optim": "lomo", "gradient_accumulation_steps": 2},
+            r"`optim='lomo'` moves the weights after each micro-batch",
+        ),
+        (
+            {"train_sampling_strategy": "batch_rebalance", "contrast_scope": "micro_batch"},
+            "'batch_rebalance'` makes micro-batches of few long samples",
+        ),
+    ],
+)
+def test_settings_under_which_too_little_or_too_much_is_compared(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path, **settings)
+
+
+def test_a_step_outside_of_training(tmp_path):
+    run = trainer(tmp_path, aligned_heads=["L0H0"])
+    run.prepare_alignment()
+    batch = run.data_collator([run.train_dataset[i] for i in range(6)])
+    run.model.train()
+    with pytest.raises(RuntimeError, match="Heads are read inside of `train` alone"):
+        run.compute_loss(run.model, batch)
+
+
+def test_an_adapter_that_comes_after_the_trainer(tmp_path):
+    run = trainer(tmp_path, aligned_heads=["L0H0"])
+    get_peft_model(run.model, LoraConfig(target_modules=["o_proj"]))  # which puts it into the model itself
+    with pytest.raises(ValueError, match="Layers of the model were replaced after the trainer was made"):
+        run.prepare_alignment()
 
 
 @pytest.mark.parametrize(

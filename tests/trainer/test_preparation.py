@@ -163,6 +163,7 @@ def test_evaluating_a_finished_run(tmp_path, caplog):
     assert len(said) == 1 and " ".join(aligned) in said[0] and " ".join(others[:2]) in said[0]
     caplog.clear()
     frozen(aligned).evaluate()
+    assert "with the objective's parameters (such as the temperature) that a run begins with" in caplog.text
     trainer(tmp_path, eval_dataset=rows, alignment_weight=0.0).evaluate()
     assert "is measured at the heads" not in caplog.text
     with pytest.raises(ValueError, match="No trainable parameter"):

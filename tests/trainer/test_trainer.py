@@ -276,8 +276,14 @@ class TestEvaluation:
             tau = torch.tensor(math.log(0.3))
             pools = [alignment_loss(z[:, i : i + 6], batch[TEACHER_COLUMN][i : i + 6], 3, tau) for i in (0, 6)]
         assert metrics["eval_alignment_loss"] == pytest.approx(sum(pools).item() / 2, rel=1e-4)
-        assert metrics["eval_alignment_left_out"] == 3
+        assert metrics["eval_alignment_left_out"] == 3 and metrics["eval_alignment_repeated"] == 0
         assert not our_hooks_of(run.model)
+
+    def test_images_that_several_rows_of_a_pool_show_are_counted(self, tmp_path):
+        """As with several questions on an image, one after the other: each is the others' neighbour."""
+        evaluation = image_dataset(n=8, seed=5, with_features=8).select([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 7])
+        metrics = trainer(tmp_path, eval_dataset=evaluation, per_device_eval_batch_size=4).evaluate()
+        assert metrics["eval_alignment_repeated"] == (3 + 1) / 2
 
     def test_a_step_that_is_too_small_without_its_queue(self, tmp_path):
         """Four samples a step and twelve past ones train; evaluation, which has no queue, takes pools of five."""

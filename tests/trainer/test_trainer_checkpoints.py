@@ -128,8 +128,19 @@ class TestCheckpoints:
             for heads in (first.aligned_heads, given.select(m=len(first.aligned_heads))):
                 assert " ".join(map(str, heads)) in said[0]
 
-    @pytest.mark.parametrize("tuning", ["full", "lora"])
-    def test_best_model_is_loaded(self, tmp_path, tuning):
+    def test_a_resumed_run_without_alignment_goes_on_with_its_weights(self, tmp_path):
+        """All weights of a type whose checkpoint has other names than the model."""
+        kwargs = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "alignment_weight": 0.0}
+        kwargs |= {"learning_rate": 1e-2}
+        whole = trainer(tmp_path / "whole", **kwargs)
+        whole.train()
+        trainer(tmp_path / "half", callbacks=[Keep(stop_at=2)], **kwargs).train()
+        resumed = trainer(tmp_path / "half", **kwargs)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_parameters(parameters(resumed.model), parameters(whole.model))
+
+    @pytest.mark.parametrize(("tuning", "weight"), [("full", 1.0), ("lora", 1.0), ("full", 0.0)])
+    def test_best_model_is_loaded(self, tmp_path, tuning, weight):
         """Asked for the largest loss while the loss falls: the best model is the first one."""
         keep = Keep()
         run = trainer(
@@ -145,11 +156,24 @@ class TestCheckpoints:
             eval_strategy="steps",
             eval_steps=1,
             load_best_model_at_end=True,
+            alignment_weight=weight,
             callbacks=[keep],
         )
         run.train()
         assert run.state.best_global_step == 1
         assert_same_parameters(parameters(run.model), keep.after[1])
+        if weight:  # the objective's parameters are those that belong to these weights
+            saved = [load_file(tmp_path / f"checkpoint-{step}" / "hera_objective.safetensors") for step in (1, 3)]
+            first, last = (tensors["log_temperature"] for tensors in saved)
+            assert torch.equal(run.criterion.log_temperature.detach(), first) and not torch.equal(first, last)
+
+    def test_a_run_that_goes_on_as_its_control_is_told(self, tmp_path, caplog):
+        kwargs = {"save_strategy": "steps", "save_steps": 1, "aligned_heads": ["L0H1"]}
+        trainer(tmp_path, max_steps=1, **kwargs).train()
+        trainer(tmp_path, max_steps=2, **kwargs).train(resume_from_checkpoint=True)
+        assert "was trained with `teacher_control=" not in caplog.text
+        trainer(tmp_path, max_steps=3, teacher_control="permuted", **kwargs).train(resume_from_checkpoint=True)
+        assert "was trained with `teacher_control='none'`, this run goes on with 'permuted'" in caplog.text
 
     def test_temperature_is_no_part_of_the_adapter(self, tmp_path):
         run = trainer(
@@ -366,6 +390,7 @@ CHANGES = {
     "number of heads": ({"aligned_heads": ["L0H1"]}, "aligned heads differ"),
     "teacher": ({"dataset": with_teacher_vectors(24, seed=2)}, "teacher differ"),
     "width": ({"dataset": image_dataset(n=24, with_features=9)}, "teacher, teacher width differ"),
+    "control": ({"teacher_control": "permuted"}, "teacher differ"),
 }
 
 
@@ -380,7 +405,7 @@ def test_the_queue_is_taken_by_the_same_run_alone(tmp_path, change, has_metadata
     settings, message = CHANGES[change]
     if not has_metadata:  # as earlier versions wrote it: known are the widths, and the heads from the file beside it
         save_file(stored, path)
-        message = {"teacher": None, "width": "teacher width differ"}.get(change, message)
+        message = {"teacher": None, "control": None, "width": "teacher width differ"}.get(change, message)
     resumed = trainer(tmp_path, **{"dataset": rows, "max_steps": 3, **QUEUE, **settings})
     resumed.train(resume_from_checkpoint=True)
     # The step's own six samples, with the twelve of the queue or without.

@@ -333,6 +333,24 @@ def test_example(tmp_path: Path, example: Any) -> None:
     assert torch.equal(rankings[0].scores, rankings[1].scores)
 
 
+def test_example_adapter(tmp_path: Path, example: Any) -> None:
+    """Stage 2 with LoRA trains and keeps the projector, too."""
+    save_inputs(tmp_path)
+    run_example(example, tmp_path, max_steps=1, use_peft=True, lora_target_modules="all-linear")
+    adapter = load_file(tmp_path / "out" / "stage2" / "adapter_model.safetensors")
+    first = load_file(tmp_path / "out" / "stage1" / "model.safetensors")
+
+    def projector(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        whole = {name: weight for name, weight in weights.items() if "lora_" not in name}
+        return {n.split("multi_modal_projector.")[1]: w for n, w in whole.items() if "multi_modal_projector" in n}
+
+    before, after = projector(first), projector(adapter)
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
+    assert len(adapter) > len(after) == sum("lora_" not in name for name in adapter)
+    with pytest.raises(ValueError, match="no quantized weights"):
+        run_example(example, tmp_path, use_peft=True, load_in_4bit=True)
+
+
 def test_example_resumed(tmp_path: Path, example: Any) -> None:
     """From a checkpoint of either stage, the rest of the run is that of one without interruption."""
     save_inputs(tmp_path)

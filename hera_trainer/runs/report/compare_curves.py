@@ -17,7 +17,7 @@ from .curves import (
     running_mean,
     smoothing_window,
 )
-from .groups import Group, NamedRun, training_differences
+from .groups import PROCESSES, Group, NamedRun, training_differences
 from .maps import CONTEXT_NAMES
 from .parts import CURVE_HEIGHT, Missing, Plot, Section, score_text, spread
 from .scalars import ALIGNMENT_LOSS, Scalar, head_scalars, scalars_of
@@ -26,7 +26,11 @@ from .scales import by_scale, of_scale
 # Height of a line of a legend, in pixels.
 _LEGEND_LINE = 19
 # By these, alignment losses differ without any difference in what was learned.
-_LOSS_SETTINGS = ("alignment_objective", "num_neighbors", "similarity", "per_device_train_batch_size")
+_LOSS_SETTINGS = (
+    *("alignment_objective", "num_neighbors", "similarity", "teacher_similarity", "temperature", "learn_temperature"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", PROCESSES, "contrast_scope", "queue_size"),
+    "neighbor_group_size",
+)
 
 
 def compared_curves_section(runs: Sequence[NamedRun], groups: Sequence[Group]) -> Section:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...heads.head import AlignedUnit, parse_unit
 from ...heads.ranking import HeadRanking
-from .groups import Group, NamedRun, controls, training_differences
+from .groups import Group, NamedRun, controls, pair_differences
 from .maps import CONTEXT_NAMES, heat_map, hover_data, map_plot
 from .parts import Missing, Plot, Section, Table, change_text, score_text, summary_text
 from .scalars import head_scalars
@@ -96,7 +96,8 @@ def teacher_section(runs: Sequence[NamedRun], groups: Sequence[Group]) -> Sectio
         section.notes.insert(
             0,
             "The last measurement of a run less that of its control, the run of equal settings and seed in which each "
-            "image had another image's teacher vector. What both have in common is no work of the teacher's.",
+            "image had another image's teacher vector: of the last step that both were measured at. What both have in "
+            "common is no work of the teacher's.",
         )
     section.missing += _unpaired(runs, pairs)
     return section
@@ -109,16 +110,26 @@ def _outlined(run: NamedRun) -> list[AlignedUnit]:
 
 
 def _added(run: NamedRun, control: NamedRun, context: str) -> _Difference | None:
-    first, second = (each.record.monitored[context] for each in (control, run))
-    steps = [each.record.measured_steps(context) for each in (control, run)]
-    if not all(steps):
+    step = _last_of_both(run, control, context)
+    if step is None:
         return None
-    last = steps[0][-1], steps[1][-1]
-    if first[last[0]].scores.shape != second[last[1]].scores.shape:
+    first, second = (each.record.monitored[context][step] for each in (control, run))
+    if first.scores.shape != second.scores.shape:
         return None
-    apart = "" if last[0] == last[1] else f", step {last[1]:,} less step {last[0]:,}"
-    title = f"{run.name} less {control.title}{apart}"
-    return _Difference(title, first[last[0]], second[last[1]], _outlined(run))
+    title = f"{run.name} less {control.title}{_at(step, run, control, context)}"
+    return _Difference(title, first, second, _outlined(run))
+
+
+def _last_of_both(run: NamedRun, control: NamedRun, context: str) -> int | None:
+    """The last step that both were measured at: one of them may have trained for longer."""
+    others = set(control.record.measured_steps(context))
+    return next((step for step in reversed(run.record.measured_steps(context)) if step in others), None)
+
+
+def _at(step: int | None, run: NamedRun, control: NamedRun, context: str) -> str:
+    """Says which step it is that is compared, where it is not the last of both."""
+    last = {each.record.measured_steps(context)[-1:] == [step] for each in (run, control)}
+    return "" if step is None or last == {True} else f", step {step:,}"
 
 
 def _maps(name: str, what: str, differences: Sequence[_Difference], lines: str) -> list[Plot]:
@@ -142,8 +153,8 @@ def _table(title: str, groups: Sequence[Group], pairs: Sequence[Pair], context: 
         columns += [f"{scalar.title}: {part}" for part in ("run", "control", "difference")]
     rows, added = [], []
     for run, control in pairs:
-        row = [f"{run.name} and {control.title}"]
-        scores = [(scalar.last(run), scalar.last(control)) for scalar in scalars]
+        row = [f"{run.name} and {control.title}{_at(_last_of_both(run, control, context), run, control, context)}"]
+        scores = [scalar.last_of_both(run, control) or (None, None) for scalar in scalars]
         for own, other in scores:
             row += [score_text(own), score_text(other), change_text(other, own)]
         rows.append(row)
@@ -171,14 +182,10 @@ def _unpaired(runs: Sequence[NamedRun], pairs: Sequence[Pair]) -> list[Missing]:
         what = f"None of the aligned runs has the settings and the seed of {control.title}."
         cure = "Report it together with the run that it is the control of."
         if aligned:
-            differences = {run.name: _between(run, control) for run in aligned}
+            differences = {run.name: pair_differences(run, control) for run in aligned}
             nearest = min(differences, key=lambda name: len(differences[name]))
             names = differences[nearest]
             more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
             cure = f"It differs from {nearest} in {', '.join(names[:_MOST_NAMES])}{more}."
         missing.append(Missing(what, cure))
     return missing
-
-
-def _between(run: NamedRun, control: NamedRun) -> list[str]:
-    return [name for name in training_differences([run, control]) if name != "teacher_control"]

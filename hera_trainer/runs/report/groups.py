@@ -11,6 +11,7 @@ from typing import Any
 
 from ...common.redaction import public_name
 from ...objectives.registry import get_objective
+from ..control import control_in
 from ..record import RunRecord
 from .settings import NOT_SHOWN, names_in_order, teacher_of
 
@@ -18,7 +19,10 @@ from .settings import NOT_SHOWN, names_in_order, teacher_of
 _BESIDE = re.compile(
     r"report_to|project|disable_tqdm|resume_from_checkpoint|push_to_hub|publish_control|(hub|log|logging|save|trackio)_.+"
 )
+PROCESSES = "hardware: processes"
 _SEEDS = ("seed", "data_seed")
+_NOT_OF_A_PAIR = ("teacher_control", "head_ranking_path")
+_SAVED = ("save_strategy", "save_steps")  # they decide which of the best weights there are
 
 # Told apart by people with any colour vision, in both schemes; from the first again where there are more groups.
 _COLORS = ("--series-1", "--aligned", "--series-3", "--series-2", "--series-4", "--series-5", "--series-6")
@@ -50,10 +54,10 @@ class NamedRun:
         """`"control"`, `"SFT"` (`alignment_weight=0`), `"without teacher"` (`alignment_objective="uniformity"`),
         `"aligned"`, or `"run"` where settings are not recorded."""
         config = _config(self.record)
-        if control_of(self.record):
-            return "control"
         if config.get("alignment_weight") == 0:
             return "SFT"
+        if control_of(self.record):
+            return "control"
         if not _uses_teacher(config):
             return "without teacher"
         return "aligned" if config else "run"
@@ -97,7 +101,7 @@ class Group:
 
 def control_of(run: RunRecord) -> str:
     """Name of the control that a run was; empty for any other run."""
-    control = _config(run).get("teacher_control") or "none"
+    control = control_in(_config(run))
     return "" if control == "none" else control
 
 
@@ -119,11 +123,15 @@ def grouped(runs: Iterable[NamedRun]) -> list[Group]:
     """Runs of the same settings but for the seed, in the order in which the first of each was given.
 
     Args:
-        runs (iterable of [`NamedRun`]): The runs. One whose settings are not recorded stays by itself.
+        runs (iterable of [`NamedRun`]):
+            The runs. One whose settings are not recorded stays by itself, and so does one of a seed that the group
+            has: what tells them apart is not recorded, and no matter of chance.
     """
     found: dict[str, list[NamedRun]] = {}
     for run in runs:
         key = _key(run.record, without=_SEEDS) if _config(run.record) else run.name
+        if any(_seeds(run) == _seeds(other) for other in found.get(key, ())):
+            key = f"{key} {run.name}"
         found.setdefault(key, []).append(run)
     groups = []
     for i, members in enumerate(found.values()):
@@ -142,7 +150,8 @@ def controls(runs: Sequence[NamedRun]) -> list[tuple[NamedRun, NamedRun]]:
     Returns:
         `list` of pairs, the aligned run first.
     """
-    keys = {run.name: _key(run.record, without=("teacher_control",)) for run in runs}
+    # By whom heads were ranked is no matter, if they are the same.
+    keys = {run.name: (_key(run.record, without=_NOT_OF_A_PAIR), _heads(run.record)) for run in runs}
     return [
         (run, other)
         for run in runs
@@ -155,6 +164,7 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     """What a run was trained with, by name: model, data set, teacher, adapter, settings, versions, hardware."""
     record, config = run.record, _config(run)
     settings = {"model": record.get("model"), "data set": record.get("dataset"), "teacher": teacher_of(run) or None}
+    settings["data set rows"] = record.get("rows")
     settings["aligned heads"] = " ".join(record.get("aligned_heads") or ()) or None
     settings.update({f"adapter: {name}": value for name, value in (record.get("adapter") or {}).items()})
     settings.update({name: config[name] for name in names_in_order(config) if name not in NOT_SHOWN})
@@ -179,6 +189,12 @@ def differing(runs: Sequence[NamedRun]) -> dict[str, list[Any]]:
     }
 
 
+def pair_differences(run: NamedRun, control: NamedRun) -> list[str]:
+    """Names of what keeps a run and a control from being a pair."""
+    names = [name for name in training_differences([run, control]) if name not in _NOT_OF_A_PAIR]
+    return [*names, "aligned heads"] if _heads(run.record) != _heads(control.record) else names
+
+
 def training_differences(runs: Sequence[NamedRun]) -> list[str]:
     """Names of the settings that change what is trained, the seed among them, and are not the same in all runs."""
     return [name for name in differing(runs) if _is_of_training(name)]
@@ -187,10 +203,22 @@ def training_differences(runs: Sequence[NamedRun]) -> list[str]:
 def _key(run: RunRecord, without: Iterable[str]) -> str:
     settings = settings_of(run)
     kept = {name: settings[name] for name in sorted(settings) if _is_of_training(name) and name not in without}
+    if settings.get("load_best_model_at_end"):
+        kept |= {name: settings.get(name) for name in _SAVED}
     return _as_text(kept)
 
 
+def _heads(run: RunRecord) -> list[str]:
+    return sorted(run.record.get("aligned_heads") or ())
+
+
+def _seeds(run: NamedRun) -> list[Any]:
+    return [_config(run.record).get(name) for name in _SEEDS]
+
+
 def _is_of_training(name: str) -> bool:
+    if name == PROCESSES:  # so many batches make a step
+        return True
     # The aligned heads follow from the settings and the seed.
     return not _BESIDE.fullmatch(name) and name != "aligned heads" and not name.startswith(("versions:", "hardware:"))
 

@@ -40,9 +40,17 @@ class Scalar:
 
     def last(self, run: NamedRun) -> float | None:
         """The last value of a run, of a measurement the last that leads to its weights; `None` if there is none."""
+        return next(reversed(self._of_result(run).values()), None)
+
+    def last_of_both(self, run: NamedRun, other: NamedRun) -> tuple[float, float] | None:
+        """The values of two runs at the last step that both have, as `last` has them; `None` if there is no such step.
+        One of them may have trained for longer."""
+        own, others = self._of_result(run), self._of_result(other)
+        return next(((own[step], others[step]) for step in reversed(own) if step in others), None)
+
+    def _of_result(self, run: NamedRun) -> dict[int, float]:
         points = zip(*self.curve(run), strict=True)
-        values = [value for step, value in points if not self.measured or run.record.leads_to_result(step)]
-        return values[-1] if values else None
+        return {step: value for step, value in points if not self.measured or run.record.leads_to_result(step)}
 
 
 LOSS = Scalar("loss", "Language-model loss", ("lm_loss", "loss"), noisy=True)  # SFT logs the latter only

@@ -1,10 +1,11 @@
-"""Which scores of several runs may be compared: those of the same number k of neighbours among the same number N of
-samples, clipped and centred alike."""
+"""Which scores of several runs may be compared: those with the same teacher, of the same number k of neighbours among
+the same number N of samples, clipped and centred alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...heads.ranking import HeadRanking
 from ..plots import monitor_group
 from ..record import RunRecord
 from .groups import NamedRun
@@ -23,8 +24,9 @@ def by_scale(runs: Sequence[NamedRun], context: str) -> dict[str, list[NamedRun]
         context (`str`): `"text"` or `"image"`.
     """
     found: dict[str, list[NamedRun]] = {}
+    several = _by_several_teachers([run.record for run in runs], context)
     for run in runs:
-        scales = _scales(run.record, context)
+        scales = _scales(run.record, context, several)
         if len(scales) == 1:
             found.setdefault(scales[0], []).append(run)
     return found
@@ -44,11 +46,11 @@ def scale_warnings(runs: Sequence[NamedRun]) -> list[Missing]:
             kinds = " and ".join(f"with {scale} ({', '.join(run.name for run in found[scale])})" for scale in found)
             cure = (
                 "They stand apart on this page, and no differences are taken between them. Give all runs the same "
-                "num_neighbors, metric and held-out rows."
+                "num_neighbors, metric, teacher and held-out rows."
             )
             warnings.append(Missing(f"Scores that were measured otherwise cannot be compared. {name}: {kinds}.", cure))
         for run in runs:
-            scales = _scales(run.record, context)
+            scales = _scales(run.record, context, _by_several_teachers([run.record], context))
             if len(scales) > 1:
                 what = f"{name}: the scores of {run.name} are left out, since it was measured with "
                 cure = "Resume a run with the settings of the monitor that it began with."
@@ -56,7 +58,19 @@ def scale_warnings(runs: Sequence[NamedRun]) -> list[Missing]:
     return warnings
 
 
-def _scales(run: RunRecord, context: str) -> list[str]:
-    scales = list(dict.fromkeys(ranking.scale for ranking in run.monitored.get(context, {}).values()))
+def _measured(run: RunRecord, context: str) -> list[HeadRanking]:
+    return list(run.monitored.get(context, {}).values())
+
+
+def _by_several_teachers(runs: Sequence[RunRecord], context: str) -> bool:
+    """Whether scores of these runs are with different teachers, as far as their names are known."""
+    return len({ranking.teacher for run in runs for ranking in _measured(run, context)} - {""}) > 1
+
+
+def _scales(run: RunRecord, context: str, with_teacher: bool) -> list[str]:
+    """What a run was measured with in a context: once the same, or several."""
+    rankings = _measured(run, context)
+    named = [f", teacher {ranking.teacher}" if with_teacher and ranking.teacher else "" for ranking in rankings]
+    scales = list(dict.fromkeys(ranking.scale + name for ranking, name in zip(rankings, named, strict=True)))
     logged = run.curve(f"{monitor_group(context)}/all")[0]
     return scales or ([UNKNOWN] if logged else [])
