@@ -241,3 +241,14 @@ def test_links(path: Path) -> None:
             assert anchor.removeprefix("hera_trainer.").split(".")[0] in hera_trainer.__all__, link
         elif anchor and target.suffix == ".md":
             assert anchor in anchors_of(target), link
+
+
+def test_links_hold_on_the_page_that_takes_a_text_in() -> None:
+    """As the changelog, whose links are read from the folder of the pages there."""
+    taken = [
+        (page, name) for page in PAGES for name in re.findall(r'^--8<-- "(.+\.md)"$', page.read_text(), re.MULTILINE)
+    ]
+    assert ("changelog.md", "CHANGELOG.md") in [(page.name, name) for page, name in taken]
+    for page, name in taken:
+        for link in LINK.findall(re.sub(FENCE, "", (ROOT / name).read_text())):
+            assert "://" in link or (page.parent / link.partition("#")[0]).is_file(), f"{name}: {link}"
