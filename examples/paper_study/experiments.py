@@ -64,6 +64,17 @@ def stage1() -> list[Run]:
     ]
 
 
+def finished() -> list[Run]:
+    """From the projector of stage 1, as users tune finished models: the pull and the length at which heads moved there,
+    with fresh seeds and other concepts held out, measured in full."""
+    place: dict[str, Any] = {"steps": 80, "draw": 1}
+    runs = [Run("start", steps=0, draw=1)]
+    for seed in range(1, 4):
+        runs.append(Run("SFT", settings=SFT, seed=seed, **place))
+        runs += pair("aligned", HELD | {"target_pull": 1.0}, seed=seed, **place)
+    return runs
+
+
 def searched(varied: Sequence[tuple[str, dict[str, Any]]], teachers: Sequence[str] = NOT_ITS_OWN) -> list[Run]:
     """Pairs, each with some settings varied."""
     return [
@@ -267,6 +278,7 @@ EXPERIMENTS: dict[str, Callable[[], Sequence[Run | HeadMap]]] = {
     "signature": signature,
     "references": references,
     "stage1": stage1,
+    "finished": finished,
     "temperature": temperature,
     "pull": pull,
     "similarity": similarity,

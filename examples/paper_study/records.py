@@ -27,7 +27,10 @@ def read_results(folder: Path) -> dict[str, list[Record]]:
 
 
 # Experiments in which trained models are set beside the one before training.
-BESIDE_THE_START = ("signature", "stages", "stages_confirmed", "concepts", "longer", "confirmation", "use")
+BESIDE_THE_START = (
+    *("signature", "stages", "stages_confirmed", "concepts", "longer"),
+    *("finished", "confirmation", "use"),
+)
 
 
 def can_be_shown(name: str, results: dict[str, list[Record]]) -> bool:

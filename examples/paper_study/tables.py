@@ -249,6 +249,7 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "signature": signature,
     "references": before_and_sft,
     "stage1": stage1,
+    "finished": confirmation,
     "temperature": search,
     "pull": search,
     "similarity": search,
