@@ -22,12 +22,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from transformers.utils import CONFIG_NAME, PushInProgress
 from trl import SFTConfig, SFTTrainer
 
-from .alignment.alignment import Alignment
+from .alignment.alignment import STATE_FILE, Alignment
 from .alignment.callback import ObjectiveCallback
 from .alignment.checks import (
     check_arguments,
     check_best_metric,
     check_device_map,
+    check_hooks_of_adapters,
     check_loss_scaling,
     check_rows_train,
     check_tokens_stay,
@@ -211,6 +212,7 @@ class HeRATrainer(SFTTrainer):
         check_whole_layers(self.model, self.accelerator)
         check_compiled(self.model)
         check_tokens_stay(self.model, self.accelerator)
+        check_hooks_of_adapters(self.model, args)
         check_decoder(self.model, get_head_accessor(self.model))
         self.criterion = self.create_criterion().to(args.device)
         check_loss_scaling(self.criterion, args, self.accelerator)
@@ -466,8 +468,9 @@ class HeRATrainer(SFTTrainer):
             self._begin_watching(last)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
-        if checkpoint is not None and (then := read_control(checkpoint)) != self._control:
-            logger.warning(other_control_advice(then, self._control))
+        if checkpoint is not None and Path(checkpoint, STATE_FILE).is_file():
+            if (then := read_control(checkpoint)) != self._control:
+                logger.warning(other_control_advice(then, self._control))
         self.prepare_alignment(checkpoint)
         self._check_trained(self.alignment.accessor)
         check_best_metric(self.args, self.eval_dataset)
@@ -579,7 +582,7 @@ class HeRATrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         alignment, training = self.alignment, self.model.training
-        if alignment is not None and training and not alignment.is_attached:
+        if alignment is not None and training and not alignment.is_attached and torch.is_grad_enabled():
             raise RuntimeError(
                 "Heads are read inside of `train` alone, so that this step would train without alignment. Call "
                 "`prepare_alignment`, and then this inside of `with trainer.alignment.attached():`."
@@ -635,8 +638,8 @@ class HeRATrainer(SFTTrainer):
         self.prepare_alignment()
         if not is_first or self.alignment is None:
             return
-        trained = self.alignment.heads, self.alignment.trains_objective
-        if (advice := other_heads_advice(str(self.args.output_dir), *trained)) is not None:
+        measured = self.alignment.heads, self.alignment.trains_objective
+        if (advice := other_heads_advice(str(self.args.output_dir), *measured)) is not None:
             logger.warning(advice)
 
     def evaluation_loop(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,20 @@ if os.environ.get("HERA_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import datasets  # noqa: E402
+import huggingface_hub  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _offline() -> Iterator[None]:
+    """No test leaves the network on for those that come after it, which would wait for a Hub that is not there."""
+    yield
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.fixture(scope="session")

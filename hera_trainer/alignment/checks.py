@@ -14,6 +14,7 @@ from ..config import HeRAConfig
 from ..data.pool import check_pool
 from ..heads.accessor import HeadAccessor
 from ..heads.checks import trains_outside_decoder
+from ..heads.modes import needs_whole_forward
 from ..heads.registry import unwrap_model
 from ..objectives.objective import AlignmentObjective
 from ..teacher.column import TEACHER_COLUMN, rows_with_vectors
@@ -47,7 +48,8 @@ def check_arguments(args: HeRAConfig) -> None:
             f"`optim={optimizer!r}` moves the weights after each micro-batch, so that those of a step would be "
             "compared at different weights. Set `gradient_accumulation_steps=1`, or choose another optimizer."
         )
-    if args.train_sampling_strategy == "batch_rebalance" and args.contrast_scope == "micro_batch":
+    by_micro_batch = args.contrast_scope == "micro_batch" and not args.queue_size
+    if args.train_sampling_strategy == "batch_rebalance" and by_micro_batch:
         raise ValueError(
             "`train_sampling_strategy='batch_rebalance'` makes micro-batches of few long samples, which would be "
             "compared with nothing. Set `contrast_scope='step'`, or `train_sampling_strategy='random'`."
@@ -178,6 +180,22 @@ def check_tokens_stay(model: nn.Module, accelerator: Accelerator) -> None:
         raise ValueError(
             "Context and sequence parallelism divide the tokens of a sample over processes, so head representations "
             "cannot be pooled. Set `cp_size` and `sp_size` of the parallelism config to 1, or `alignment_weight=0`."
+        )
+
+
+def check_hooks_of_adapters(model: nn.Module, args: HeRAConfig) -> None:
+    """Refuses aLoRA with activation checkpointing where a step takes two passes: PEFT's hooks then wait for a backward,
+    which the first pass does not have.
+
+    Raises:
+        `ValueError`: Naming the settings that pass.
+    """
+    two_passes = args.contrast_scope == "step" and args.gradient_accumulation_steps > 1
+    checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", None)
+    if two_passes and checkpointing and needs_whole_forward(model):
+        raise ValueError(
+            "aLoRA does not go through several micro-batches a step under activation checkpointing. Set "
+            "`gradient_checkpointing=False`, or `gradient_accumulation_steps=1`."
         )
 
 

@@ -135,7 +135,7 @@ def _check_target(target: Path, overwrite: bool, sources: list[Path]) -> None:
         raise ValueError(f"OUTPUT {str(target)!r} is not empty. Choose another folder, or replace it with --overwrite.")
     if not Path(target, CONFIG_NAME).is_file():
         raise ValueError(
-            f"OUTPUT {str(target)!r} holds no model, and --overwrite replaces nothing else. Choose another folder."
+            f"OUTPUT {str(target)!r} holds no model, and --overwrite replaces a model's folder only. Choose another."
         )
 
 

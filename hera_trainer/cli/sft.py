@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ..config import HeRAConfig
 from ..runs.checkpoints import is_complete
 
 _NEWEST = "newest"
+# Variables that libraries read when they are imported: places of caches, and whether there is a network.
+_READ_AT_IMPORT = re.compile(r"HF_HOME|HF_ENDPOINT|XDG_CACHE_HOME|(HF|TRANSFORMERS)_\w*(CACHE|OFFLINE)")
 
 _EXAMPLES = """\
 examples:
@@ -161,8 +164,9 @@ def _check_environment(words: Sequence[str]) -> None:
     content = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
     named = content.get("env") if isinstance(content, dict) else None
     for name, value in (named if isinstance(named, dict) else {}).items():
-        is_late = str(name).startswith(("HF_", "TRANSFORMERS_")) and name != "HF_TOKEN"
-        if is_late and os.environ.get(name) != str(value):
+        values = {str(value).lower(), os.environ.get(str(name), "").lower()}
+        is_set_alike = len(values) == 1 or values <= {"1", "true", "yes", "on"}
+        if _READ_AT_IMPORT.fullmatch(str(name)) and not is_set_alike:
             raise ValueError(f"`env` sets {name} too late: it is read when hera starts. Set it in the shell.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
@@ -51,13 +52,12 @@ def _check_one_image_column(dataset: Dataset, name: str) -> None:
     together."""
     if not set(IMAGE_COLUMNS) <= set(dataset.column_names):
         return
-    table = dataset.data
-    first, second = (table.column(column) for column in IMAGE_COLUMNS)
-    if pa.types.is_list(second.type) or pa.types.is_large_list(second.type):
-        is_there = pc.fill_null(pc.greater(pc.list_value_length(second), 0), False)
-    else:
-        is_there = pc.is_valid(second)
-    hidden = pc.and_(pc.is_null(first), is_there).to_numpy()
+    first, second = (dataset.data.column(column).combine_chunks() for column in IMAGE_COLUMNS)
+    if not (pa.types.is_list(second.type) or pa.types.is_large_list(second.type)):
+        return
+    is_there = np.zeros(len(second), dtype=bool)
+    is_there[pc.list_parent_indices(second).to_numpy()[pc.list_flatten(second).is_valid().to_numpy(False)]] = True
+    hidden = first.is_null().to_numpy(False) & is_there
     rows = hidden if dataset._indices is None else hidden[dataset._indices.column(0).to_numpy()]
     if rows.any():
         raise ValueError(
@@ -69,7 +69,12 @@ def _check_one_image_column(dataset: Dataset, name: str) -> None:
 def warn_of_missing_vectors(dataset: Dataset, name: str) -> None:
     """Says how many rows of data that brings its vectors have an image and no vector, as where a part without any was
     put to it."""
-    if dataset.format["type"] == "custom" or not find_sources(dataset.features):
+    if dataset.format["type"] == "custom":
+        return
+    try:
+        if not find_sources(dataset.features):
+            return
+    except ValueError:  # what its own collator makes images of is not known here
         return
     missing = ImageColumn(dataset).rows_with_images()
     missing[rows_with_vectors(dataset)] = False

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from accelerate.logging import get_logger
 from datasets import Dataset
 
+from ..common.files import write_atomically
 from ..teacher.image_sources import find_sources
-from ..teacher.images import ImageColumn
+from ..teacher.images import ImageColumn, Images
+from ..teacher.vectors import cache_root
+
+logger = get_logger(__name__)
 
 
 def split_by_image(dataset: Dataset, test_size: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -49,11 +55,37 @@ def split_by_image(dataset: Dataset, test_size: float, seed: int) -> tuple[Datas
 
 
 def _images_of_rows(dataset: Dataset) -> Sequence[np.ndarray]:
-    """Numbers of the distinct images of each row."""
-    column = ImageColumn(dataset) if find_sources(dataset.features) else None
-    if column is None or not column.has_images():
-        return [np.empty(0, dtype=np.int64)] * len(dataset)
-    return column.by_row(column.scan("Rows to hold out"))
+    """Numbers of the distinct images of each row; none where they cannot be read here."""
+    none = [np.empty(0, dtype=np.int64)] * len(dataset)
+    try:
+        column = ImageColumn(dataset) if find_sources(dataset.features) else None
+        if column is None or not column.has_images():
+            return none
+        return column.by_row(_found_before(column))
+    except ValueError as error:
+        logger.warning(
+            f"Rows are held out one by one, and images may be in both parts, since these cannot be compared: {error}"
+        )
+        return none
+
+
+def _found_before(column: ImageColumn) -> Images:
+    """The images of a column, read once for all processes and later starts, where files tell whether they changed."""
+    key = column.fast_key("held out")
+    path = None if key is None else cache_root() / "held_out" / f"{key}.npz"
+    if path is not None and path.is_file():
+        with np.load(path) as stored:
+            return Images([], np.empty((0, 3), np.int64), stored["counts"], stored["ids"])
+    images = column.scan("Rows to hold out")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.savez(file, counts=images.counts, ids=images.ids)
+
+        write_atomically(path, write)
+    return images
 
 
 def _sharing_images(images: Sequence[np.ndarray]) -> list[list[int]]:

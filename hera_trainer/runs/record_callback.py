@@ -123,7 +123,7 @@ class RunRecordCallback(TrainerCallback):
         # As `TrainerState.save_to_json` writes it, but for the folder of this computer.
         best = state.best_model_checkpoint
         content = {**vars(state), "best_model_checkpoint": None if best is None else Path(best).name}
-        text = json.dumps(content, indent=2, sort_keys=True, default=as_plain)  # callbacks may log tensors + "\n"
+        text = json.dumps(content, indent=2, sort_keys=True, default=as_plain) + "\n"  # callbacks may log tensors
         _write(Path(str(args.output_dir), TRAINER_STATE_NAME), text)
         self._written = time.monotonic()
 

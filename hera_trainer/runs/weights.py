@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
     """Loads a checkpoint that `save_pretrained` wrote into a model in memory.
 
-    `save_pretrained` writes parameters under the names of the published checkpoints, which for LLaVA, Qwen-VL and
-    others are not those of the modules. `Trainer` looks for the modules' names when it resumes (transformers 5.23),
+    `save_pretrained` writes parameters under the names of the published checkpoints, which for LLaVA, Gemma 3 and
+    others are not those of the modules. `Trainer` looks for the modules' names when it resumes (transformers 5.24),
     finds none, warns, and goes on with the weights it has. `from_pretrained` knows both.
 
     Every weight and buffer is afterwards what was saved, bit for bit: all are read in the widest dtype of the model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -177,20 +178,24 @@ class VisionTeacher:
         """What makes other vectors of the same encoder: a class of one's own, of the teacher or of its readout, by its
         name, and a readout that was changed. Empty of a teacher as it comes."""
         own: dict[str, Any] = {}
-        kinds = {"teacher": (type(self), VisionTeacher), "readout": (type(self.readout), TeacherReadout)}
-        for name, (kind, plain) in kinds.items():
+        readout = self.readout if isinstance(self.readout, FunctionType) else type(self.readout)
+        for name, kind, plain in (("teacher", type(self), VisionTeacher), ("readout", readout, TeacherReadout)):
             if kind is not plain:
                 own[name] = f"{kind.__module__}.{kind.__qualname__}"
         settings = getattr(self.readout, "__dict__", {})
         if settings != vars(TeacherReadout(self.model)):
-            own["settings"] = {name: str(value) for name, value in sorted(settings.items())}
+            simple = (bool, int, float, str, type(None))  # others have no text that is the same in every process
+            own["settings"] = {
+                name: value if isinstance(value, simple) else type(value).__qualname__
+                for name, value in settings.items()
+            }
         return own
 
     def _state(self) -> str:
-        """Changes with the preprocessing, with the dtype of a parameter or buffer, and when one is written to; not with
-        the device."""
-        tensors = [(tensor.dtype, tensor._version) for tensor in (*self.model.parameters(), *self.model.buffers())]
-        return digest(parameters=tensors, preprocessing=preprocessing(self.image_processor))
+        """Changes with the preprocessing, with the dtype of a parameter, and when one is written to; not with the
+        device."""
+        parameters = [(tensor.dtype, tensor._version) for tensor in self.model.parameters()]
+        return digest(parameters=parameters, preprocessing=preprocessing(self.image_processor))
 
     def to(self, device: str | torch.device) -> VisionTeacher:
         """Moves the encoder to `device` and returns the teacher itself."""

@@ -111,13 +111,13 @@ def column_images(row: Mapping[str, Any]) -> list[Any]:
     Raises:
         `ValueError`: If its image is in `images`, while `image`, which counts, is there and null.
     """
-    images = [image for image in _listed(row.get("images")) if image is not None]
-    if "image" not in row:
+    if row.get("image") is None:
+        images = [image for image in _listed(row.get("images")) if image is not None]
+        if images and "image" in row:
+            raise ValueError(f"A row has its images in `images`, and null in `image`, which counts. {ONE_COLUMN}")
         return images
-    if row["image"] is None and images:
-        raise ValueError(f"A row has its images in `images`, and null in `image`, which counts. {ONE_COLUMN}")
-    found = list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
-    return [image for image in found if image is not None]
+    images = list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
+    return [image for image in images if image is not None]
 
 
 def column_videos(row: Mapping[str, Any]) -> list[Any]:

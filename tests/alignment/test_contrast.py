@@ -393,6 +393,7 @@ def test_terms_keep_their_names_in_evaluation() -> None:
             "alignment_loss": (sum(near) + sum(far)) / 2,
             "alignment_loss/near": sum(near) / 2,
             "alignment_loss/far": sum(far) / 2,
+            "alignment_repeated": 0,
             "alignment_left_out": 1,
         },
         rel=1e-5,

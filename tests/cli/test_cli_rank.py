@@ -114,7 +114,7 @@ def test_how_vectors_are_compared(parts, similarity, settings):
 
 
 def test_what_would_fail_in_the_end_fails_at_once(parts, monkeypatch, tmp_path, capsys):
-    """Before the teacher, and before the model is run."""
+    """A heat map that cannot be drawn before the teacher works, more heads than there are before any is scored."""
     count = count_work(monkeypatch)
     image_dataset(n=24, seed=11).save_to_disk(tmp_path / "rows")
     arguments = ["rank", str(parts / "model"), str(tmp_path / "rows"), "--teacher", str(parts / "teacher")]
@@ -219,7 +219,7 @@ def test_what_encode_has_cached_is_not_encoded_again(parts, monkeypatch, tmp_pat
         (["rows", "--output", "heads.png"], "must end in .json"),
         (["rows", "--k", "19"], "21 are needed"),
         (["rows", "--num-samples", "4"], "--num-samples 4 must be at least 5 for --k 3"),
-        (["rows", "--m", "13"], "between 1 and the 12 heads"),
+        (["rows", "--m", "13"], "--m 13 exceeds the 12 heads"),
         (["rows", "--teacher", "./nowhere"], "./nowhere"),
         (["rows", "--ceiling", "./nothing"], "./nothing"),
         (["rows", "--ceiling", "teacher"], "is the teacher itself"),

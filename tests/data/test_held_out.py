@@ -47,6 +47,24 @@ def test_rows_without_images():
         assert len(held_out) == 6 and sorted(train["id"][:] + held_out["id"][:]) == list(range(20))
 
 
+def test_images_are_read_once(tmp_path, monkeypatch):
+    """Other processes, and later starts, find what was read."""
+    monkeypatch.setattr("hera_trainer.data.held_out.cache_root", lambda: tmp_path / "cache")
+    rows_of([[i // 2] for i in range(20)]).save_to_disk(tmp_path / "rows")
+    rows = datasets.load_from_disk(tmp_path / "rows")
+    first = [part["id"][:] for part in split_by_image(rows, 0.3, 0)]
+    monkeypatch.setattr("hera_trainer.teacher.images.ImageColumn.scan", None)
+    assert [part["id"][:] for part in split_by_image(rows, 0.3, 0)] == first
+    assert all((i in first[1]) == (i ^ 1 in first[1]) for i in range(20))
+
+
+def test_images_that_cannot_be_read_here(caplog):
+    """A run without alignment may fetch them, or have its own collator for them."""
+    rows = datasets.Dataset.from_dict({"id": range(10), "image": [f"https://example.org/{i}.png" for i in range(10)]})
+    train, held_out = split_by_image(rows, 3, 0)
+    assert (len(train), len(held_out)) == (7, 3) and "images may be in both parts" in caplog.text
+
+
 def test_refused():
     with pytest.raises(ValueError, match=r"`test_split_size` \(20\) would hold out 20 of 20 rows"):
         split_by_image(rows_of([[]] * 20), 20, 0)

@@ -123,8 +123,8 @@ class TestFaults:
             assert_one_line(caught.value, folder, f"the Hub refused the access token ({status})")
             assert token not in str(caught.value)
             assert isinstance(caught.value.__cause__, HfHubHTTPError)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(PushError) as caught:
+        with monkeypatch.context() as offline, pytest.raises(PushError) as caught:
+            offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
             run.push_to_hub()
         assert_one_line(caught.value, folder, "offline mode is on", "Unset `HF_HUB_OFFLINE` and call")
 

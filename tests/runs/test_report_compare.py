@@ -247,6 +247,9 @@ def test_what_the_teacher_adds(page):
 
 def test_a_control_without_its_run_is_said(tmp_path, folders):
     odd = write(tmp_path / "odd", 7, teacher_control="permuted", learning_rate=1e-3, seed=1)
+    saved = [write(tmp_path / f"{i}", 1, load_best_model_at_end=True, save_steps=i) for i in range(2)]
+    other = write(tmp_path / "saved", 1, load_best_model_at_end=True, save_steps=2, teacher_control="permuted")
+    assert "It differs from 0 in save_steps." in rendered([*saved[:1], other]).text
     page = rendered([folders[1], folders[2], odd])
     assert "None of the aligned runs has the settings and the seed of control (odd)." in page.text
     assert "It differs from aligned-1 in learning_rate." in page.text

@@ -170,6 +170,14 @@ def test_identity_of_a_loaded_teacher_notices_what_changes_its_vectors(change, d
         assert teacher.identity == before
 
 
+def first_patch(outputs):
+    return outputs.last_hidden_state[:, 1]
+
+
+def last_patch(outputs):
+    return outputs.last_hidden_state[:, -1]
+
+
 class PatchMean(VisionTeacher):
     def forward_prepared(self, prepared):
         return self.model(**prepared).last_hidden_state[:, 1:].mean(1)
@@ -184,6 +192,25 @@ def test_identity_tells_ways_to_read_an_encoder(dinov2):
     assert len({plain.identity, own.identity, read.identity}) == 3
     read.readout.uses_class_token = True
     assert read.identity == plain.identity
+    read.readout = first_patch
+    assert read.identity not in (plain.identity, own.identity)
+    seen = read.identity
+    read.readout = last_patch
+    assert read.identity != seen
+
+
+def test_identity_is_the_same_where_a_device_has_its_own_buffers(dinov2):
+    """As `to("cuda")` makes them: new tensors, which nothing was written to. DINOv3, CLIP and SigLIP have some."""
+    teacher = VisionTeacher.from_pretrained(dinov2, device="cpu")
+    teacher.model.register_buffer("positions", torch.zeros(3), persistent=False)
+    teacher.model.positions.copy_(torch.arange(3.0))
+    before = teacher._state()
+    teacher.model.positions = teacher.model.positions.clone()
+    assert teacher._state() == before and teacher.identity == teacher_identity(dinov2)
+
+
+def test_identity_of_a_class_of_ones_own(dinov2):
+    own = PatchMean.from_pretrained(dinov2, device="cpu")
     assert own.identity == PatchMean.from_pretrained(dinov2, device="cpu").identity
 
 

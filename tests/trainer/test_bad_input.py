@@ -221,7 +221,16 @@ def test_a_step_outside_of_training(tmp_path):
     batch = run.data_collator([run.train_dataset[i] for i in range(6)])
     run.model.train()
     with pytest.raises(RuntimeError, match="Heads are read inside of `train` alone"):
-        run.compute_loss(run.model, batch)
+        run.compute_loss(run.model, dict(batch))
+    with torch.no_grad():  # nothing is trained
+        assert run.compute_loss(run.model, dict(batch)) > 0
+
+
+def test_activated_lora_under_checkpointing(tmp_path):
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])
+    settings = {"peft_config": lora, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match="aLoRA does not go through several micro-batches"):
+        trainer(tmp_path, **settings)
 
 
 def test_an_adapter_that_comes_after_the_trainer(tmp_path):

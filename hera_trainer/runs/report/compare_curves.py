@@ -29,7 +29,7 @@ _LEGEND_LINE = 19
 _LOSS_SETTINGS = (
     *("alignment_objective", "num_neighbors", "similarity", "teacher_similarity", "temperature", "learn_temperature"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", PROCESSES, "contrast_scope", "queue_size"),
-    "neighbor_group_size",
+    *("neighbor_group_size", "alignment_granularity", "num_aligned_heads", "head_selection", "teacher"),
 )
 
 

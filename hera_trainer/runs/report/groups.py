@@ -191,7 +191,8 @@ def differing(runs: Sequence[NamedRun]) -> dict[str, list[Any]]:
 
 def pair_differences(run: NamedRun, control: NamedRun) -> list[str]:
     """Names of what keeps a run and a control from being a pair."""
-    names = [name for name in training_differences([run, control]) if name not in _NOT_OF_A_PAIR]
+    first, second = (_kept(each.record, without=_NOT_OF_A_PAIR) for each in (run, control))
+    names = [name for name in dict.fromkeys((*first, *second)) if first.get(name) != second.get(name)]
     return [*names, "aligned heads"] if _heads(run.record) != _heads(control.record) else names
 
 
@@ -201,11 +202,16 @@ def training_differences(runs: Sequence[NamedRun]) -> list[str]:
 
 
 def _key(run: RunRecord, without: Iterable[str]) -> str:
+    return _as_text(_kept(run, without))
+
+
+def _kept(run: RunRecord, without: Iterable[str]) -> dict[str, Any]:
+    """The settings that change what is trained, by name."""
     settings = settings_of(run)
     kept = {name: settings[name] for name in sorted(settings) if _is_of_training(name) and name not in without}
     if settings.get("load_best_model_at_end"):
         kept |= {name: settings.get(name) for name in _SAVED}
-    return _as_text(kept)
+    return kept
 
 
 def _heads(run: RunRecord) -> list[str]:
