@@ -634,9 +634,9 @@ class HeRATrainer(SFTTrainer):
         return super().predict(*args, **kwargs)
 
     def _prepare_evaluation(self) -> None:
-        is_first = self.alignment is not None and self.aligned_heads is None
+        is_first = self.aligned_heads is None
         self.prepare_alignment()
-        if not is_first or self.alignment is None:
+        if self.alignment is None or not is_first:
             return
         measured = self.alignment.heads, self.alignment.trains_objective
         if (advice := other_heads_advice(str(self.args.output_dir), *measured)) is not None:

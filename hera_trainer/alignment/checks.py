@@ -41,9 +41,8 @@ def check_arguments(args: HeRAConfig) -> None:
                 f"`{name}=True` mixes several samples in one sequence, so head representations cannot be pooled by "
                 f"sample. Set `{name}=False`, or `alignment_weight=0`."
             )
-    steps_of_parts = args.contrast_scope == "step" and args.gradient_accumulation_steps > 1
     optimizer = getattr(args.optim, "value", args.optim)
-    if optimizer in ("lomo", "adalomo") and steps_of_parts:
+    if optimizer in ("lomo", "adalomo") and _takes_two_passes(args):
         raise ValueError(
             f"`optim={optimizer!r}` moves the weights after each micro-batch, so that those of a step would be "
             "compared at different weights. Set `gradient_accumulation_steps=1`, or choose another optimizer."
@@ -60,6 +59,11 @@ def check_arguments(args: HeRAConfig) -> None:
             "`train_sampling_strategy='group_by_length'` asks for the length of each row, which vision data does not "
             "have before it is collated. Set `train_sampling_strategy='random'`."
         )
+
+
+def _takes_two_passes(args: HeRAConfig) -> bool:
+    """Whether a step's micro-batches are read before they are trained on."""
+    return args.contrast_scope == "step" and args.gradient_accumulation_steps > 1
 
 
 def check_unchanged(settings: Mapping[str, Any], args: HeRAConfig) -> None:
@@ -190,9 +194,8 @@ def check_hooks_of_adapters(model: nn.Module, args: HeRAConfig) -> None:
     Raises:
         `ValueError`: Naming the settings that pass.
     """
-    two_passes = args.contrast_scope == "step" and args.gradient_accumulation_steps > 1
     checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", None)
-    if two_passes and checkpointing and needs_whole_forward(model):
+    if _takes_two_passes(args) and checkpointing and needs_whole_forward(model):
         raise ValueError(
             "aLoRA does not go through several micro-batches a step under activation checkpointing. Set "
             "`gradient_checkpointing=False`, or `gradient_accumulation_steps=1`."

@@ -52,12 +52,15 @@ def _check_one_image_column(dataset: Dataset, name: str) -> None:
     together."""
     if not set(IMAGE_COLUMNS) <= set(dataset.column_names):
         return
-    first, second = (dataset.data.column(column).combine_chunks() for column in IMAGE_COLUMNS)
-    if not (pa.types.is_list(second.type) or pa.types.is_large_list(second.type)):
+    first, second = (dataset.data.column(column) for column in IMAGE_COLUMNS)
+    if not first.null_count or not (pa.types.is_list(second.type) or pa.types.is_large_list(second.type)):
         return
-    is_there = np.zeros(len(second), dtype=bool)
-    is_there[pc.list_parent_indices(second).to_numpy()[pc.list_flatten(second).is_valid().to_numpy(False)]] = True
-    hidden = first.is_null().to_numpy(False) & is_there
+    is_there = []
+    for chunk in second.chunks:  # one by one: together, their images would be copied
+        part = np.zeros(len(chunk), dtype=bool)
+        part[pc.list_parent_indices(chunk).to_numpy()[pc.list_flatten(chunk).is_valid().to_numpy(False)]] = True
+        is_there.append(part)
+    hidden = first.is_null().to_numpy() & np.concatenate(is_there)
     rows = hidden if dataset._indices is None else hidden[dataset._indices.column(0).to_numpy()]
     if rows.any():
         raise ValueError(

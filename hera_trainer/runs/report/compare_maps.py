@@ -116,7 +116,7 @@ def _added(run: NamedRun, control: NamedRun, context: str) -> _Difference | None
     first, second = (each.record.monitored[context][step] for each in (control, run))
     if first.scores.shape != second.scores.shape:
         return None
-    title = f"{run.name} less {control.title}{_at(step, run, control, context)}"
+    title = f"{run.name} less {control.title}{_at(run, control, context)}"
     return _Difference(title, first, second, _outlined(run))
 
 
@@ -126,8 +126,9 @@ def _last_of_both(run: NamedRun, control: NamedRun, context: str) -> int | None:
     return next((step for step in reversed(run.record.measured_steps(context)) if step in others), None)
 
 
-def _at(step: int | None, run: NamedRun, control: NamedRun, context: str) -> str:
+def _at(run: NamedRun, control: NamedRun, context: str) -> str:
     """Says which step it is that is compared, where it is not the last of both."""
+    step = _last_of_both(run, control, context)
     last = {each.record.measured_steps(context)[-1:] == [step] for each in (run, control)}
     return "" if step is None or last == {True} else f", step {step:,}"
 
@@ -153,7 +154,7 @@ def _table(title: str, groups: Sequence[Group], pairs: Sequence[Pair], context: 
         columns += [f"{scalar.title}: {part}" for part in ("run", "control", "difference")]
     rows, added = [], []
     for run, control in pairs:
-        row = [f"{run.name} and {control.title}{_at(_last_of_both(run, control, context), run, control, context)}"]
+        row = [f"{run.name} and {control.title}{_at(run, control, context)}"]
         scores = [scalar.last_of_both(run, control) or (None, None) for scalar in scalars]
         for own, other in scores:
             row += [score_text(own), score_text(other), change_text(other, own)]
