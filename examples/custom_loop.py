@@ -138,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Tensor | float]:
     parser.add_argument("--num_heads", type=int, default=5)
     parser.add_argument("--ranking_samples", type=int, default=1000)
     parser.add_argument("--weight", type=float, default=0.01)
+    parser.add_argument("--target_pull", type=float, help="pull that the weight follows (docs/choosing.md)")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args(arguments)
@@ -163,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Tensor | float]:
         dataset.with_format(None), args.batch_size, shuffle=True, collate_fn=partial(collate, processor=processor)
     )
     # After the adapter is in place: the projections are other modules now.
-    alignment = Alignment(model, criterion, heads, weight=args.weight, accelerator=accelerator)
+    alignment = Alignment(
+        model, criterion, heads, weight=args.weight, target_pull=args.target_pull, accelerator=accelerator
+    )
     assert alignment.capture is not None
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 

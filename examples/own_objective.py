@@ -1,7 +1,8 @@
 """An alignment objective of your own: heads' distances between samples become the teacher's (relational distillation).
 
     accelerate launch examples/own_objective.py \\
-        --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name trl-lib/llava-instruct-mix --use_peft \\
+        --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name trl-lib/llava-instruct-mix \\
+        --use_peft --lora_target_modules all-linear --dtype bfloat16 --num_train_epochs 1 \\
         --alignment_objective distances --output_dir out
 
 The file is `hera sft` with one objective more.

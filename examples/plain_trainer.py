@@ -44,10 +44,19 @@ class AlignedTrainer(Trainer):
     """Adds the alignment loss to the model's. Batches have `labels` and `teacher_features` `[B, d_teacher]`, NaN for no
     image."""
 
-    def __init__(self, *args: Any, heads: Sequence[AttentionHead], criterion: HeRALoss, weight: float, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        heads: Sequence[AttentionHead],
+        criterion: HeRALoss,
+        weight: float,
+        target_pull: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         criterion.to(self.args.device)
-        self.alignment = Alignment(self.model, criterion, heads, weight, accelerator=self.accelerator, args=self.args)
+        shared = {"accelerator": self.accelerator, "args": self.args}
+        self.alignment = Alignment(self.model, criterion, heads, weight, target_pull, **shared)
         self.add_callback(ObjectiveCallback(self.alignment))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +122,7 @@ class ScriptArguments:
     num_heads: int = 5
     ranking_samples: int = 1000
     weight: float = 0.01
+    target_pull: float | None = None  # that the weight follows (docs/choosing.md)
 
 
 def main(arguments: Sequence[str] | None = None) -> AlignedTrainer:
@@ -140,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> AlignedTrainer:
         heads=ranking.select("worst", script.num_heads),
         criterion=HeRALoss(script.num_neighbors),
         weight=script.weight,
+        target_pull=script.target_pull,
     )
     if args.should_save:
         ranking.save(ranking_file)

@@ -14,17 +14,20 @@ accelerate launch --config_file examples/accelerate_configs/ddp.yaml --num_proce
 ```
 
 Everything that `HeRAConfig` knows is an argument, and goes for both stages. With `--use_peft --lora_target_modules
-all-linear` stage 2 trains an adapter, and the projector beside it. After an interruption, the same command
-with `--resume_from_checkpoint two-stage/stage2/checkpoint-500` goes on from there; stage 1 does not run again.
+all-linear` stage 2 trains an adapter outside of the vision tower, and the projector beside it. After an interruption,
+the same command with `--resume_from_checkpoint two-stage/stage2/checkpoint-500` goes on from there; stage 1 does not
+run again.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForImageTextToText
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -79,6 +82,8 @@ def train_stage(
         is_projector, is_tower = script_args.projector in name, script_args.vision_tower in name
         parameter.requires_grad_(is_projector or (stage == 2 and not is_tower))
     peft_config = get_peft_config(model_args) if stage == 2 else None
+    if isinstance(peft_config, LoraConfig) and peft_config.exclude_modules is None:
+        peft_config.exclude_modules = rf".*{re.escape(script_args.vision_tower)}.*"
     trainer = HeRATrainer(model, args, train_dataset=dataset, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

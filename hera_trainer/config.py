@@ -323,6 +323,8 @@ class HeRAConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        if self.greater_is_better is None and "alignment_loss/" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False  # a term of the loss, whose name `Trainer` does not know for one
         super().__post_init__()
         self._check_at_least("alignment_weight", 0)
         self._check_objective()

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, has_length
 from transformers.utils import CONFIG_NAME, PushInProgress
 from trl import SFTConfig, SFTTrainer
 
@@ -30,6 +30,7 @@ from .alignment.checks import (
     check_device_map,
     check_hooks_of_adapters,
     check_loss_scaling,
+    check_not_monitored,
     check_rows_train,
     check_tokens_stay,
     check_unchanged,
@@ -40,9 +41,10 @@ from .alignment.pull import advice as weak_pull_advice
 from .common.randomness import same_randomness
 from .config import HeRAConfig
 from .data.checks import check_dataset, check_formatting, check_steps
+from .data.collator import RowCollator
 from .data.neighbor_batches import NeighborGroupSampler, check_neighbor_groups, neighbor_sampler
 from .data.pool import check_pool
-from .data.teacher_vectors import TeacherVectors, signature_columns
+from .data.teacher_vectors import TeacherVectors, signature_columns, without_vectors
 from .heads.accessor import HeadAccessor
 from .heads.capture import HeadCapture
 from .heads.checks import (
@@ -67,7 +69,15 @@ from .hub.card_file import CardKeeper, licensed, put_record_aside
 from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .objectives.similarity import comparison
-from .runs.checkpoints import checkpoint_ranking, find_checkpoint, make_room, mark_complete, rotate, saved_step
+from .runs.checkpoints import (
+    checkpoint_ranking,
+    find_checkpoint,
+    make_room,
+    mark_complete,
+    put_aside,
+    rotate,
+    saved_step,
+)
 from .runs.control import mark_control, other_control_advice, read_control
 from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
 from .runs.record import go_on_with_measurements, leave_out, other_heads_advice, public_ranking
@@ -125,7 +135,7 @@ class HeRATrainer(SFTTrainer):
     ...     model="Qwen/Qwen2.5-VL-3B-Instruct",
     ...     args=HeRAConfig(output_dir="out", per_device_train_batch_size=16),
     ...     train_dataset=dataset,
-    ...     peft_config=LoraConfig(),
+    ...     peft_config=LoraConfig(target_modules="all-linear"),
     ... )
     >>> trainer.train()
     ```
@@ -172,6 +182,7 @@ class HeRATrainer(SFTTrainer):
         self.alignment: Alignment | None = None
         self.best_step: int | None = None
         self._has_advised = False
+        self._has_said_left_out = False
         self._batches: list[dict[str, Any]] = []
         self._neighbor_sampler: NeighborGroupSampler | None = None
         self._eval_pools: EvalPools | None = None
@@ -203,6 +214,8 @@ class HeRATrainer(SFTTrainer):
         self.teacher_vectors.data_collator = self.data_collator
         if args.alignment_weight > 0:
             self._init_alignment()
+        else:
+            self.data_collator = without_vectors(args, self.data_collator)
         self._init_watching()
 
     def _init_alignment(self) -> None:
@@ -406,7 +419,7 @@ class HeRATrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.alignment is not None:
+        if self.alignment is not None or isinstance(self.data_collator, RowCollator):
             columns: list[str] = self._signature_columns or []
             own = signature_columns(self.args, self.data_collator)
             self._signature_columns = [*columns, *(name for name in own if name not in columns)]
@@ -463,6 +476,7 @@ class HeRATrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         output_dir = str(self.args.output_dir)
         check_unchanged(self._settings, self.args)
+        check_not_monitored(self.args)
         if self.alignment is None:
             last = get_last_checkpoint(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint or None
             self._begin_watching(last)
@@ -490,6 +504,8 @@ class HeRATrainer(SFTTrainer):
         prepare_monitors(self, self._monitors)
         teacher = None if self.alignment is None else self.teacher_name  # without alignment, none has taught
         self._record.begin(self.train_dataset, self.aligned_heads or (), teacher, checkpoint)
+        if checkpoint is None and self.args.should_save:
+            put_aside(str(self.args.output_dir), _places_of(self.model))
         if self.is_world_process_zero():
             if self._record not in self.callback_handler.callbacks:
                 put_record_aside(str(self.args.output_dir))
@@ -522,11 +538,32 @@ class HeRATrainer(SFTTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.alignment is not None and 0 < len(batches) < self.args.gradient_accumulation_steps:
+            batches = self._whole_step(batches)
         self.teacher_vectors.fill(batches)  # here, so that those batches that resuming skips are never encoded
         if self.alignment is not None:
             self._batches = batches
             self.alignment.begin_step(len(batches))
         return batches, num_items
+
+    def _whole_step(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The last micro-batches of an epoch that are fewer than those of a step. Of data whose length is known, they
+        are a step; of a stream they are left out: `Trainer` would add their gradient to that of the next step, which
+        would be no mean any more, and whose samples would not all be compared."""
+        if has_length(self.train_dataset):
+            return batches
+        if self.state.global_step == 0:
+            raise ValueError(
+                f"The stream gives {len(batches)} micro-batches an epoch, fewer than the "
+                f"{self.args.gradient_accumulation_steps} of an optimizer step. Lower `gradient_accumulation_steps`."
+            )
+        if not self._has_said_left_out:
+            self._has_said_left_out = True
+            logger.warning(
+                f"The last {len(batches)} micro-batches of the stream are fewer than an optimizer step, and are left "
+                "out in each epoch."
+            )
+        return []
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         vectors = self.teacher_vectors.take(inputs)
@@ -869,6 +906,14 @@ class HeRATrainer(SFTTrainer):
         super()._finish_current_push()
         push.warn_of_failures(getattr(self, "push_in_progress", None))
         self.push_in_progress = None
+
+
+def _places_of(model: nn.Module) -> list[str]:
+    """Names or folders of the model and of what its adapters are trained on."""
+    names = [unwrap_model(model).config.name_or_path]
+    if isinstance(model, PeftModel):
+        names += [config.base_model_name_or_path for config in model.peft_config.values()]
+    return [name for name in names if name]
 
 
 def _name_revision(model: nn.Module, revision: str | None) -> None:

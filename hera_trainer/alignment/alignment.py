@@ -243,6 +243,11 @@ class Alignment:
         assert self.capture is not None
         teacher = pop_teacher(inputs)
         if teacher is None:
+            if train and self._observed is not None:
+                raise ValueError(
+                    "The loss of a micro-batch was asked for twice. Call `super().compute_loss` once, which reads the "
+                    "heads, and the model itself for any further forward."
+                )
             if train:
                 raise ValueError(
                     "A training batch has no teacher vectors, so nothing could be aligned. If you make the data loader "

@@ -7,17 +7,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from datasets import Dataset
 from torch import nn
 
 from ..config import HeRAConfig
 from ..data.pool import check_pool
+from ..data.teacher_vectors import count_with_image
 from ..heads.accessor import HeadAccessor
 from ..heads.checks import trains_outside_decoder
 from ..heads.modes import needs_whole_forward
 from ..heads.registry import unwrap_model
 from ..objectives.objective import AlignmentObjective
-from ..teacher.column import TEACHER_COLUMN, rows_with_vectors
 
 logger = get_logger(__name__)
 
@@ -85,6 +84,21 @@ def check_unchanged(settings: Mapping[str, Any], args: HeRAConfig) -> None:
             )
 
 
+def check_not_monitored(args: HeRAConfig) -> None:
+    """Refuses to choose the best model by what the monitor measures, which evaluation does not.
+
+    Raises:
+        `ValueError`: Naming the setting.
+    """
+    metric = (args.metric_for_best_model or "").removeprefix("eval_").partition("/")[0]
+    if metric in ("alignment_mknn", "alignment_mknn_image", "image_gain"):
+        raise ValueError(
+            f"`metric_for_best_model={args.metric_for_best_model!r}` is measured by the monitor (`monitor_steps`), and "
+            "not by evaluation, by which the best model is chosen. Choose by `eval_loss`, or with alignment by "
+            "`eval_alignment_loss`."
+        )
+
+
 def check_best_metric(args: HeRAConfig, eval_dataset: Any) -> None:
     """Refuses to choose the best model by an alignment loss that evaluation cannot give, as it has no full pool.
 
@@ -95,14 +109,13 @@ def check_best_metric(args: HeRAConfig, eval_dataset: Any) -> None:
     Raises:
         `ValueError`: Naming both numbers.
     """
-    if args.auto_find_batch_size:  # may find a smaller one, and compare fewer
-        return
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    needed = max(args.pool_size(), args.least_samples())
+    # `auto_find_batch_size` may find a smaller one, and compare fewer.
+    needed = max(1 if args.auto_find_batch_size else args.pool_size(), args.least_samples())
     for name, rows in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
-        if metric != (f"{name}_alignment_loss" if name else "alignment_loss") or not isinstance(rows, Dataset):
+        if metric.partition("/")[0] != (f"{name}_alignment_loss" if name else "alignment_loss"):
             continue
-        usable = len(rows_with_vectors(rows)) if TEACHER_COLUMN in rows.column_names else 0
+        usable = count_with_image(rows, needed)
         if usable < needed:
             raise ValueError(
                 f"`metric_for_best_model={args.metric_for_best_model!r}` needs {needed} evaluation rows with an image, "

@@ -17,6 +17,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ..common.limits import HOST_SHARE
 
+# Ends of names of attributes that position embeddings of changing length keep.
+_ROTARY = ("max_seq_len_cached", "original_inv_freq", "attention_scaling")
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -156,9 +158,13 @@ class ImageFeatures:
         in_place = (m._compiled_call_impl is not None for m in self._model.modules())
         self._looks = not self._compiled and not any(in_place)
         buffers = [(buffer, buffer.clone()) for buffer in _state(self._model)]
+        rotary = [(module, *_rotary_state(module)) for module in self._model.modules()]
         try:
             yield
         finally:
+            for module, own, values in rotary:  # before their values: they may have been put in their place
+                module._buffers.update(own)
+                vars(module).update(values)
             for buffer, value in buffers:
                 buffer.copy_(value)
 
@@ -345,6 +351,12 @@ def _state(module: nn.Module) -> list[Tensor]:
     """Buffers that a forward may move, such as the statistics of batch normalization: numbers. Packed weights, masks
     and positions are integers."""
     return [buffer for buffer in module.buffers() if buffer.is_floating_point() or buffer.numel() == 1]
+
+
+def _rotary_state(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """Buffers and attributes that position embeddings replace when a longer text comes (dynamic RoPE)."""
+    moved = {name: value for name, value in vars(module).items() if name.endswith(_ROTARY)}
+    return (dict(module._buffers) if moved else {}), moved
 
 
 def _random_states(module: nn.Module) -> list[Tensor]:

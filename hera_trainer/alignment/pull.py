@@ -28,8 +28,9 @@ def advice(pull: float, steps: int) -> str | None:
         return None
     return (
         f"The alignment loss pulls at the aligned heads with {pull:.2g} of the strength of the language-model loss "
-        f"(`alignment_pull`), in a run of {steps} steps. In runs as short, so little moved nothing, and "
-        "`target_pull=0.3` did. (The default `alignment_weight` is the paper's, for thousands of steps.)"
+        f"(`alignment_pull`), in a run of {steps} steps. In the short runs that were measured (docs/results.md), so "
+        "little moved nothing; `target_pull=0.3` moved heads where the projector was new, and `target_pull=1` where it "
+        "was trained. (The default `alignment_weight` is the paper's, for thousands of steps.)"
     )
 
 

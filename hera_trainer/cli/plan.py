@@ -162,6 +162,10 @@ def _settings(args: argparse.Namespace) -> tuple[str, str | None, dict[str, Any]
     name, revision, values = settings_of_config(args.config) if args.config else (None, None, {})
     given = {_SETTINGS.get(option, option): value for option, value in vars(args).items() if value is not None}
     values |= {name: value for name, value in given.items() if name in RunSettings.__dataclass_fields__}
+    if args.m is not None and values.get("aligned_heads"):
+        raise ValueError(
+            "--m says how many heads are chosen, but they are named (--heads, `aligned_heads`). Leave one of them out."
+        )
     if args.target_modules:
         values["lora_target_modules"] = args.target_modules if len(args.target_modules) > 1 else args.target_modules[0]
     if args.full:

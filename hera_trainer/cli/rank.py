@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What captions are the answer to where images are in context and the data has no question of its own.
 CAPTION_QUESTION = "Describe the image."
 
+DEFAULT_TEACHER = "facebook/dinov2-large"
 _TEXT_COLUMNS = ("completion", "messages", "text")
 
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="model, or PEFT adapter, which is ranked with its base model")
     parser.add_argument("dataset", metavar="DATASET", help="images with captions, `messages` or `completion`")
     parser.add_argument("--output", default="head_ranking.json", help="JSON file to write [%(default)s]")
-    parser.add_argument("--teacher", default="facebook/dinov2-large", help="vision teacher [%(default)s]")
+    parser.add_argument("--teacher", default=None, help=f"vision teacher [{DEFAULT_TEACHER}]")
     parser.add_argument("--num-samples", type=positive, default=1000, help="samples with distinct images [%(default)s]")
     parser.add_argument("--k", type=positive, default=10, help="neighbours [%(default)s]")
     parser.add_argument(
@@ -120,6 +121,27 @@ def with_image_column(dataset: Dataset, image_column: str | None, caption_column
         others = [name for name in IMAGE_COLUMNS if name in names and name != image_column]
         dataset = dataset.remove_columns(others) if others else dataset
     return dataset if image_column in (None, *IMAGE_COLUMNS) else dataset.rename_column(image_column, "image")
+
+
+def with_turns(dataset: Dataset, caption_column: str | None) -> tuple[Dataset, str | None]:
+    """A data set whose captions are turns with these alone and in a column in which they are looked for, and no name
+    of a column any more; any other data set and name as they are.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Images with texts.
+        caption_column (`str`, *optional*): See [`with_image_column`].
+    """
+    if caption_column is None:
+        return dataset, None
+    from ..teacher.json_columns import may_hold_turns
+
+    if caption_column != "messages" and not may_hold_turns(dataset.features[caption_column]):
+        return dataset, caption_column
+    name = caption_column if caption_column == "completion" else "messages"
+    kept = {caption_column, "prompt"} if name == "completion" else {caption_column}
+    others = [column for column in ("prompt", *_TEXT_COLUMNS) if column in dataset.column_names and column not in kept]
+    dataset = dataset.remove_columns(others)
+    return (dataset if name == caption_column else dataset.rename_column(caption_column, name)), None
 
 
 def with_text_column(dataset: Dataset, caption_column: str | None, context: str) -> Dataset:
@@ -210,8 +232,6 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(args.output)
     if output.suffix != ".json":
         raise ValueError(f"--output {args.output!r} must end in .json.")
-    if args.ceiling == args.teacher:
-        raise ValueError(f"--ceiling {args.ceiling!r} is the teacher itself. Name another encoder.")
     if args.selection == "middle" and args.granularity == "head":
         raise ValueError("--selection middle chooses whole layers: --granularity layer.")
     if args.num_samples < args.k + 2:
@@ -231,18 +251,26 @@ def main(arguments: Sequence[str]) -> None:
     check_device(args.device)
     check_model(args.model, args.revision, args.base_model)  # before the teacher works for long
     check_clip_quantile(args.clip_quantile, "--clip-quantile")
-    teacher = local_path(args.teacher)
+    name = args.teacher or DEFAULT_TEACHER
+    teacher = local_path(name)
     ceiling = None if args.ceiling is None else local_path(args.ceiling)
     if ceiling is not None:
         teacher_identity(ceiling)
     images = IMAGE_COLUMNS if args.image_column is None else (args.image_column,)
     rows = load_rows(args.dataset, config=args.dataset_config, split=args.split, image_columns=images)
+    brings_vectors = TEACHER_COLUMN in rows.column_names
+    if brings_vectors and args.teacher is not None:
+        raise ValueError(
+            f"The data brings its own `{TEACHER_COLUMN}`, with which heads are ranked, so that --teacher "
+            f"{args.teacher!r} would not be used. Leave it out, or remove the column."
+        )
+    if not brings_vectors and args.ceiling == name:
+        raise ValueError(f"--ceiling {args.ceiling!r} is the teacher itself. Name another encoder.")
     rows = with_image_column(rows, args.image_column, args.caption_column)
-    if TEACHER_COLUMN not in rows.column_names:
+    if not brings_vectors:
         rows = cached_teacher_features(rows, teacher) or rows  # of all rows, as `hera encode` leaves them
-    rows = with_text_column(
-        draw(rows, args.num_samples, args.seed, args.caption_column), args.caption_column, args.context
-    )
+    rows, captions = with_turns(rows, args.caption_column)
+    rows = with_text_column(draw(rows, args.num_samples, args.seed, captions), captions, args.context)
     rows = add_teacher_features(rows, teacher, batch_size=args.teacher_batch_size)
     model, processor = load_model(
         args.model,
@@ -264,7 +292,7 @@ def main(arguments: Sequence[str]) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         data_collator=_collator(processor, rows) if args.context == "image" else None,
-        teacher_name=args.teacher,
+        teacher_name="" if brings_vectors else name,  # of vectors that came with the data no more is known
         clip_quantile=args.clip_quantile,
         ceiling=ceiling,
         **comparison(args.similarity),

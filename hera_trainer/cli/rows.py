@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
-from ..teacher.image_sources import IMAGE_COLUMNS
+from ..teacher.image_sources import IMAGE_COLUMNS, written_image
 from .paths import FILE_FORMATS, local_path
 
 
@@ -119,7 +119,8 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def with_images(rows: Any, folder: Path, columns: Sequence[str] = IMAGE_COLUMNS) -> Any:
-    """Columns of paths, or of dictionaries of bytes and path, become columns of images.
+    """Columns of paths, of images in text (data URIs, base64), or of dictionaries of bytes and path, become columns of
+    images.
 
     Args:
         rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The data.
@@ -142,25 +143,35 @@ def with_images(rows: Any, folder: Path, columns: Sequence[str] = IMAGE_COLUMNS)
             continue
         if is_text:
             _check_first(rows, name, folder)
-            absolute = partial(_absolute_paths, name=name, folder=os.path.abspath(folder))
-            rows = rows.map(absolute, batched=True, input_columns=[name])
+            stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+            # Of a stream, which would take rows whose features are known for decoded ones, they are not given.
+            is_table = isinstance(rows, Dataset)
+            known = datasets.Features({**rows.features, name: [stored] if is_list else stored}) if is_table else None
+            images = partial(_stored_images, name=name, folder=os.path.abspath(folder))
+            rows = rows.map(images, batched=True, input_columns=[name], features=known)
         cast[name] = datasets.List(datasets.Image()) if is_list else datasets.Image()
     return rows if cast == dict(features) else rows.cast(datasets.Features(cast))
 
 
-def _absolute_paths(values: list[Any], name: str, folder: str) -> dict[str, list[Any]]:
-    def absolute(value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute(item) for item in value]
-        return value if not value or "://" in value else os.path.join(folder, value)
+def _stored_images(values: list[Any], name: str, folder: str) -> dict[str, list[Any]]:
+    """Images in text, or their absolute paths, as `datasets.Image` stores them."""
 
-    return {name: [absolute(value) or None for value in values]}
+    def stored(value: Any) -> Any:
+        if isinstance(value, list):
+            return [stored(item) for item in value]
+        if not value:
+            return None
+        written = written_image(value)
+        path = None if written is not None else value if "://" in value else os.path.join(folder, value)
+        return {"bytes": written, "path": path}
+
+    return {name: [stored(value) or None for value in values]}
 
 
 def _check_first(rows: Any, name: str, folder: Path) -> None:
     for row in islice(rows.select_columns([name]), 100):
         for path in row[name] if isinstance(row[name], list) else [row[name]]:
-            if path and "://" not in path:
+            if path and "://" not in path and written_image(path) is None:
                 if not os.path.exists(os.path.join(folder, path)):
                     raise FileNotFoundError(
                         f"Column `{name}` names the image {path!r}, which is not in {os.path.abspath(folder)}. Paths "

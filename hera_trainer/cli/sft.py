@@ -18,7 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..config import HeRAConfig
-from ..runs.checkpoints import is_complete
+from ..runs.checkpoints import checkpoints_in, is_complete
 
 _NEWEST = "newest"
 # Variables that libraries read when they are imported: places of caches, and whether there is a network.
@@ -291,7 +291,7 @@ def _checkpoint(resume_from: str | None, output_dir: str | None, is_aligned: boo
         return None
     if resume_from.lower() not in (_NEWEST, "true", "yes"):
         return os.path.expanduser(resume_from)
-    found = [path for path in Path(output_dir or ".").glob("*checkpoint-*") if path.is_dir()]
+    found = checkpoints_in(output_dir or ".")
     # Without alignment, checkpoints are `SFTTrainer`'s, which marks none.
     if found and is_aligned and not any(map(is_complete, found)):
         names = ", ".join(sorted(path.name for path in found))

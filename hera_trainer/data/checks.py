@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
 from ..config import HeRAConfig
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_vectors
 from ..teacher.encoder import VisionTeacher
-from ..teacher.image_sources import IMAGE_COLUMNS, ONE_COLUMN, find_sources
+from ..teacher.image_sources import IMAGE_COLUMNS, check_one_image_column, find_sources
 from ..teacher.images import ImageColumn
 from ..teacher.vectors import add_teacher_features
 from .stream_start import column_names
@@ -44,29 +41,7 @@ def check_dataset(dataset: Any, name: str) -> None:
             "messages, let it be a column `images` of empty lists: that is how SFTTrainer knows vision data."
         )
     if isinstance(dataset, Dataset):
-        _check_one_image_column(dataset, name)
-
-
-def _check_one_image_column(dataset: Dataset, name: str) -> None:
-    """Refuses rows whose images lie in the column that does not count, as where data sets of both forms are put
-    together."""
-    if not set(IMAGE_COLUMNS) <= set(dataset.column_names):
-        return
-    first, second = (dataset.data.column(column) for column in IMAGE_COLUMNS)
-    if not first.null_count or not (pa.types.is_list(second.type) or pa.types.is_large_list(second.type)):
-        return
-    is_there = []
-    for chunk in second.chunks:  # one by one: together, their images would be copied
-        part = np.zeros(len(chunk), dtype=bool)
-        part[pc.list_parent_indices(chunk).to_numpy()[pc.list_flatten(chunk).is_valid().to_numpy(False)]] = True
-        is_there.append(part)
-    hidden = first.is_null().to_numpy() & np.concatenate(is_there)
-    rows = hidden if dataset._indices is None else hidden[dataset._indices.column(0).to_numpy()]
-    if rows.any():
-        raise ValueError(
-            f"Row {int(rows.argmax())} of `{name}` has its images in `images`, and null in `image`, which counts. "
-            f"{ONE_COLUMN}"
-        )
+        check_one_image_column(dataset, f"`{name}`")
 
 
 def warn_of_missing_vectors(dataset: Dataset, name: str) -> None:

@@ -19,55 +19,27 @@ from .rows import collatable
 ROW_PLACE = "stream_place"
 TEACHER_IMAGES = "teacher_images"
 
-# What the wrapper holds itself.
+# What the wrappers hold themselves.
 _OWN = ("inner", "width", "prepare", "columns")
 
 
-class TeacherCollator:
-    """Wraps a data collator so that each sample's teacher vector reaches the batch beside it.
-
-    The vector is taken out before the inner collator sees the rows and put back under `teacher_features` as
-    `[B, d_teacher]` float32, rows of NaN for samples without an image (no teacher vector is ever NaN).
+class RowCollator:
+    """Wraps a data collator so that it gets rows in the form that SFTTrainer's takes (see [`~data.rows.collatable`]).
 
     Args:
         inner (`Callable`): The collator that makes the batch.
-        width (`int`): Width of the teacher vectors.
         columns ([`~heads.text.TextColumns`], *optional*): Which columns of text are trained on.
     """
 
-    def __init__(
-        self,
-        inner: Callable[[list[dict[str, Any]]], Any],
-        width: int,
-        columns: TextColumns | None = None,
-    ) -> None:
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], columns: TextColumns | None = None) -> None:
         self.inner = inner
-        self.width = width
-        # Makes, of rows of streamed data, what the teacher needs to compute those vectors that are not there yet (see
-        # `data.streaming.ImagePreparer`). It rides under `teacher_images`.
-        self.prepare: Callable[[list[dict[str, Any]]], Any] | None = None
         self.columns = columns
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        vectors = torch.full((len(examples), self.width), torch.nan)
-        rows = []
-        for i, example in enumerate(examples):
-            row = dict(example)
-            vector = row.pop(TEACHER_COLUMN, None)
-            if vector is not None:
-                vectors[i] = checked_vector(vector, row.get(ROW_PLACE, "A row"), self.width)
-            rows.append(row)
-        images = None if self.prepare is None else self.prepare(examples)
-        batch = self.inner([self.prepared(row) for row in rows])
-        if "input_ids" in batch and len(batch["input_ids"]) != len(rows):
-            raise ValueError(
-                f"The `data_collator` made {len(batch['input_ids'])} samples from {len(rows)} rows, so it is not known "
-                "whose teacher vectors these are. Drop rows from the data set (`filter`), not in the collator."
-            )
-        batch[TEACHER_COLUMN] = vectors
-        if images is not None:
-            batch[TEACHER_IMAGES] = images
-        return batch
+        # Without alignment, definitions of tools are passed over, as SFTTrainer does.
+        left_out = (TEACHER_COLUMN, "tools")
+        rows = [{name: value for name, value in row.items() if name not in left_out} for row in examples]
+        return self.inner([self.prepared(row) for row in rows])
 
     def prepared(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row, without its teacher vector, as the inner collator gets it."""
@@ -90,6 +62,52 @@ class TeacherCollator:
             setattr(self.inner, name, value)
         else:
             super().__setattr__(name, value)
+
+
+class TeacherCollator(RowCollator):
+    """Wraps a data collator so that each sample's teacher vector reaches the batch beside it.
+
+    The vector is taken out before the inner collator sees the rows and put back under `teacher_features` as
+    `[B, d_teacher]` float32, rows of NaN for samples without an image (no teacher vector is ever NaN).
+
+    Args:
+        inner (`Callable`): The collator that makes the batch.
+        width (`int`): Width of the teacher vectors.
+        columns ([`~heads.text.TextColumns`], *optional*): Which columns of text are trained on.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[[list[dict[str, Any]]], Any],
+        width: int,
+        columns: TextColumns | None = None,
+    ) -> None:
+        super().__init__(inner, columns)
+        self.width = width
+        # Makes, of rows of streamed data, what the teacher needs to compute those vectors that are not there yet (see
+        # `data.streaming.ImagePreparer`). It rides under `teacher_images`.
+        self.prepare: Callable[[list[dict[str, Any]]], Any] | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        vectors = torch.full((len(examples), self.width), torch.nan)
+        rows = []
+        for i, example in enumerate(examples):
+            row = dict(example)
+            vector = row.pop(TEACHER_COLUMN, None)
+            if vector is not None:
+                vectors[i] = checked_vector(vector, row.get(ROW_PLACE, "A row"), self.width)
+            rows.append(row)
+        images = None if self.prepare is None else self.prepare(examples)
+        batch = self.inner([self.prepared(row) for row in rows])
+        if "input_ids" in batch and len(batch["input_ids"]) != len(rows):
+            raise ValueError(
+                f"The `data_collator` made {len(batch['input_ids'])} samples from {len(rows)} rows, so it is not known "
+                "whose teacher vectors these are. Drop rows from the data set (`filter`), not in the collator."
+            )
+        batch[TEACHER_COLUMN] = vectors
+        if images is not None:
+            batch[TEACHER_IMAGES] = images
+        return batch
 
 
 def checked_vector(vector: Any, place: str, width: int | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import datasets
 import PIL.Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..heads.text import CONVERSATIONS, TextColumns
+from ..heads.text import CONVERSATIONS, TextColumns, refuse_tools
 from ..teacher.image_sources import (
     column_images,
     column_videos,
@@ -73,7 +73,7 @@ def collatable(row: dict[str, Any], collator: Callable, columns: TextColumns | N
             f"`completion`, and `{columns.field}`. Bring the text into one of them, or set `dataset_text_field`."
         )
     row = {name: row[name] for name in row if name in trained or name not in (*CONVERSATIONS, columns.field)}
-    _refuse_tools(row.pop("tools", None))
+    refuse_tools(row.pop("tools", None))
     if "messages" in row:
         row["messages"] = turns(row["messages"])
     for name in CONVERSATIONS:
@@ -94,16 +94,7 @@ def check_tools(dataset: datasets.Dataset, collator: Callable) -> None:
     """
     if isinstance(collator, DataCollatorForVisionLanguageModeling) and "tools" in dataset.column_names:
         for row in dataset.select_columns(["tools"]).with_format(None):
-            _refuse_tools(row["tools"])
-
-
-def _refuse_tools(tools: Any) -> None:
-    if tools and tools not in ("[]", "null"):
-        raise ValueError(
-            "The data has a column `tools`, which SFTTrainer does not show to vision-language models. Write the "
-            "definitions into a system turn of each row, as the chat template would, and remove the column with "
-            "`dataset.remove_columns('tools')`."
-        )
+            refuse_tools(row["tools"])
 
 
 def readable(image: Any) -> Any:

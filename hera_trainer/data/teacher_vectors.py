@@ -24,7 +24,7 @@ from ..teacher.encoder import VisionTeacher, teacher_identity
 from ..teacher.image_sources import IMAGE_COLUMNS
 from ..teacher.images import ImageColumn
 from .checks import check_dataset, check_width, warn_of_missing_vectors, with_teacher_features
-from .collator import ROW_PLACE, TEACHER_IMAGES, TeacherCollator, check_collator, check_ranked_text
+from .collator import ROW_PLACE, TEACHER_IMAGES, RowCollator, TeacherCollator, check_collator, check_ranked_text
 from .pool import RowCounts, check_expected_pool
 from .rows import CARRIED_COLUMNS, check_tools, makes_its_own_rows
 from .stream_start import open_stream, ranking_samples, stream_width
@@ -39,7 +39,7 @@ _ROWS_COLLATED = 32
 
 def text_columns(args: HeRAConfig, collator: Any) -> TextColumns:
     """Which columns of text a collator trains on."""
-    inner = collator.inner if isinstance(collator, TeacherCollator) else collator
+    inner = collator.inner if isinstance(collator, RowCollator) else collator
     named = None if args.dataset_text_field == "text" else args.dataset_text_field
     if isinstance(inner, DataCollatorForVisionLanguageModeling):
         field = inner.dataset_text_field
@@ -51,6 +51,14 @@ def text_columns(args: HeRAConfig, collator: Any) -> TextColumns:
 def signature_columns(args: HeRAConfig, collator: Any) -> list[str]:
     """Columns that must reach the collator besides those that SFTTrainer lets through."""
     return [TEACHER_COLUMN, ROW_PLACE, *CARRIED_COLUMNS, text_columns(args, collator).field]
+
+
+def without_vectors(args: HeRAConfig, collator: Any) -> Any:
+    """The collator of a run without alignment, which takes rows in the same forms as one with it: SFTTrainer's own is
+    wrapped, and any other left as it is."""
+    if not isinstance(collator, DataCollatorForVisionLanguageModeling) or makes_its_own_rows(collator):
+        return collator
+    return RowCollator(collator, text_columns(args, collator))
 
 
 class TeacherVectors:
@@ -67,6 +75,7 @@ class TeacherVectors:
         train_dataset, eval_dataset, data_collator: What `prepare` made of those of the run.
         right_rows: The training data with the right vectors, also in a control run.
         width (`int` or `None`): Numbers of a teacher vector, once the training data is prepared.
+        eval_brings_vectors (`bool`): Whether the data to evaluate on, if it is a single set, brought its vectors.
         identity (`str`): Tells teachers apart, where past samples are kept (`queue_size`).
     """
 
@@ -91,6 +100,7 @@ class TeacherVectors:
         self._stream_teacher: StreamTeacher | None = None
         self.right_rows: Any = None
         self._brings_vectors = False
+        self.eval_brings_vectors = False
         self._said_without_images: set[str] = set()
         self._passed_columns: Collection[str] | None = None
 
@@ -131,12 +141,14 @@ class TeacherVectors:
             return prepared
         is_new = train_dataset is not self.train_dataset
         is_collated_anew = is_new or data_collator is not self.data_collator
+        if type(data_collator) is RowCollator:  # of a run without alignment
+            data_collator = data_collator.inner
         collator, self.data_collator = data_collator, data_collator
         self._passed_columns = columns
         rows: Any = train_dataset
         is_control = self.args.teacher_control == "permuted"
         if is_new:
-            is_derived = self._is_derived(rows)
+            is_derived = self._is_derived(rows, self.train_dataset)
             if is_control:
                 _check_control(rows, is_derived)
             if not is_derived:  # the column names of a stream may not be known before it is opened
@@ -161,6 +173,10 @@ class TeacherVectors:
             self.width = rows.width
         else:
             self.width = check_teacher_features(rows)
+        if eval_dataset is not self.eval_dataset:
+            names = getattr(eval_dataset, "column_names", None) or ()
+            is_derived = self._is_derived(eval_dataset, self.eval_dataset) and not self.eval_brings_vectors
+            self.eval_brings_vectors = TEACHER_COLUMN in names and not is_derived
         if eval_dataset is not None:
             eval_dataset = self.attach(eval_dataset, "eval_dataset", self.width)
         collator.width = self.width
@@ -172,9 +188,8 @@ class TeacherVectors:
             check_expected_pool(self.args, self.count_rows())
         return rows, eval_dataset, collator
 
-    def _is_derived(self, rows: Any) -> bool:
+    def _is_derived(self, rows: Any, before: Any) -> bool:
         """Whether rows have the column from what was prepared here before, as `train_dataset.select(...)` has."""
-        before = self.train_dataset
         if not isinstance(before, Dataset) or not isinstance(rows, Dataset) or TEACHER_COLUMN not in rows.column_names:
             return False
         check_teacher_features(rows)
@@ -438,6 +453,14 @@ def _check_not_hidden(rows: Dataset, name: str) -> None:
             f"{place} comes without its teacher vector: the data set's transform or format leaves out column "
             f"`{TEACHER_COLUMN}`. Let it return that column, too."
         )
+
+
+def count_with_image(rows: Any, enough: int) -> int:
+    """How many rows can be compared, of a data set or a stream that is prepared; of a stream, not further than
+    `enough`."""
+    if isinstance(rows, NumberedStream):
+        return sum(1 for _ in itertools.islice((row for row in rows if _has_image(row, rows.has_vectors)), enough))
+    return len(rows_with_vectors(rows)) if isinstance(rows, Dataset) and TEACHER_COLUMN in rows.column_names else 0
 
 
 def _has_image(row: dict[str, Any], has_vectors: bool) -> bool:

@@ -13,8 +13,17 @@ import datasets
 import PIL.Image
 from trl.data_utils import prepare_multimodal_messages
 
-from ..heads.text import answer_text
-from ..teacher.image_sources import IMAGE_COLUMNS, decoded, part_value, turns, typed_parts, written_image
+from ..heads.text import answer_text, refuse_tools
+from ..teacher.image_sources import (
+    IMAGE_COLUMNS,
+    check_one_image_column,
+    decoded,
+    part_value,
+    turns,
+    typed_parts,
+    written_image,
+)
+from ..teacher.json_columns import decoded_json, is_list, may_hold_turns
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "query", "text")
 ANSWER_COLUMNS = ("answer", "answers", "label", "completion", "messages")
@@ -41,7 +50,8 @@ class Questions:
         suffix (`str`, *optional*, defaults to `""`): Text behind each question, such as how to answer.
 
     Raises:
-        `ValueError`: If a column is missing, or the rows have videos.
+        `ValueError`: If a column is missing, a row has no question or its images in the column that does not count, or
+            rows have videos or tools.
     """
 
     def __init__(
@@ -62,7 +72,14 @@ class Questions:
         self.system, self.suffix = system, suffix
         if "video" in names or "videos" in names:
             raise ValueError("The data has videos, which are not evaluated here. Store frames of them as `images`.")
+        if image_columns is None:
+            check_one_image_column(dataset)
+        _check_prompts(dataset, self.prompt_column)
         self._stored = dataset.with_format("arrow")
+        if "tools" in names:
+            for stored in self._stored.select_columns(["tools"]).iter(batch_size=256):
+                for tools in stored["tools"].to_pylist():
+                    refuse_tools(decoded_json(tools, dataset.features["tools"]))
         labels = {name: _element(dataset.features[name]) for name in self.answer_columns}
         self._class_names = {name: label for name, label in labels.items() if isinstance(label, datasets.ClassLabel)}
 
@@ -71,7 +88,14 @@ class Questions:
 
     def row(self, index: int) -> dict[str, Any]:
         """A row as it is stored, images as dictionaries of bytes and path; `messages` that are JSON text are read."""
-        return _with_turns(self._stored[index : index + 1].to_pylist()[0])
+        row = self._decoded(self._stored[index : index + 1].to_pylist()[0])
+        asked = row[self.prompt_column]
+        if not isinstance(asked, (str, int, float)) and not _is_conversation(asked):
+            raise ValueError(f"Row {index} has no question: column `{self.prompt_column}` holds {asked!r:.80}.")
+        return row
+
+    def _decoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        return _with_turns({name: decoded_json(value, self.dataset.features[name]) for name, value in row.items()})
 
     def describe(self, index: int) -> dict[str, Any]:
         """What is saved of a question besides its answer: `row` (its number), `id` (what the data set calls it, if it
@@ -92,7 +116,7 @@ class Questions:
         if not self.answer_columns:
             return [None] * len(self)
         batches = self._stored.select_columns(self.answer_columns).iter(batch_size=256)
-        return [self._reference(_with_turns(row)) for batch in batches for row in batch.to_pylist()]
+        return [self._reference(self._decoded(row)) for batch in batches for row in batch.to_pylist()]
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """The conversation that is put before the model, RGB images in the places of their placeholders.
@@ -118,7 +142,7 @@ class Questions:
         """The turns before the answer, without images, and the images in the order of their placeholders."""
         value = row[self.prompt_column]
         if not isinstance(value, list):
-            asked = [{"role": "user", "content": "" if value is None else str(value)}]
+            asked = [{"role": "user", "content": str(value)}]
         else:
             asked = [_clean(turn) for turn in value]
             if asked and asked[-1]["role"] == "assistant":  # the answer, which must not be shown
@@ -175,6 +199,23 @@ def _image_columns(names: list[str], given: Sequence[str] | None) -> list[str]:
     return [_column(names, name, (), "images", "--image-column") for name in given]
 
 
+def _check_prompts(dataset: datasets.Dataset, column: str) -> None:
+    """Refuses a column that holds no questions, or not in every row."""
+    feature = dataset.features[column]
+    if not isinstance(feature, datasets.Value) and not may_hold_turns(feature):
+        raise ValueError(
+            f"Column `{column}` holds {feature}, and no questions: these are texts, or lists of turns with `role` and "
+            "`content`. Name another column with `--prompt-column`, or make one with `dataset.map`."
+        )
+    is_null = dataset.data.column(column).is_null().to_numpy()
+    rows = is_null if dataset._indices is None else is_null[dataset._indices.column(0).to_numpy()]
+    if rows.any():
+        raise ValueError(
+            f"Row {int(rows.argmax())} has no question: column `{column}` is null. Leave such rows out "
+            "(`dataset.filter`), or name another column with `--prompt-column`."
+        )
+
+
 def _listed(value: Any) -> list[Any]:
     values = value if isinstance(value, list) else [value]
     return [item for item in values if item is not None]
@@ -189,12 +230,13 @@ def _clean(turn: Mapping[str, Any]) -> dict[str, Any]:
     content = turn.get("content")
     if isinstance(content, list):
         content = [{key: value for key, value in part.items() if value is not None} for part in content]
-    return {"role": turn["role"], "content": "" if content is None else content}
+    others = {key: value for key, value in turn.items() if value is not None}  # calls of tools, among others
+    return {**others, "content": "" if content is None else content}
 
 
 def _element(feature: Any) -> Any:
     """The feature of a column, or of what its lists hold."""
-    return feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+    return feature.feature if is_list(feature) else feature
 
 
 def _is_conversation(value: Any) -> bool:

@@ -134,3 +134,17 @@ class TextColumns:
     @property
     def _is_unused(self) -> bool:
         return not self.keeps_unused and self.field not in CONVERSATIONS
+
+
+def refuse_tools(tools: Any) -> None:
+    """Refuses definitions of tools, which a row's column `tools` may hold.
+
+    Raises:
+        `ValueError`: With what to do instead.
+    """
+    if tools and tools not in ("[]", "null"):
+        raise ValueError(
+            "The data has a column `tools`, which SFTTrainer does not show to vision-language models. Write the "
+            "definitions into a system turn of each row, as the chat template would, and remove the column with "
+            "`dataset.remove_columns('tools')`."
+        )

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .. import __version__
-from ..common.files import write_atomically
+from ..common.files import rename_with_number, write_atomically
 from ..heads.ranking import HeadRanking
 from .written_files import RUN_FILE
 
@@ -23,12 +23,51 @@ MARKER_FILE = "hera_complete"
 
 # A complete checkpoint waits under the second name while another one of the same step is written.
 _REPLACED = "replaced-"
+# What another run has left where one begins anew.
+_EARLIER = "earlier-"
 _NAME = re.compile(rf"({_REPLACED})?{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def is_complete(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint has the marker that is written last."""
     return Path(checkpoint, MARKER_FILE).is_file()
+
+
+def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoints in a folder, complete or not, those that wait to be replaced among them."""
+    folder = Path(output_dir)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if _NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def put_aside(output_dir: str | os.PathLike, used: Collection[str | os.PathLike] = ()) -> None:
+    """Gives the checkpoints of an earlier run other names, and clears what a killed one has left. To be called where a
+    run begins anew: it would take them for its own when it looks for the best of its steps, or is resumed.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): Folder of the checkpoints.
+        used (collection of `str`): Folders that stay: of the model that is trained.
+    """
+    stays = {place for path in used for place in (Path(path).resolve(), *Path(path).resolve().parents)}
+    found = []
+    for path in checkpoints_in(output_dir):
+        if not is_complete(path) and not Path(path, TRAINER_STATE_NAME).is_file():
+            _remove(path)
+        elif path.resolve() not in stays:
+            found.append(path)
+    for path in found:
+        aside = path.with_name(_EARLIER + path.name)
+        if aside.exists():
+            rename_with_number(aside)
+        os.replace(path, aside)
+    if found:
+        names = ", ".join(sorted(path.name for path in found))
+        warnings.warn(
+            f"{str(output_dir)!r} holds checkpoints of an earlier run ({names}), which this one does not go on "
+            f"from. They are called `{_EARLIER}...` now, and stay until you delete them. To go on with one, set "
+            f"`resume_from_checkpoint={_EARLIER + found[-1].name!r}`, with the folder before it.",
+            stacklevel=4,
+        )
 
 
 def make_room(checkpoint: Path) -> None:
@@ -125,10 +164,10 @@ def find_checkpoint(resume_from: str | os.PathLike | bool | None, output_dir: st
 
 def _newest_complete(output_dir: Path) -> str:
     found = []
-    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+    for path in checkpoints_in(output_dir):
         name = _NAME.fullmatch(path.name)
-        if name is not None and path.is_dir():
-            found.append((int(name[2]), name[1] is None, path))
+        assert name is not None
+        found.append((int(name[2]), name[1] is None, path))
     checkpoints = [path for _, _, path in sorted(found, reverse=True)]
     if not checkpoints:
         raise ValueError(

@@ -16,7 +16,7 @@ from ..common.processes import Team
 from ..common.randomness import same_randomness
 from ..common.sharded import engine_at_rest, gathered_in_forward
 from ..data.checks import check_dataset, with_teacher_features
-from ..data.collator import TeacherCollator
+from ..data.collator import RowCollator
 from ..data.rows import collatable
 from ..evaluation.image_gain import ImageGain, image_shape, measure_image_gain, other_rows
 from ..heads.checks import check_ranking
@@ -118,6 +118,7 @@ class AlignmentMonitorCallback(TrainerCallback):
         self.heads = heads
         self._trainer: Any = None
         self._rows: Dataset | None = None
+        self._brings_vectors = False
         self._others: dict[int, int | None] = {}
         self._first: dict[str, HeadRanking] = {}
         self._first_values: dict[str, float] = {}
@@ -157,6 +158,14 @@ class AlignmentMonitorCallback(TrainerCallback):
                 "`AlignmentMonitorCallback(Dataset.from_list(list(stream.take(500)), features=stream.features))`."
             )
         check_dataset(rows, name)
+        vectors = trainer.teacher_vectors
+        is_prepared = rows is vectors.eval_dataset
+        self._brings_vectors = vectors.eval_brings_vectors if is_prepared else TEACHER_COLUMN in rows.column_names
+        if self.teacher is not None and self._brings_vectors:
+            raise ValueError(
+                "`AlignmentMonitorCallback` is given a `teacher`, but the held-out data brings its own "
+                f"`{TEACHER_COLUMN}`, with which heads would be measured. Leave `teacher` out, or remove the column."
+            )
         k = self._neighbors(trainer)
         if self.num_samples < k + 2:
             raise ValueError(f"`num_samples` ({self.num_samples}) must be at least k + 2 = {k + 2}.")
@@ -194,6 +203,8 @@ class AlignmentMonitorCallback(TrainerCallback):
             rows = trainer.teacher_vectors.attach(rows, "the monitor's data set")
         else:
             batch_size = trainer.args.teacher_batch_size
+            if TEACHER_COLUMN in rows.column_names:  # those of the trainer's teacher
+                rows = rows.remove_columns(TEACHER_COLUMN)
             rows = with_teacher_features(rows, "the monitor's data set", self.teacher, batch_size)
         trainer.teacher_vectors.columns.required(rows.column_names)
         self._first, self._first_values, self._last_step = {}, {}, -1
@@ -338,7 +349,7 @@ class AlignmentMonitorCallback(TrainerCallback):
     @property
     def _inner_collator(self) -> Callable:
         collator = self._trainer.data_collator
-        return collator.inner if isinstance(collator, TeacherCollator) else collator
+        return collator.inner if isinstance(collator, RowCollator) else collator
 
     def _read_row(self, index: int) -> dict[str, Any]:
         assert self._rows is not None
@@ -354,9 +365,10 @@ class AlignmentMonitorCallback(TrainerCallback):
         return self._inner_collator([self._collatable(row) for row in rows])
 
     def _teacher_name(self) -> str:
+        if self._brings_vectors:
+            return ""
         if self.teacher is None:
-            own = self.dataset is not None and TEACHER_COLUMN in self.dataset.column_names
-            return "" if own else self._trainer.teacher_name
+            return self._trainer.teacher_name
         return self.teacher.name if isinstance(self.teacher, VisionTeacher) else self.teacher
 
     def _named_heads(self, trainer: Any) -> list[AlignedUnit]:

@@ -21,6 +21,8 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .json_columns import decoded_json, has_parts_in_json, is_list
+
 # Frames of a video that the teacher sees.
 MAX_FRAMES = 8
 
@@ -118,6 +120,32 @@ def column_images(row: Mapping[str, Any]) -> list[Any]:
         return images
     images = list(row["image"]) if isinstance(row["image"], (list, tuple)) else [row["image"]]
     return [image for image in images if image is not None]
+
+
+def check_one_image_column(dataset: datasets.Dataset, name: str = "the data set") -> None:
+    """Refuses rows whose images lie in the column that does not count, as where data sets of both forms are put
+    together.
+
+    Raises:
+        `ValueError`: With the number of the first such row.
+    """
+    if not set(IMAGE_COLUMNS) <= set(dataset.column_names):
+        return
+    first, second = (dataset.data.column(column) for column in IMAGE_COLUMNS)
+    if not first.null_count or not is_list(dataset.features["images"]):
+        return
+    is_there = []
+    for chunk in second.chunks:  # one by one: together, their images would be copied
+        part = np.zeros(len(chunk), dtype=bool)
+        part[pc.list_parent_indices(chunk).to_numpy()[pc.list_flatten(chunk).is_valid().to_numpy(False)]] = True
+        is_there.append(part)
+    hidden = first.is_null().to_numpy() & np.concatenate(is_there)
+    rows = hidden if dataset._indices is None else hidden[dataset._indices.column(0).to_numpy()]
+    if rows.any():
+        raise ValueError(
+            f"Row {int(rows.argmax())} of {name} has its images in `images`, and null in `image`, which counts. "
+            f"{ONE_COLUMN}"
+        )
 
 
 def column_videos(row: Mapping[str, Any]) -> list[Any]:
@@ -243,11 +271,13 @@ class ImageSource:
         column: Name of the column.
         steps: How to walk from a row of the column to the images.
         mode: PIL mode that the column's feature asks for.
+        feature: Feature of a column whose turns are texts of `datasets.Json`.
     """
 
     column: str
     steps: tuple[str, ...]
     mode: str | None
+    feature: Any = None
 
     @property
     def is_inside(self) -> bool:
@@ -278,7 +308,8 @@ class ImageSource:
                     chunk = pc.struct_field(chunk, step)
                     continue
                 if step == _JSON:
-                    chunk = pa.array(map(_images_in_json, chunk.to_pylist()), pa.list_(datasets.Image.pa_type))
+                    found = (_images_in_json(turns, self.feature) for turns in chunk.to_pylist())
+                    chunk = pa.array(found, pa.list_(datasets.Image.pa_type))
                 lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
                 counts = np.repeat(counts, lengths)
                 if step == _FRAMES and len(counts):
@@ -306,8 +337,12 @@ def _of_type(parts: pa.StructArray, kind: str, key: str) -> np.ndarray:
     return fits.to_numpy(zero_copy_only=False)
 
 
-def _images_in_json(messages: str | None) -> list[dict[str, Any]]:
-    if messages is None or not _JSON_KEYS.search(messages):
+def _images_in_json(messages: Any, feature: Any = None) -> list[dict[str, Any]]:
+    if feature is not None:
+        messages = decoded_json(messages, feature)
+        if not isinstance(messages, list):  # plain text
+            return []
+    elif messages is None or not _JSON_KEYS.search(messages):
         return []
     images = images_inside({"messages": messages})
     return [{"path": image["path"] if isinstance(image, Mapping) else image} for image in images]
@@ -323,7 +358,7 @@ def find_sources(features: datasets.Features) -> list[ImageSource]:
     name = next((name for name in IMAGE_COLUMNS if name in features), None)
     if name is not None:
         feature = features[name]
-        steps = (_EACH,) if _is_list(feature) else ()
+        steps = (_EACH,) if is_list(feature) else ()
         element = feature.feature if steps else feature
         if not _is_image_like(element):
             raise ValueError(
@@ -334,7 +369,7 @@ def find_sources(features: datasets.Features) -> list[ImageSource]:
     name = next((name for name in ("video", "videos") if name in features), None)
     if name is not None:
         feature, steps = features[name], ()
-        if name == "videos" and _is_list(feature):
+        if name == "videos" and is_list(feature):
             feature, steps = feature.feature, (_EACH,)
         sources += _video_source(name, steps, feature, f"Column `{name}` holds {features[name]}.")
     for name in message_columns(features):
@@ -347,7 +382,7 @@ def _video_source(column: str, steps: tuple[str, ...], feature: Any, problem: st
     """The source of the videos that the steps lead to; none where all of them are null."""
     if _is_null(feature):
         return []
-    if not _is_list(feature) or not _is_image_like(feature.feature):
+    if not is_list(feature) or not _is_image_like(feature.feature):
         raise ValueError(f"{problem} {VIDEO_FORM}")
     return [ImageSource(column, (*steps, _FRAMES), _mode(feature.feature))]
 
@@ -356,9 +391,11 @@ def _inline_sources(column: str, feature: Any) -> list[ImageSource]:
     """Images inside the typed parts of messages, one source for each key that brings them."""
     if column == "messages" and _is_text(feature):
         return [ImageSource(column, (_JSON,), None)]
-    message = feature.feature if _is_list(feature) else None
+    if has_parts_in_json(feature):
+        return [ImageSource(column, (_JSON,), None, feature)]
+    message = feature.feature if is_list(feature) else None
     content: Any = message.get("content") if isinstance(message, dict) else None
-    part = content.feature if _is_list(content) else None
+    part = content.feature if is_list(content) else None
     if not isinstance(part, dict) or "type" not in part:
         return []
     sources = []
@@ -378,10 +415,6 @@ def _inline_sources(column: str, feature: Any) -> list[ImageSource]:
             elif kind != "video":
                 raise ValueError(f"{problem}, not images. Make it of type `datasets.Image()`.")
     return sources
-
-
-def _is_list(feature: Any) -> bool:
-    return isinstance(feature, (datasets.List, datasets.LargeList))
 
 
 def _is_null(feature: Any) -> bool:

@@ -20,7 +20,16 @@ from datasets.utils import tqdm
 
 from .column import TEACHER_COLUMN
 from .encoder import TeacherOutputError, VisionTeacher, to_rgb
-from .image_sources import MAX_FRAMES, VIDEO_FORM, find_sources, is_url, url_refusal, without_payload, written_image
+from .image_sources import (
+    MAX_FRAMES,
+    VIDEO_FORM,
+    check_one_image_column,
+    find_sources,
+    is_url,
+    url_refusal,
+    without_payload,
+    written_image,
+)
 
 # Part of every cache key: raised whenever the cached files or their meaning change.
 _CACHE_VERSION = 3
@@ -94,6 +103,7 @@ class ImageColumn:
                 "The data set has a custom transform (`with_transform`), which hides the stored images. Call "
                 f"`add_teacher_features` before `with_transform`, and let the transform return `{TEACHER_COLUMN}`, too."
             )
+        check_one_image_column(dataset)
         self._sources = find_sources(dataset.features)
         if not self._sources:
             raise ValueError(

@@ -14,7 +14,7 @@ from test_window import CHECKPOINTING, make_trainer
 from tiny import FAMILIES, build_vlm, image_dataset
 from tiny_teachers import noise_image
 from torch import nn
-from transformers import FastVlmForConditionalGeneration, TrainerCallback
+from transformers import FastVlmForConditionalGeneration, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hera_trainer import Alignment, AttentionHead, HeRALoss
 from hera_trainer.data.collator import TEACHER_COLUMN
@@ -215,6 +215,37 @@ def test_batch_normalization_of_a_tower_in_a_loop_of_ones_own():
     assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
     moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
     assert len(moved) > 100 and len(towers) == 2
+
+
+def test_positions_that_change_with_the_longest_text():
+    """Dynamic RoPE puts other buffers in the place of its own: both passes meet the same ones."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, max_position_embeddings=8, rope_parameters=rope, **sizes))
+    alignment = Alignment(model, HeRALoss(num_neighbors=2), [AttentionHead(1, 1)])
+    batches = []
+    for length in (6, 10, 14):
+        ids = torch.randint(8, 40, (4, length))
+        batches.append({"input_ids": ids, "labels": ids.clone(), TEACHER_COLUMN: torch.randn(4, 5)})
+
+    def forward(batch):
+        batch = dict(batch)
+        alignment.observe(batch)
+        return model(**batch).loss
+
+    rotary = model.model.rotary_emb
+    before, length = rotary.inv_freq.clone(), rotary.max_seq_len_cached
+    with alignment.attached():
+        alignment.begin_step(3)
+        alignment.first_pass(batches, forward)
+        assert torch.equal(rotary.inv_freq, before) and rotary.max_seq_len_cached == length == 8
+        plain = copy.deepcopy(model)
+        for batch in batches:
+            loss = forward(batch)
+            alignment.end_micro_batch()
+            torch.testing.assert_close(loss, plain(batch["input_ids"], labels=batch["labels"]).loss, rtol=0, atol=0)
+    assert rotary.max_seq_len_cached == 14 and not torch.equal(rotary.inv_freq, before)
 
 
 def test_what_is_kept(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import datasets
@@ -34,6 +35,11 @@ def stored(tmp_path_factory, rows):
             path = f"pictures/{index}.png"
             lines.write(json.dumps({"images": [path], "messages": row["messages"]}) + "\n")
             singles.write(json.dumps({"photo": path, "image": None, "caption": "a block"}) + "\n")
+    with (folder / "written.jsonl").open("w") as lines:  # a path, a data URI, base64
+        for index, row in enumerate(rows):
+            content = base64.b64encode((folder / "pictures" / f"{index}.png").read_bytes()).decode()
+            forms = [f"pictures/{index}.png", f"data:image/png;base64,{content}", content]
+            lines.write(json.dumps({"images": [forms[index % 3]], "messages": row["messages"]}) + "\n")
     (folder / "photos").mkdir()
     with (folder / "photos" / "metadata.jsonl").open("w") as lines:
         for index, row in enumerate(rows):
@@ -48,14 +54,14 @@ def pixels(row):
     return [image.tobytes() for image in (row["images"] if "images" in row else [row["image"]])]
 
 
-@pytest.mark.parametrize("name", ["disk", "rows.parquet", "rows.jsonl", "photos"])
+@pytest.mark.parametrize("name", ["disk", "rows.parquet", "rows.jsonl", "written.jsonl", "photos"])
 def test_every_form_gives_the_same_rows(stored, rows, name):
     loaded = load_rows(stored / name)
     assert [pixels(row) for row in loaded] == [pixels(row) for row in rows]
     assert loaded["messages"][:] == rows["messages"][:]
 
 
-@pytest.mark.parametrize("name", ["disk", "rows.parquet", "rows.jsonl"])
+@pytest.mark.parametrize("name", ["disk", "rows.parquet", "rows.jsonl", "written.jsonl"])
 def test_streams(stored, rows, name):
     stream = open_rows(stored / name, streaming=True)
     assert isinstance(stream, datasets.IterableDataset)

@@ -164,6 +164,10 @@ def test_refusals(base, tmp_path, capsys):
     assert "holds no model" in error_of([tmp_path / "adapter", merged, "--overwrite"], capsys)
     assert (merged / "precious").read_text() == "x"
     (merged / "config.json").write_text("{}")
+    (merged / "checkpoint-500").mkdir()
+    line = error_of([tmp_path / "adapter", merged, "--overwrite"], capsys)
+    assert "is the folder of a training run (checkpoint-*)" in line
+    (merged / "checkpoint-500").rmdir()
     assert main(["merge", str(tmp_path / "adapter"), str(merged), "--overwrite"]) == 0
     assert not (merged / "precious").exists() and (merged / "model.safetensors").exists()
 

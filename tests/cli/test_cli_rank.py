@@ -134,6 +134,32 @@ def test_captions_in_columns_of_other_names(parts):
     assert_same(run(parts, parts / "model", parts / "captions.jsonl", *columns), expected(parts))
 
 
+@pytest.mark.parametrize("column", ["messages", "turns", "completion"])
+def test_captions_that_are_turns(parts, tmp_path, column):
+    """Beside other texts, and under any name."""
+    rows = datasets.load_from_disk(parts / "rows")
+    turns = rows["completion"][:]
+    rows = rows.select_columns(["images", "prompt"]) if column == "completion" else rows.select_columns(["images"])
+    rows = rows.add_column(column, turns).add_column("text", ["of something else"] * len(rows))
+    rows.save_to_disk(tmp_path / "rows")
+    arguments = [parts / "model", tmp_path / "rows", "--caption-column", column, "--no-plot"]
+    assert_same(run(parts, *arguments), expected(parts))
+
+
+def test_data_that_brings_its_vectors(parts, tmp_path, capsys):
+    """No teacher is said to have made them, and one that is named would not be used."""
+    rows = add_teacher_features(datasets.load_from_disk(parts / "rows"), str(parts / "teacher"))
+    rows.save_to_disk(tmp_path / "rows")
+    output = tmp_path / "ranking.json"
+    command = ["rank", str(parts / "model"), str(tmp_path / "rows"), "--output", str(output), "--no-plot", *SMALL]
+    assert main(command) == 0
+    ranking = HeadRanking.load(output)
+    assert_same(ranking, expected(parts))
+    assert ranking.teacher == ""
+    assert main([*command, "--teacher", str(parts / "teacher")]) == 1
+    assert "would not be used" in capsys.readouterr().err
+
+
 def test_images_in_context(parts):
     _, processor = build_vlm("qwen2_5_vl")
     collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)

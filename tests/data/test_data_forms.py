@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from trl import maybe_convert_to_chatml
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hera_trainer import HeRAConfig, HeRATrainer
+from hera_trainer.cli.rows import load_rows
 from hera_trainer.data.rows import check_tools, collatable
 from hera_trainer.heads.text import TextColumns, answer_text
 
@@ -146,6 +148,30 @@ def test_images_inside_of_messages(tmp_path, teacher, vector, split):
 
 
 # Turns
+
+
+def test_images_inside_of_turns_of_a_file(tmp_path, teacher, vector):
+    """Whose contents are of different types, which `datasets` keeps as texts."""
+    lines = []
+    for i in range(ROWS):
+        path = tmp_path / f"{i}.png"
+        photos(i)[0].save(path)
+        image = {"type": "image", "image": str(path)}
+        content = [image, {"type": "text", "text": f"what {i}"}] if i else f"what {i}"
+        asked, answer = {"role": "user", "content": content}, {"role": "assistant", "content": f"red {i}"}
+        lines.append(json.dumps({"images": [], "messages": [asked, answer]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = load_rows(tmp_path / "rows.jsonl")
+    assert "Json" in str(rows.features["messages"])
+    check(
+        run(tmp_path, teacher, rows, num_neighbors=2),
+        {
+            turn("user", VISION * bool(i) + f"what {i}") + turn("assistant", f"red {i}"): vector(*photos(i))
+            if i
+            else None
+            for i in range(ROWS)
+        },
+    )
 
 
 def conversation(number: int) -> list[dict[str, Any]]:
@@ -332,8 +358,9 @@ def test_a_collator_that_changes_its_batch(tmp_path, teacher, vector):
     _, processor = build_vlm("qwen2_5_vl")
     settle(processor)
     collator = Afterwards(processor, dataset_text_field="caption")
+    settings = {"data_collator": collator, "has_baseline": False}  # SFTTrainer drops the column before it
     check(
-        run(tmp_path, teacher, of_rows(rows, caption=Value("string")), data_collator=collator),
+        run(tmp_path, teacher, of_rows(rows, caption=Value("string")), **settings),
         {f"{VISION}red {i}": vector(*photos(i)) for i in range(ROWS)},
     )
 
@@ -347,6 +374,28 @@ class OfColumns(DataCollatorForVisionLanguageModeling):
             asked, answer = {"role": "user", "content": row["asked"]}, {"role": "assistant", "content": row["answer"]}
             made.append({"images": row["images"], "messages": [asked, answer]})
         return super().torch_call(made)
+
+
+def test_a_collator_of_ones_own_gets_the_rows_as_they_are_without_alignment(tmp_path):
+    seen = []
+
+    class Watching(DataCollatorForVisionLanguageModeling):
+        def torch_call(self, examples):
+            seen.extend(dict(example) for example in examples)
+            return super().torch_call([{name: row[name] for name in ("image", "messages")} for row in examples])
+
+    model, processor = build_vlm("qwen2_5_vl")
+    settle(processor)
+    rows = of_rows(
+        [{"image": photos(i)[0], "messages": chat(i), "hint": "a"} for i in range(ROWS)], hint=Value("string")
+    )
+    settings = {"alignment_weight": 0.0, "max_steps": 1, "remove_unused_columns": False}
+    args = HeRAConfig(**sft_args(tmp_path, **settings))
+    collator = Watching(processor)
+    trainer = HeRATrainer(model, args, data_collator=collator, train_dataset=rows, processing_class=processor)
+    assert trainer.data_collator is collator
+    trainer.train()
+    assert set(seen[0]) == {"image", "messages", "hint"}
 
 
 def test_a_collator_that_makes_its_messages(tmp_path, teacher, vector):

@@ -102,6 +102,27 @@ def test_the_teacher_draws_no_random_numbers(tmp_path, teacher):
     assert_same_run(*runs)
 
 
+def test_what_is_left_at_the_end_of_an_epoch_is_no_step(tmp_path, caplog):
+    """Steps of a stream of 20 rows are those of its first 16, epoch after epoch."""
+    rows = image_dataset(n=20, with_features=8)
+    settings = {"aligned_heads": HEADS, "max_steps": 5}
+    streamed = build(tmp_path / "a", rows.to_iterable_dataset(), **settings)
+    streamed.train()
+    said = [record.getMessage() for record in caplog.records if "are left out in each epoch" in record.getMessage()]
+    assert len(said) == 1 and "The last 1 micro-batches of the stream" in said[0]
+    whole = build(tmp_path / "b", rows.select(range(16)).to_iterable_dataset(), **settings)
+    whole.train()
+    assert streamed.state.global_step == 5
+    assert_same_run(streamed, whole)
+
+
+def test_a_stream_of_less_than_a_step_is_refused(tmp_path):
+    rows = image_dataset(n=8, with_features=8)
+    run = build(tmp_path, rows.to_iterable_dataset(), gradient_accumulation_steps=3, aligned_heads=HEADS)
+    with pytest.raises(ValueError, match="2 micro-batches an epoch, fewer than the 3 of an optimizer step"):
+        run.train()
+
+
 @pytest.mark.parametrize("kind", ["generator of unknown columns", "stored files"])
 def test_other_streams(tmp_path, teacher, kind):
     rows = image_dataset(n=24, fmt="image")

@@ -232,6 +232,7 @@ def test_options_go_before_the_file(folder, capsys):
         ([], "Which model\\?"),
         (["FOLDER", "--heads", "L9H0"], "L9H0 does not exist in this model, which has heads in layers 0 to 2"),
         (["FOLDER", "--heads", "third"], "'third' is not an attention head"),
+        (["FOLDER", "--heads", "L1H0", "--m", "3"], "--m says how many heads are chosen, but they are named"),
         (["FOLDER", "--optim", "lion"], "state of optimizer 'lion' is not known"),
         (["FOLDER", "--full", "--load-in-4bit"], "4-bit weights cannot be trained"),
         (["FOLDER", "--batch-size", "0"], "per_device_train_batch_size"),

@@ -22,6 +22,7 @@ from hera_trainer import (
     HeadRanking,
     HeRATrainer,
     VisionTeacher,
+    add_teacher_features,
     plot_head_scores,
     rank_heads,
     read_run,
@@ -239,6 +240,36 @@ class TestUse:
             run.train()
         assert sum(seen) == 24 + 16
         assert read_run(tmp_path / "a").monitored["text"][0].teacher == "teacher"
+
+    def test_another_teacher_than_the_trainers(self, tmp_path):
+        """Is measured with, also where the held-out rows have the trainer's vectors by then."""
+        other = save_tiny_dinov2(tmp_path / "other", seed=42)
+        rows = held_out(with_features=None)
+        watch = AlignmentMonitorCallback(teacher=other, every=2, num_samples=12, contexts=["text"])
+        own = {"dataset": image_dataset(n=24), "teacher": save_tiny_dinov2(tmp_path / "own", seed=41)}
+        run = trainer(tmp_path, max_steps=2, eval_dataset=rows, callbacks=[watch], **own)
+        run.train()
+        measured = read_run(tmp_path).monitored["text"][2]
+        expected = rank_heads(
+            run.model,
+            run.processing_class,
+            add_teacher_features(rows, other),
+            K,
+            12,
+            seed=run.args.seed,
+            progress=False,
+        )
+        torch.testing.assert_close(measured.scores, expected.scores, rtol=0, atol=1e-6)
+        assert measured.teacher == "other"
+
+    def test_vectors_that_held_out_rows_bring(self, tmp_path):
+        """Are nobody's by name, and no other teacher is taken for theirs."""
+        run = trainer(tmp_path / "a", max_steps=1, monitor_steps=1, monitor_num_samples=12, eval_dataset=held_out())
+        run.train()
+        assert {ranking.teacher for ranking in read_run(tmp_path / "a").monitored["text"].values()} == {""}
+        named = AlignmentMonitorCallback(held_out(), teacher="some/encoder", num_samples=12)
+        with pytest.raises(ValueError, match="the held-out data brings its own `teacher_features`"):
+            trainer(tmp_path / "b", max_steps=1, callbacks=[named])
 
     def test_with_a_stream_as_training_data(self, tmp_path):
         rows = image_dataset(n=24, with_features=8).to_iterable_dataset()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import pytest
 import torch
 import transformers as tf
 from datasets import Dataset, Features, Image, List, Value
@@ -62,26 +63,35 @@ def run(
     dataset: Dataset,
     family: str = "qwen2_5_vl",
     data_collator: Callable | None = None,
+    has_baseline: bool = True,
     **kwargs: Any,
 ) -> Recorder:
-    model, processor = build_vlm(family)
-    settle(processor)
+    """Trains with alignment and, if there is a baseline, a first step of it, whose language-model loss is the same."""
     kwargs.setdefault("aligned_heads", ["L3H0", "L3H2"] if family == "qwen3_5" else ["L1H0", "L1H2"])
     args = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1, "max_steps": 2, "num_neighbors": 2}
-    trainer = Recorder(
-        model,
-        HeRAConfig(
-            **sft_args(tmp_path, **{**args, **kwargs}),
-            teacher_model_name_or_path=teacher,
-        ),
-        data_collator=data_collator,
-        train_dataset=dataset,
-        processing_class=processor,
-    )
+
+    def made(trainer_class: type[HeRATrainer], **others: Any) -> Any:
+        model, processor = build_vlm(family)
+        settle(processor)
+        return trainer_class(
+            model,
+            HeRAConfig(**sft_args(tmp_path, **{**args, **kwargs, **others}), teacher_model_name_or_path=teacher),
+            data_collator=data_collator,
+            train_dataset=dataset,
+            processing_class=processor,
+        )
+
+    trainer = made(Recorder)
     trainer.train()
     assert trainer.state.global_step == 2
     losses = [entry["alignment_loss"] for entry in trainer.state.log_history if "alignment_loss" in entry]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
+    if not has_baseline:
+        return trainer
+    baseline = made(HeRATrainer, alignment_weight=0.0, max_steps=1)
+    baseline.train()
+    first, alone = trainer.state.log_history[0]["lm_loss"], baseline.state.log_history[0]["loss"]
+    assert first == pytest.approx(alone, rel=1e-6)
     return trainer
 
 

@@ -226,6 +226,19 @@ def test_a_step_outside_of_training(tmp_path):
         assert run.compute_loss(run.model, dict(batch)) > 0
 
 
+def test_a_loss_that_is_asked_for_twice(tmp_path):
+    class Twice(HeRATrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            first = super().compute_loss(model, inputs, *args, **kwargs)
+            return first + super().compute_loss(model, inputs, *args, **kwargs)
+
+    model, processor = build_vlm("llava")
+    args = HeRAConfig(**sft_args(tmp_path, aligned_heads=["L0H0"], max_steps=1, num_neighbors=2))
+    run = Twice(model, args, train_dataset=image_dataset(n=8, with_features=8), processing_class=processor)
+    with pytest.raises(ValueError, match="The loss of a micro-batch was asked for twice"):
+        run.train()
+
+
 def test_activated_lora_under_checkpointing(tmp_path):
     lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])
     settings = {"peft_config": lora, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}

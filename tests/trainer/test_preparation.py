@@ -90,6 +90,28 @@ class TestBestModel:
         with pytest.raises(ValueError, match=r"needs 6 evaluation rows with an image.* there are 5"):
             run.train()
 
+    @pytest.mark.parametrize("settings", [{}, {"auto_find_batch_size": True, "num_neighbors": 4}])
+    def test_streams_and_batch_sizes_that_are_found(self, tmp_path, settings):
+        rows = image_dataset(n=5, seed=1, with_features=8)
+        rows = rows if settings else rows.to_iterable_dataset()
+        run = self.run(tmp_path, rows, callbacks=[NoStep()], **settings)
+        with pytest.raises(ValueError, match=r"needs 6 evaluation rows with an image.* there are 5"):
+            run.train()
+
+    @pytest.mark.parametrize("metric", ["alignment_mknn_image/aligned", "eval_alignment_mknn/top", "image_gain"])
+    def test_by_what_the_monitor_measures(self, tmp_path, metric):
+        run = self.run(tmp_path, image_dataset(n=8, seed=1, with_features=8), metric, callbacks=[NoStep()])
+        with pytest.raises(ValueError, match="is measured by the monitor"):
+            run.train()
+
+    def test_terms_of_the_loss_are_better_when_they_are_smaller(self, tmp_path):
+        def chosen(metric, **kwargs):
+            best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", **kwargs}
+            return config(tmp_path, metric_for_best_model=metric, **best).greater_is_better
+
+        assert not chosen("eval_alignment_loss/spread") and not chosen("eval_alignment_loss")
+        assert chosen("eval_accuracy") and chosen("eval_alignment_loss/spread", greater_is_better=True)
+
     def test_evaluating_alone_chooses_no_model(self, tmp_path):
         rows = image_dataset(n=5, seed=1, with_features=8)
         assert self.run(tmp_path, rows).evaluate()["eval_alignment_left_out"] == 5

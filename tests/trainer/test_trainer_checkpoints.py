@@ -18,6 +18,8 @@ from tiny import build_vlm, image_dataset, save_tiny_dinov2
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from hera_trainer import AttentionHead, HeRATrainer, VisionTeacher, read_run
+from hera_trainer.cli.sft import _checkpoint
+from hera_trainer.runs.checkpoints import find_checkpoint, put_aside
 from hera_trainer.runs.weights import load_weights
 
 
@@ -368,6 +370,54 @@ def test_the_best_weights_of_a_named_adapter(tmp_path):
     assert_same_parameters(parameters(run.model), after[2])
     names = [name for name in after[2] if ".mine." in name]
     assert names and any(not torch.equal(after[2][n], after[2][n.replace(".mine.", ".default.")]) for n in names)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_run_that_begins_anew_has_its_own_checkpoints(tmp_path, weight):
+    """Not those of the run before it in its folder: neither as the best of its steps nor to go on from."""
+    best_run(tmp_path, {1: 9.0, 2: 8.0, 3: 7.0}, 1, alignment_weight=weight)
+    before = {path.name: load_file(path / "adapter_model.safetensors") for path in tmp_path.glob("checkpoint-*")}
+    assert set(before) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    with pytest.warns(
+        UserWarning, match="holds checkpoints of an earlier run .checkpoint-1, checkpoint-2, checkpoint-3"
+    ):
+        run, after, _ = best_run(tmp_path, {1: 2.0, 2: 5.0}, 2, alignment_weight=weight, seed=1)
+    assert run.best_step is None and run.state.best_global_step == 1  # which only the earlier run has saved
+    assert_same_parameters(parameters(run.model), after[2])
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
+    for name, weights in before.items():
+        assert_same_parameters(load_file(tmp_path / f"earlier-{name}" / "adapter_model.safetensors"), weights)
+    if weight:
+        assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-2")
+    with pytest.warns(UserWarning, match="holds checkpoints of an earlier run .checkpoint-2"):
+        best_run(tmp_path, {1: 2.0}, 1, alignment_weight=weight)
+    assert sorted(path.name for path in tmp_path.glob("earlier-*2*")) == [
+        "earlier-checkpoint-2",
+        "earlier-checkpoint-2.1",
+    ]
+
+
+def test_what_is_put_aside(tmp_path):
+    """Whole checkpoints, but for the one that is trained on; what a killed run has left is cleared."""
+    for step, files in ((2, ["hera_complete", "trainer_state.json"]), (4, ["trainer_state.json"]), (6, []), (8, [])):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in [*files, "adapter_model.safetensors"]:
+            (folder / name).touch()
+    (tmp_path / "checkpoint-8" / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-9").touch()  # no folder
+    with pytest.warns(
+        UserWarning, match=r"an earlier run \(checkpoint-2, checkpoint-4\).*resume_from_checkpoint='earlier-"
+    ):
+        put_aside(tmp_path, ["some/model", str(tmp_path / "checkpoint-8")])
+    names = {"earlier-checkpoint-2", "earlier-checkpoint-4", "checkpoint-8", "checkpoint-9"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    put_aside(tmp_path / "not there")
+    # Which is where `hera sft` begins anew once more.
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    assert _checkpoint("true", str(tmp_path), True) is _checkpoint("true", str(tmp_path), False) is None
+    named = tmp_path / "earlier-checkpoint-2"
+    assert find_checkpoint(str(named), tmp_path) == str(named)
 
 
 # --- The queue of past samples belongs to one run --------------------------------------------------------------------
