@@ -55,8 +55,9 @@ class AlignedTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         criterion.to(self.args.device)
-        shared = {"accelerator": self.accelerator, "args": self.args}
-        self.alignment = Alignment(self.model, criterion, heads, weight, target_pull, **shared)
+        self.alignment = Alignment(
+            self.model, criterion, heads, weight, target_pull, accelerator=self.accelerator, args=self.args
+        )
         self.add_callback(ObjectiveCallback(self.alignment))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -515,7 +515,7 @@ class HeRATrainer(SFTTrainer):
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        self.best_step, self._has_advised = None, False
+        self.best_step, self._has_advised, self._has_said_left_out = None, False, False
         if self.alignment is not None:
             check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
             self.alignment.reset()

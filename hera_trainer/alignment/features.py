@@ -128,6 +128,7 @@ class ImageFeatures:
         # What is given the features: the modules around the first layer, down to it.
         around = (m for m in model.modules() if any(part is self._layers[0] for part in m.modules()))
         self._way = [m for m in around if m is not model and not isinstance(m, nn.ModuleList)]
+        self._positions = [m for m in model.modules() if _rotary(m)]
         self._modules: list[nn.Module] = []  # that may be given again what they return
         self._looks = True  # notes what looks at which tensors
         self._recorded: list[_Call] | None = None  # of the micro-batch whose first pass is under way
@@ -158,7 +159,7 @@ class ImageFeatures:
         in_place = (m._compiled_call_impl is not None for m in self._model.modules())
         self._looks = not self._compiled and not any(in_place)
         buffers = [(buffer, buffer.clone()) for buffer in _state(self._model)]
-        rotary = [(module, *_rotary_state(module)) for module in self._model.modules()]
+        rotary = [(module, dict(module._buffers), _rotary(module)) for module in self._positions]
         try:
             yield
         finally:
@@ -353,10 +354,9 @@ def _state(module: nn.Module) -> list[Tensor]:
     return [buffer for buffer in module.buffers() if buffer.is_floating_point() or buffer.numel() == 1]
 
 
-def _rotary_state(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """Buffers and attributes that position embeddings replace when a longer text comes (dynamic RoPE)."""
-    moved = {name: value for name, value in vars(module).items() if name.endswith(_ROTARY)}
-    return (dict(module._buffers) if moved else {}), moved
+def _rotary(module: nn.Module) -> dict[str, Any]:
+    """Attributes that position embeddings replace, beside their buffers, when a longer text comes (dynamic RoPE)."""
+    return {name: value for name, value in vars(module).items() if name.endswith(_ROTARY)}
 
 
 def _random_states(module: nn.Module) -> list[Tensor]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import replacing_folder, restore_folder
-from ..runs.written_files import RUN_FILE
 from .parser import Parser
 
 
@@ -122,11 +121,10 @@ def merge(model: Any) -> Any:
     return merged
 
 
-_OF_A_RUN = (RUN_FILE, "trainer_state.json", "training_args.bin", "checkpoint-*")
-
-
 def _check_target(target: Path, overwrite: bool, sources: list[Path]) -> None:
     from transformers.utils import CONFIG_NAME
+
+    from ..runs.written_files import RUN_FILE
 
     for source in sources:
         if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
@@ -141,7 +139,8 @@ def _check_target(target: Path, overwrite: bool, sources: list[Path]) -> None:
         raise ValueError(
             f"OUTPUT {str(target)!r} holds no model, and --overwrite replaces a model's folder only. Choose another."
         )
-    of_a_run = [name for name in _OF_A_RUN if any(target.glob(name))]
+    marks = (RUN_FILE, "trainer_state.json", "training_args.bin", "checkpoint-*")
+    of_a_run = [name for name in marks if any(target.glob(name))]
     if of_a_run:
         raise ValueError(
             f"OUTPUT {str(target)!r} is the folder of a training run ({', '.join(of_a_run)}), which --overwrite would "

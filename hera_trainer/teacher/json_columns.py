@@ -33,7 +33,8 @@ def decoded_json(value: Any, feature: Any) -> Any:
 def may_hold_turns(feature: Any) -> bool:
     """Whether a column may hold the turns of a conversation: lists of dictionaries with `role`, or anything."""
     turn = feature.feature if is_list(feature) else None
-    return isinstance(feature, datasets.Json) or isinstance(turn, datasets.Json) or _has(turn, "role")
+    has_role = isinstance(turn, dict) and "role" in turn
+    return has_role or isinstance(feature, datasets.Json) or isinstance(turn, datasets.Json)
 
 
 def has_parts_in_json(feature: Any) -> bool:
@@ -42,7 +43,3 @@ def has_parts_in_json(feature: Any) -> bool:
     content: Any = turn.get("content") if isinstance(turn, dict) else turn
     part = content.feature if is_list(content) else content
     return isinstance(part, datasets.Json)
-
-
-def _has(feature: Any, name: str) -> bool:
-    return isinstance(feature, dict) and name in feature

@@ -12,9 +12,10 @@ from tiny import build_vlm, image_dataset, sft_args
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hera_trainer import HeRAConfig, HeRATrainer
-from hera_trainer.data.collator import TEACHER_COLUMN, TeacherCollator
+from hera_trainer.data.collator import TEACHER_COLUMN, RowCollator
 from hera_trainer.heads import capture
 
 WEIGHT = 5.0
@@ -88,7 +89,8 @@ def lm_gradients(tmp_path, family, cut, lora):
 
     trainer.add_callback(Keep())
     trainer.train()
-    assert not isinstance(trainer.data_collator, TeacherCollator)
+    collator = trainer.data_collator
+    assert type(collator) is RowCollator and type(collator.inner) is DataCollatorForVisionLanguageModeling
     return gradients
 
 
