@@ -41,20 +41,15 @@ def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def put_aside(output_dir: str | os.PathLike, used: Collection[str | os.PathLike] = ()) -> None:
-    """Gives the checkpoints of an earlier run other names, and clears what a killed one has left. To be called where a
-    run begins anew: it would take them for its own when it looks for the best of its steps, or is resumed.
+    """Gives the checkpoints of an earlier run other names. To be called where a run begins anew: it would take them for
+    its own when it looks for the best of its steps, or is resumed.
 
     Args:
         output_dir (`str` or `os.PathLike`): Folder of the checkpoints.
         used (collection of `str`): Folders that stay: of the model that is trained.
     """
     stays = {place for path in used for place in (Path(path).resolve(), *Path(path).resolve().parents)}
-    found = []
-    for path in checkpoints_in(output_dir):
-        if not is_complete(path) and not Path(path, TRAINER_STATE_NAME).is_file():
-            _remove(path)
-        elif path.resolve() not in stays:
-            found.append(path)
+    found = [path for path in checkpoints_in(output_dir) if path.resolve() not in stays]
     for path in found:
         aside = path.with_name(_EARLIER + path.name)
         if aside.exists():

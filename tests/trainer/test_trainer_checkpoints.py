@@ -398,20 +398,21 @@ def test_a_run_that_begins_anew_has_its_own_checkpoints(tmp_path, weight):
 
 
 def test_what_is_put_aside(tmp_path):
-    """Whole checkpoints, but for the one that is trained on; what a killed run has left is cleared."""
+    """All, but for the one that is trained on, of which weights may be all there is. Nothing is deleted."""
     for step, files in ((2, ["hera_complete", "trainer_state.json"]), (4, ["trainer_state.json"]), (6, []), (8, [])):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         for name in [*files, "adapter_model.safetensors"]:
             (folder / name).touch()
-    (tmp_path / "checkpoint-8" / "trainer_state.json").touch()
     (tmp_path / "checkpoint-9").touch()  # no folder
     with pytest.warns(
-        UserWarning, match=r"an earlier run \(checkpoint-2, checkpoint-4\).*resume_from_checkpoint='earlier-"
+        UserWarning,
+        match=r"an earlier run \(checkpoint-2, checkpoint-4, checkpoint-6\).*resume_from_checkpoint='earlier-",
     ):
         put_aside(tmp_path, ["some/model", str(tmp_path / "checkpoint-8")])
-    names = {"earlier-checkpoint-2", "earlier-checkpoint-4", "checkpoint-8", "checkpoint-9"}
+    names = {*(f"earlier-checkpoint-{step}" for step in (2, 4, 6)), "checkpoint-8", "checkpoint-9"}
     assert {path.name for path in tmp_path.iterdir()} == names
+    assert all((tmp_path / name / "adapter_model.safetensors").is_file() for name in names - {"checkpoint-9"})
     put_aside(tmp_path / "not there")
     # Which is where `hera sft` begins anew once more.
     shutil.rmtree(tmp_path / "checkpoint-8")
