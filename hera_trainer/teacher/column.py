@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .tables import stored_rows
+
 TEACHER_COLUMN = "teacher_features"
 
 _ROWS_PER_READ = 1024
@@ -77,8 +79,7 @@ def check_teacher_features(dataset: datasets.Dataset) -> int:
 
 def rows_with_vectors(dataset: datasets.Dataset) -> np.ndarray:
     """Numbers of the rows of a data set that have a vector. No vector is read."""
-    present = dataset.data.column(TEACHER_COLUMN).is_valid().to_numpy()
-    return np.flatnonzero(present if dataset._indices is None else present[dataset._indices.column(0).to_numpy()])
+    return np.flatnonzero(dataset.data.column(TEACHER_COLUMN).is_valid().to_numpy()[stored_rows(dataset)])
 
 
 def _is_list(type_: pa.DataType) -> bool:

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 
 from .column import TEACHER_COLUMN, rows_with_vectors
-from .images import underlying
+from .tables import stored_rows, underlying
 from .vectors import attach
 
 _ROWS_PER_READ = 1024
@@ -44,7 +44,7 @@ def permuted_vectors(dataset: datasets.Dataset, seed: int) -> datasets.Dataset:
     successor = np.empty_like(cycle)
     successor[cycle] = np.roll(cycle, -1)
     # As `attach` wants it: in the order of the rows underneath a shuffled or selected data set.
-    places = np.arange(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_numpy()
+    places = stored_rows(dataset)
     below = underlying(dataset)
     sources = np.arange(len(below))
     sources[places[rows]] = places[first[successor[numbers]]]

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .json_columns import decoded_json, has_parts_in_json, is_list
+from .tables import stored_rows
 
 # Frames of a video that the teacher sees.
 MAX_FRAMES = 8
@@ -139,8 +140,7 @@ def check_one_image_column(dataset: datasets.Dataset, name: str = "the data set"
         part = np.zeros(len(chunk), dtype=bool)
         part[pc.list_parent_indices(chunk).to_numpy()[pc.list_flatten(chunk).is_valid().to_numpy(False)]] = True
         is_there.append(part)
-    hidden = first.is_null().to_numpy() & np.concatenate(is_there)
-    rows = hidden if dataset._indices is None else hidden[dataset._indices.column(0).to_numpy()]
+    rows = (first.is_null().to_numpy() & np.concatenate(is_there))[stored_rows(dataset)]
     if rows.any():
         raise ValueError(
             f"Row {int(rows.argmax())} of {name} has its images in `images`, and null in `image`, which counts. "

@@ -30,6 +30,7 @@ from .image_sources import (
     without_payload,
     written_image,
 )
+from .tables import stored_rows, underlying
 
 # Part of every cache key: raised whenever the cached files or their meaning change.
 _CACHE_VERSION = 3
@@ -113,16 +114,15 @@ class ImageColumn:
         self._dataset = dataset
         names = list(dict.fromkeys(source.column for source in self._sources))
         self._stored = underlying(dataset).select_columns(names).with_format("arrow")
-        self._indices = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
-        used = np.arange(len(self._stored)) if self._indices is None else np.unique(self._indices)
-        self._rows = used.astype(np.int64)
+        self._places = stored_rows(dataset)
+        self._rows = np.unique(self._places).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._stored)
 
     def _row_error(self, row: int, source: int, cause: object) -> ValueError:
         """The error for a row of the underlying table, named by its number in the user's data set."""
-        number = row if self._indices is None else int(np.flatnonzero(self._indices == row)[0])
+        number = int(np.flatnonzero(self._places == row)[0])
         return ValueError(
             f"Row {number} of the data set, column `{self._sources[source].column}`: the image can't be used: "
             f"{without_payload(cause)}. Repair the image, set it to null, or drop the row."
@@ -165,7 +165,7 @@ class ImageColumn:
         """Which rows of the data set have an image, `[n_rows]` bool. None is read."""
         found = np.zeros(len(self), dtype=bool)
         found[[row for (row, _, _), _, _ in self._stored_images()]] = True
-        return found if self._indices is None else found[self._indices]
+        return found[self._places]
 
     def fast_key(self, teacher: str) -> str | None:
         """Key that is found without reading an image, or None if only the images themselves can be trusted.
@@ -224,7 +224,7 @@ class ImageColumn:
     def by_row(self, images: Images) -> list[np.ndarray]:
         """The distinct images of each row of the data set, by their numbers in what `scan` has found."""
         stored = np.split(images.ids, images.counts.cumsum()[:-1])
-        return stored if self._indices is None else [stored[row] for row in self._indices.tolist()]
+        return [stored[row] for row in self._places.tolist()]
 
     def _digest(self, row: int, source: int, data: pa.Scalar, path: str | None) -> bytes:
         content = hashlib.sha256(self._content(row, source, data, path))
@@ -333,8 +333,3 @@ def _files(table: datasets.table.Table) -> list[str] | None:
 def _with_folder(error: Exception, path: str) -> str:
     """What went wrong with a file; a relative path depends on where the program was started."""
     return f"{error}" if os.path.isabs(path) else f"{error} (a relative path, looked for in {os.getcwd()})"
-
-
-def underlying(dataset: datasets.Dataset) -> datasets.Dataset:
-    """All rows of the data set's table, in the order in which they lie there."""
-    return datasets.Dataset(dataset.data, info=dataset.info.copy(), fingerprint=dataset._fingerprint)

@@ -18,7 +18,8 @@ from ..common.processes import Team
 from .cache import Entry, is_key
 from .column import TEACHER_COLUMN, check_teacher_features
 from .encoder import VisionTeacher, teacher_identity
-from .images import ImageColumn, Images, underlying
+from .images import ImageColumn, Images
+from .tables import underlying
 
 __all__ = ["TEACHER_COLUMN", "add_teacher_features", "cache_root", "cached_teacher_features", "check_teacher_features"]
 
