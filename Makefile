@@ -16,7 +16,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV ?= $(if $(CONSTRAINTS),.venv,.venv-newest)
-PYTEST_ARGS ?= -n logical --maxprocesses 4
+PYTEST_ARGS ?= -n logical --maxprocesses 4 --dist worksteal
 ENGINES_ARGS ?=
 DEMO_ARGS ?=
 

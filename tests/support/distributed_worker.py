@@ -5,6 +5,7 @@ As a script: `python -m torch.distributed.run --nproc_per_node 2 distributed_wor
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -280,6 +281,7 @@ def whole_run(folder: Path, teacher: str, batch_size: int) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # what the libraries hold is no garbage, for which each training looks
     state = PartialState(cpu=True)
     rank = state.process_index
     known: dict[str, Any] = {}

@@ -9,6 +9,7 @@ as `result.json` in the folder, and what it printed as `log.txt`.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -169,6 +170,8 @@ def train(folder: Path, teacher: str, resume: bool | None, fault: str | None) ->
 
 
 def main() -> None:
+    gc.collect()
+    gc.freeze()  # what the libraries hold is no garbage, for which each training of a child looks
     for line in sys.stdin:
         order = json.loads(line)
         folder = Path(order.pop("folder"))

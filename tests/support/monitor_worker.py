@@ -5,6 +5,7 @@ As a script: `python -m torch.distributed.run --nproc_per_node 2 monitor_worker.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def train(folder: Path, teacher: str, batch: int, **settings: Any) -> dict[str, 
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # what the libraries hold is no garbage, for which each training looks
     state = PartialState(cpu=True)
     teacher = folder / "teacher"
     if state.is_main_process:

@@ -5,6 +5,7 @@ As a script: `python -m torch.distributed.run --nproc_per_node 2 neighbor_worker
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def rows_seen(folder: Path, batch: int, accumulation: int, resume: bool = False,
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # what the libraries hold is no garbage, for which each training looks
     state = PartialState(cpu=True)
     known = {
         "step": rows_seen(folder / "step", 3, 2),

@@ -4,7 +4,6 @@ template."""
 from __future__ import annotations
 
 import copy
-import gc
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -33,15 +32,6 @@ FORMS = [
     for form in ("prompt_completion", "messages")
     if (family, form) != ("paligemma", "messages")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_modules_are_no_garbage():
-    """Every run collects garbage; looking through all that the libraries hold takes a third of a second."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @lru_cache(maxsize=1)  # the tests of one family follow each other
