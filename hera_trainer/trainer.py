@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from copy import copy
 from dataclasses import fields
@@ -22,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from transformers.utils import CONFIG_NAME, PushInProgress
 from trl import SFTConfig, SFTTrainer
 
-from .alignment.alignment import STATE_FILE, Alignment
+from .alignment.alignment import OBJECTIVE_FILE, STATE_FILE, Alignment
 from .alignment.callback import ObjectiveCallback
 from .alignment.checks import (
     check_arguments,
@@ -36,7 +37,7 @@ from .alignment.checks import (
     check_unchanged,
     check_whole_layers,
 )
-from .alignment.eval_pools import EvalPools
+from .alignment.eval_pools import EvalPools, evaluated
 from .alignment.pull import advice as weak_pull_advice
 from .common.randomness import same_randomness
 from .config import HeRAConfig
@@ -74,6 +75,7 @@ from .runs.checkpoints import (
     find_checkpoint,
     make_room,
     mark_complete,
+    place_in_stream,
     put_aside,
     rotate,
     saved_step,
@@ -182,7 +184,7 @@ class HeRATrainer(SFTTrainer):
         self.alignment: Alignment | None = None
         self.best_step: int | None = None
         self._has_advised = False
-        self._has_said_left_out = False
+        self._has_said_left_out = self._has_stream_ended = False
         self._batches: list[dict[str, Any]] = []
         self._neighbor_sampler: NeighborGroupSampler | None = None
         self._eval_pools: EvalPools | None = None
@@ -303,6 +305,10 @@ class HeRATrainer(SFTTrainer):
     @property
     def _control(self) -> str:
         return "none" if self.alignment is None else self.args.teacher_control
+
+    @property
+    def _trains_objective(self) -> bool:
+        return self.alignment is not None and self.alignment.trains_objective
 
     @property
     def _model_type(self) -> str:
@@ -510,8 +516,8 @@ class HeRATrainer(SFTTrainer):
             if self._record not in self.callback_handler.callbacks:
                 put_record_aside(str(self.args.output_dir))
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
-            if self.head_ranking is None:
-                leave_out(str(self.args.output_dir), [RANKING_FILE])
+            unwritten = {RANKING_FILE: self.head_ranking is None, OBJECTIVE_FILE: not self._trains_objective}
+            leave_out(str(self.args.output_dir), [name for name, is_unwritten in unwritten.items() if is_unwritten])
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -534,34 +540,53 @@ class HeRATrainer(SFTTrainer):
                 )
             # accelerate does not pass it on where one of several processes skips batches, to resume.
             self._neighbor_sampler.set_epoch(kwargs["epoch"])
+        self._has_stream_ended = False
         super()._run_epoch(*args, **kwargs)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if self.alignment is not None and 0 < len(batches) < self.args.gradient_accumulation_steps:
-            batches = self._whole_step(batches)
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, *args: Any
+    ) -> tuple[int, int]:
+        begin = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, *args)
+        if self.alignment is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
+            return begin
+        return place_in_stream(resume_from_checkpoint, self.args.gradient_accumulation_steps) or begin
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> tuple[list, Any]:
+        if self.alignment is not None and not has_length(self.train_dataset):
+            epoch_iterator = iter(self._whole_step(epoch_iterator, num_batches))
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, *args)
         self.teacher_vectors.fill(batches)  # here, so that those batches that resuming skips are never encoded
         if self.alignment is not None:
             self._batches = batches
             self.alignment.begin_step(len(batches))
         return batches, num_items
 
-    def _whole_step(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The last micro-batches of an epoch that are fewer than those of a step. Of data whose length is known, they
-        are a step; of a stream they are left out: `Trainer` would add their gradient to that of the next step, which
-        would be no mean any more, and whose samples would not all be compared."""
-        if has_length(self.train_dataset):
+    def _whole_step(self, stream: Iterator, num_batches: int) -> list[dict[str, Any]]:
+        """The next micro-batches of a stream, if there are as many as an optimizer step has, in all processes. What is
+        left at its end is not trained on: `Trainer` would add its gradient to that of the next step, which would be no
+        mean any more, and whose samples would not all be compared; and where a process has none, the others would wait
+        for it."""
+        if self._has_stream_ended:
+            return []
+        batches = list(itertools.islice(stream, num_batches))
+        counts = torch.tensor([len(batches)], device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(counts)
+        least, most = int(counts.min()), int(counts.max())
+        if least == num_batches:
             return batches
+        self._has_stream_ended = True
         if self.state.global_step == 0:
             raise ValueError(
-                f"The stream gives {len(batches)} micro-batches an epoch, fewer than the "
-                f"{self.args.gradient_accumulation_steps} of an optimizer step. Lower `gradient_accumulation_steps`."
+                f"The stream gives {least} micro-batches an epoch, fewer than the {num_batches} of an optimizer step. "
+                "Lower `gradient_accumulation_steps`."
             )
-        if not self._has_said_left_out:
+        if most and not self._has_said_left_out:
             self._has_said_left_out = True
+            where = "of a process's part of the stream" if self.accelerator.num_processes > 1 else "of the stream"
             logger.warning(
-                f"The last {len(batches)} micro-batches of the stream are fewer than an optimizer step, and are left "
-                "out in each epoch."
+                f"The last {least or most} micro-batches {where} are fewer than an optimizer step, and are left out in "
+                "each epoch, as is what other processes have left."
             )
         return []
 
@@ -675,8 +700,8 @@ class HeRATrainer(SFTTrainer):
         self.prepare_alignment()
         if self.alignment is None or not is_first:
             return
-        measured = self.alignment.heads, self.alignment.trains_objective
-        if (advice := other_heads_advice(str(self.args.output_dir), *measured)) is not None:
+        file = OBJECTIVE_FILE if self._trains_objective else None
+        if (advice := other_heads_advice(str(self.args.output_dir), self.alignment.heads, file)) is not None:
             logger.warning(advice)
 
     def evaluation_loop(
@@ -694,7 +719,7 @@ class HeRATrainer(SFTTrainer):
         size = self.args.pool_size(self.micro_batch_size)
         pools = self._eval_pools = EvalPools(self.alignment.criterion, size, self.accelerator)
         try:
-            with self.alignment.attached():
+            with self.alignment.attached(), evaluated(self.alignment.criterion):
                 output = super().evaluation_loop(*loop_args)
         finally:
             self._eval_pools = None
@@ -716,6 +741,8 @@ class HeRATrainer(SFTTrainer):
         self._save_ranking(folder)
         if self.args.should_save and folder is not None:
             mark_control(folder, self._control)
+            if self._trains_objective:
+                cast(Alignment, self.alignment).save_objective(folder)
         if self._rotates_itself:  # only now: `training_args.bin` tells the limit that was set
             self.args.save_total_limit = None
         # What pushes and checkpoints save gets its card from them. Here, PEFT has left a blank form.

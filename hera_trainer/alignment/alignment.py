@@ -27,7 +27,7 @@ from ..heads.pooling import placeholder_token_ids, pooling_mask
 from ..heads.registry import get_head_accessor, unwrap_model
 from ..objectives.objective import AlignmentObjective
 from ..objectives.queue import SampleQueue
-from .contrast import Contrast
+from .contrast import Contrast, PoolLoss
 from .features import ImageFeatures
 from .meter import AlignmentMeter
 from .optimizer import ObjectiveOptimizer
@@ -116,6 +116,7 @@ class Alignment:
         self._model_type: str = config.model_type
         self.placeholder_ids = placeholder_token_ids(config, processing_class)
         self._count = 1
+        self._compared = torch.zeros((), dtype=torch.bool)  # whether samples were, in the step under way
         self._observed: tuple[TeacherBatch, Tensor] | None = None
         self._checks_passes = True
         if heads is not None:
@@ -182,7 +183,7 @@ class Alignment:
 
     def begin_step(self, num_micro_batches: int) -> None:
         """An optimizer step of so many micro-batches begins."""
-        self.window, self._count = None, num_micro_batches
+        self.window, self._count, self._compared = None, num_micro_batches, torch.zeros((), dtype=torch.bool)
         self.features.clear()
 
     @property
@@ -215,7 +216,7 @@ class Alignment:
                 first.append(self.take())
                 self.end_micro_batch()
         self.window = StepWindow(self.contrast, first, seeds, device)
-        self.meter.add_pool(self.window.pool)
+        self._add_pool(self.window.pool)
 
     @contextmanager
     def same_randomness(self) -> Iterator[None]:
@@ -291,8 +292,12 @@ class Alignment:
             return self.pull.weight * part
         # Micro-batches by themselves: their mean.
         pool = self.contrast(heads, teacher.vectors, teacher.valid(mask))
-        self.meter.add_pool(pool)
+        self._add_pool(pool)
         return self.pull.weight * pool.carrier(heads, parameters, start=0, share=1.0) / self._count
+
+    def _add_pool(self, pool: PoolLoss) -> None:
+        self.meter.add_pool(pool)
+        self._compared = self._compared.to(pool.skipped.device) | (pool.skipped == 0)
 
     def add_to(self, loss: Tensor, divided_later: bool = False) -> Tensor:
         """The micro-batch's loss with its `term`: what is to be backpropagated. Both losses are counted for the log.
@@ -323,7 +328,7 @@ class Alignment:
     def before_optimizer_step(self) -> None:
         """To be called by all processes when the backward passes of an optimizer step are done."""
         self.optimizer.before_step()
-        self.pull.before_step()
+        self.pull.before_step(self._compared)
 
     def optimizer_step(self, learning_rate: float) -> None:
         """Trains the objective's parameters. To be called when the model's optimizer has made its step.
@@ -369,9 +374,13 @@ class Alignment:
         checkpoint."""
         state = {"aligned_heads": [str(head) for head in self.heads], "pull": self.pull.state_dict()}
         write_atomically(Path(folder, STATE_FILE), lambda path: path.write_text(json.dumps(state, indent=1)))
-        self.optimizer.save(Path(folder, OBJECTIVE_FILE))
+        self.save_objective(folder)
         if self.contrast.queue is not None:
             self.contrast.queue.save(Path(folder, QUEUE_FILE), self._queue_identity())
+
+    def save_objective(self, folder: str | os.PathLike) -> None:
+        """Writes the objective's parameters alone, with what its optimizer knows of them."""
+        self.optimizer.save(Path(folder, OBJECTIVE_FILE))
 
     def load(self, folder: str | os.PathLike) -> None:
         """Takes what `save` wrote; nothing from a checkpoint without it. Warns if other heads were aligned then."""

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from .alignment import Alignment
-from .optimizer import scheduled_rate
+from .optimizer import note_rates, scheduled_rate
 
 
 class ObjectiveCallback(TrainerCallback):
@@ -22,6 +22,10 @@ class ObjectiveCallback(TrainerCallback):
     def __init__(self, alignment: Alignment, learning_rate: float | None = None) -> None:
         self.alignment = alignment
         self.learning_rate = learning_rate
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and kwargs.get("optimizer") is not None:
+            note_rates(kwargs["optimizer"])
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.alignment.before_optimizer_step()

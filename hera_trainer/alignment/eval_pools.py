@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -28,7 +32,7 @@ class EvalPools:
         self.pool_size = max(pool_size, criterion.least_samples)
         self.accelerator = accelerator
         self.totals: dict[str, float] = {}  # of each term, or of the loss where it has none
-        self.pools = 0
+        self.pools = self.not_finite = 0
         self.repeated = 0.0
         self._heads: list[Tensor] = []
         self._teacher: list[Tensor] = []
@@ -52,13 +56,19 @@ class EvalPools:
         self._teacher.append(vectors[valid])
         while self.left_out >= self.pool_size:
             all_heads, all_teacher = torch.cat(self._heads, dim=1), torch.cat(self._teacher)
-            loss = self.criterion(all_heads[:, : self.pool_size], all_teacher[: self.pool_size])
-            for name, term in (loss if isinstance(loss, dict) else {"": loss}).items():
-                self.totals[name] = self.totals.get(name, 0.0) + term.item()
-            self.pools += 1
-            images = all_teacher[: self.pool_size]
-            self.repeated += repeated(images, torch.ones_like(images[:, 0], dtype=torch.bool)).item()
+            self._compare(all_heads[:, : self.pool_size], all_teacher[: self.pool_size])
             self._heads, self._teacher = [all_heads[:, self.pool_size :]], [all_teacher[self.pool_size :]]
+
+    def _compare(self, heads: Tensor, teacher: Tensor) -> None:
+        loss = self.criterion(heads, teacher)
+        terms = {name: term.item() for name, term in (loss if isinstance(loss, dict) else {"": loss}).items()}
+        if not math.isfinite(sum(terms.values())):  # as in training
+            self.not_finite += 1
+            return
+        for name, term in terms.items():
+            self.totals[name] = self.totals.get(name, 0.0) + term
+        self.pools += 1
+        self.repeated += repeated(teacher, torch.ones_like(teacher[:, 0], dtype=torch.bool)).item()
 
     @property
     def left_out(self) -> int:
@@ -67,10 +77,29 @@ class EvalPools:
 
     def metrics(self) -> dict[str, float]:
         """The mean alignment loss of the pools, and that of each term with a name, if there was a full one, how many
-        samples of a pool show an image that another one shows, and the number of samples left out."""
+        samples of a pool show an image that another one shows, and the number of samples left out. Pools whose loss was
+        NaN or infinite do not count; how many, if any."""
         found: dict[str, float] = {}
         if self.pools:
             found["alignment_loss"] = sum(self.totals.values()) / self.pools
             found["alignment_repeated"] = self.repeated / self.pools
             found |= {f"alignment_loss/{name}": total / self.pools for name, total in self.totals.items() if name}
+        if self.not_finite:
+            found["alignment_not_finite"] = self.not_finite
         return {**found, "alignment_left_out": self.left_out}
+
+
+@contextmanager
+def evaluated(criterion: AlignmentObjective) -> Iterator[None]:
+    """The objective is in evaluation mode inside, and what it keeps beside its parameters is as before afterwards: to
+    look at it must not change training."""
+    was_training = criterion.training
+    kept = [(buffer, buffer.clone()) for buffer in criterion.buffers()]
+    criterion.eval()
+    try:
+        yield
+    finally:
+        criterion.train(was_training)
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)

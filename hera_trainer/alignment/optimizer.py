@@ -73,8 +73,9 @@ class ObjectiveOptimizer:
         self.criterion.zero_grad()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the parameters and Adam's state as safetensors, atomically. Nothing where there are none."""
-        tensors: dict[str, Tensor] = {}
+        """Writes the parameters, Adam's state and the objective's buffers as safetensors, atomically. Nothing where
+        there are none."""
+        tensors = {name: buffer.cpu().contiguous() for name, buffer in self._buffers().items()}
         for name, parameter in self.criterion.named_parameters():
             state = {} if self._adam is None else self._adam.state.get(parameter, {})
             tensors[name] = parameter.detach().cpu().contiguous()
@@ -103,6 +104,14 @@ class ObjectiveOptimizer:
             prefix = f"{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             self._restore(parameter, state)
+        for name, buffer in self._buffers().items():
+            if name in tensors:  # not so in what was saved before they were
+                buffer.copy_(tensors[name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What an objective of one's own keeps beside its parameters, such as a running mean."""
+        parameters = dict(self.criterion.named_parameters())
+        return {name: value for name, value in self.criterion.state_dict().items() if name not in parameters}
 
     @torch.no_grad()
     def load_temperature(self, state: dict[str, Any]) -> None:
@@ -130,6 +139,21 @@ def _warn_of_another_temperature(then: float, now: float) -> None:
         )
 
 
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The parameter groups of an optimizer, as accelerate wraps it or not."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    # transformers keeps an optimizer a parameter for layerwise ones, behind one that does nothing.
+    parts = (getattr(optimizer, "optimizer_dict", None) or {None: optimizer}).values()
+    return [group for part in parts for group in part.param_groups]
+
+
+def note_rates(optimizer: Any) -> None:
+    """Writes down where the groups of an optimizer begin, as most schedules do, for those that do not (on a plateau).
+    It goes with the optimizer's state into checkpoints. To be called before a run's first step."""
+    for group in _groups(optimizer):
+        group.setdefault("initial_lr", group["lr"])
+
+
 def scheduled_rate(learning_rate: float, optimizer: Any) -> float:
     """`learning_rate` after the schedule that the groups of an optimizer follow.
 
@@ -138,13 +162,12 @@ def scheduled_rate(learning_rate: float, optimizer: Any) -> float:
         optimizer ([`~torch.optim.Optimizer`]):
             The model's optimizer, as accelerate wraps it or not. Its groups may begin at rates of their own.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    # transformers keeps an optimizer a parameter for layerwise ones, behind one that does nothing.
-    parts = (getattr(optimizer, "optimizer_dict", None) or {None: optimizer}).values()
-    for group in (group for part in parts for group in part.param_groups):
-        # Schedules write down where a group began; one that does not (on a plateau) began at the optimizer's default,
-        # which DeepSpeed's do not tell.
-        begin = float(group["initial_lr"] if "initial_lr" in group else optimizer.defaults.get("lr", 0.0))
+    defaults = getattr(getattr(optimizer, "optimizer", optimizer), "defaults", {})
+    for group in _groups(optimizer):
+        # What was saved before rates were noted began at the optimizer's default, which DeepSpeed's do not tell.
+        rate, begin = group["lr"], group.get("initial_lr", defaults.get("lr", 0.0))
+        if rate is None or begin is None:  # the optimizer finds its own rates (Adafactor), and follows no schedule
+            return learning_rate
         if begin > 0:
-            return float(group["lr"]) * (learning_rate / begin)
+            return float(rate) * (learning_rate / float(begin))
     return 0.0

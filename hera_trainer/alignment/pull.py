@@ -85,15 +85,21 @@ class Pull:
         squares = torch.stack([pulled, held])
         self._squares = squares if self._squares is None else self._squares + squares
 
-    def before_step(self) -> None:
-        """To be called by all processes after the backward passes of an optimizer step."""
+    def before_step(self, compared: Tensor | bool = True) -> None:
+        """To be called by all processes after the backward passes of an optimizer step.
+
+        Args:
+            compared (`Tensor` or `bool`, *optional*, defaults to `True`):
+                Whether samples were compared in this step. Where too few could be, no loss pulled, and nothing is
+                logged.
+        """
         squares, self._squares = self._squares, None
         if squares is None:  # nothing was pooled here, but all processes add up
             if self.target is None or self.accelerator is None:
                 return
             squares = torch.zeros(2, device=self.accelerator.device)
         # One step that overflowed in fp16 would hide all others from the log.
-        seen = torch.where(squares.isfinite().all(), squares, 0.0)
+        seen = torch.where(squares.isfinite().all() & compared, squares, 0.0)
         self._logged = seen if self._logged is None else self._logged + seen
         if self.target is None:
             return

@@ -63,7 +63,7 @@ _RESUMING = (
     *("latest", "global_step*/*.pt"),
 )
 # Of a run as well, and not worth a word that it stays. The pickled arguments tell folders and `hub_token`.
-_EXPECTED = (trainer.TRAINING_ARGS_NAME, CARD_FILE, f"*{PREFIX_CHECKPOINT_DIR}-*", "runs", ".*", "_*")
+_EXPECTED = (trainer.TRAINING_ARGS_NAME, CARD_FILE, OBJECTIVE_FILE, f"*{PREFIX_CHECKPOINT_DIR}-*", "runs", ".*", "_*")
 
 _STREAMED = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 _SETTINGS = ("*config.json", RUN_FILE, RANKING_FILE, trainer.TRAINER_STATE_NAME, STATE_FILE, "step-*.json")

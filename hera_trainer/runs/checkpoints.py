@@ -192,5 +192,30 @@ def checkpoint_ranking(checkpoint: str | os.PathLike | None, file_name: str) -> 
 
 def saved_step(checkpoint: str | os.PathLike | None) -> int:
     """The step at which a checkpoint was saved; -1 if there is none, or that is not known."""
-    state = None if checkpoint is None else Path(checkpoint, TRAINER_STATE_NAME)
-    return TrainerState.load_from_json(str(state)).global_step if state is not None and state.is_file() else -1
+    state = _saved_state(checkpoint)
+    return -1 if state is None else state.global_step
+
+
+def place_in_stream(checkpoint: str | os.PathLike | None, accumulation: int) -> tuple[int, int] | None:
+    """How often a run had gone through its stream when it saved a checkpoint, and how many micro-batches it had taken
+    of the pass under way. `None` if there is no checkpoint, or that is not known.
+
+    `Trainer` itself takes all passes through a stream for one when it resumes, and would begin the stream anew where a
+    checkpoint is of a later one.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`, *optional*): The checkpoint.
+        accumulation (`int`): Micro-batches of an optimizer step.
+    """
+    state = _saved_state(checkpoint)
+    if state is None or not state.max_steps:
+        return None
+    # An "epoch" of a stream is a pass through it, and all steps of the run its whole length.
+    length = state.max_steps * accumulation
+    passes, taken = divmod(round((state.epoch or 0.0) * length), length)
+    return (passes, taken) if taken or not passes else (passes - 1, length)
+
+
+def _saved_state(checkpoint: str | os.PathLike | None) -> TrainerState | None:
+    path = None if checkpoint is None else Path(checkpoint, TRAINER_STATE_NAME)
+    return TrainerState.load_from_json(str(path)) if path is not None and path.is_file() else None

@@ -195,6 +195,19 @@ def test_pools_keep_no_graph_and_no_values_of_old_pools() -> None:
     assert not any(part.requires_grad for part in pools._heads)
 
 
+def test_pools_that_are_not_finite_are_left_out_and_counted() -> None:
+    """As in training."""
+    criterion, (heads, teacher, mask) = HeRALoss(num_neighbors=3), batch_of(18, 0)
+    heads[0, 7, 0] = torch.inf  # of the second of three pools
+    pools = EvalPools(criterion, pool_size=6)
+    pools.add(heads, teacher, mask)
+    parts = [slice(0, 6), slice(12, 18)]
+    expected = sum(criterion(heads[:, part], teacher.vectors[part]).item() for part in parts) / 2
+    found = pools.metrics()
+    assert found["alignment_loss"] == pytest.approx(expected, rel=1e-6) and found["alignment_not_finite"] == 1
+    assert pools.left_out == 0
+
+
 # --- What is logged --------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from runs import config, logged, trainer
 from safetensors.torch import load_file
 from tiny import build_vlm, image_dataset, save_vlm, sft_args
 from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers.optimization import Adafactor, AdafactorSchedule
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 
-from hera_trainer import HeRATrainer
+from hera_trainer import HeRALoss, HeRATrainer
 from hera_trainer.alignment.alignment import OBJECTIVE_FILE
-from hera_trainer.alignment.optimizer import scheduled_rate
+from hera_trainer.alignment.optimizer import ObjectiveOptimizer, scheduled_rate
 from hera_trainer.hub.files import publishable_files
 
 STEPS, RATE, WARMUP = 5, 1e-2, 2
@@ -143,6 +145,54 @@ def test_rate_on_a_plateau():
     assert scheduled_rate(0.2, optimizer) == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau", "greedy"])
+def test_rate_beside_groups_with_rates_of_their_own(tmp_path, schedule):
+    """As in the first step, so in a run that goes on."""
+
+    class Own(HeRATrainer):
+        rates: ClassVar[list[float]] = []
+
+        def create_optimizer(self, *args, **kwargs):
+            first, *rest = (p for p in self.model.parameters() if p.requires_grad)
+            groups = [{"params": [first], "lr": 1e-5}, {"params": rest}]
+            self.optimizer = torch.optim.AdamW(groups, lr=1e-3)
+            return self.optimizer
+
+        def training_step(self, *args, **kwargs):
+            for group in self.optimizer.param_groups:  # as if it had come so far
+                group["lr"] *= 0.5
+            return super().training_step(*args, **kwargs)
+
+    settings = {"lr_scheduler_type": schedule, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1}
+    if schedule != "linear":
+        settings |= {"eval_strategy": "steps", "eval_steps": 9, "eval_dataset": image_dataset(n=6, with_features=8)}
+    settings |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 6}
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ObjectiveOptimizer, "step", lambda self, learning_rate: taken.append(learning_rate))
+        trainer(tmp_path, trainer_class=Own, max_steps=2, **settings).train()
+        whole = list(taken)
+        trainer(tmp_path, trainer_class=Own, max_steps=2, **settings).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+    assert whole[0] == pytest.approx(5e-4)
+    if schedule != "greedy":  # which sets rates of its own where it goes on
+        assert taken[2:] == pytest.approx(whole[1:])
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_beside_an_optimizer_that_finds_its_own_rates(tmp_path, learned):
+    class Own(HeRATrainer):
+        def create_optimizer_and_scheduler(self, num_training_steps):
+            self.optimizer = Adafactor(self.model.parameters(), lr=None, relative_step=True)
+            self.lr_scheduler = AdafactorSchedule(self.optimizer)
+
+    run = trainer(tmp_path, trainer_class=Own, max_steps=1, learning_rate=RATE, learn_temperature=learned)
+    run.train()
+    moved = math.log(run.criterion.temperature) - math.log(0.3)
+    assert abs(moved) == pytest.approx(RATE if learned else 0.0, rel=1e-3, abs=1e-6)
+
+
 class TestResumeAcrossSettings:
     """The optimizer's parameter groups are those of SFTTrainer, whatever is aligned."""
 
@@ -202,6 +252,24 @@ def test_saved_without_the_optimizer_too(tmp_path):
     assert second.criterion.log_temperature.item() == state["log_temperature"]
 
 
+def test_saved_beside_the_result_for_those_who_evaluate_it_later(tmp_path, caplog):
+    rows = image_dataset(n=12, seed=1, with_features=8)
+    settings = {"save_strategy": "no", "learning_rate": 1e-2, "aligned_heads": ["L0H1", "L1H2"]}
+    run = trainer(tmp_path, eval_dataset=rows, max_steps=3, **settings)
+    run.train()
+    trained = run.evaluate()["eval_alignment_loss"]
+    run.save_model()
+    later = trainer(tmp_path, eval_dataset=rows, **settings)
+    later.model.load_state_dict(run.model.state_dict())
+    assert later.evaluate()["eval_alignment_loss"] != pytest.approx(trained, abs=1e-6)
+    assert f"they are taken by `trainer.alignment.load_objective({str(tmp_path)!r})`" in caplog.text
+    later.alignment.load_objective(str(tmp_path))
+    assert later.criterion.log_temperature.item() == run.criterion.log_temperature.item() != math.log(0.3)
+    assert later.evaluate()["eval_alignment_loss"] == trained
+    trainer(tmp_path, max_steps=1, learn_temperature=False, **settings).train()  # it must not pass for this run's
+    assert not (tmp_path / OBJECTIVE_FILE).exists() and len(list(tmp_path.glob("hera_objective*"))) == 1
+
+
 # --- Other parameters than the temperature ---------------------------------------------------------------------------
 
 
@@ -250,6 +318,41 @@ def test_a_resumed_run_goes_on_with_its_projectors(tmp_path):
     pairs = zip(whole.criterion.named_parameters(), resumed.criterion.named_parameters(), strict=True)
     for (name, a), (_, b) in pairs:
         assert torch.equal(a, b), name
+
+
+class RunningMean(HeRALoss):
+    """An objective that keeps something beside its parameters: here the mean of the teacher's vectors so far."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, heads, teacher, valid=None, queue=None):
+        with torch.no_grad():
+            self.mean.lerp_(teacher.mean(0), 0.5)
+            self.seen += 1
+        return super().forward(heads, teacher - self.mean, valid, queue)
+
+
+def test_what_an_objective_keeps_goes_on_and_is_not_changed_by_evaluation(tmp_path):
+    class Own(HeRATrainer):
+        def create_criterion(self):
+            return RunningMean(num_neighbors=3)
+
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "logging_steps": 1, "trainer_class": Own}
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    assert whole.criterion.seen == 6
+    resumed = trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(resumed.criterion.mean, whole.criterion.mean) and resumed.criterion.seen == 6
+    assert logged(resumed, "alignment_loss") == logged(whole, "alignment_loss")
+    rows = image_dataset(n=12, seed=1, with_features=8)
+    watched = trainer(tmp_path, eval_dataset=rows, eval_strategy="steps", eval_steps=1, **settings)
+    watched.train()
+    assert logged(watched, "eval_alignment_loss") and watched.criterion.seen == 6
+    assert logged(watched, "alignment_loss") == logged(whole, "alignment_loss")
 
 
 def test_a_checkpoint_of_another_objective_is_refused(tmp_path):

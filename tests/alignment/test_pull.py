@@ -212,6 +212,18 @@ def test_a_step_that_overflowed_hides_no_other():
     assert pull.metrics(pull.take_logged(torch.device("cpu")))["alignment_pull"] == pytest.approx(0.5)
 
 
+def test_steps_in_which_nothing_was_compared_are_left_out(tmp_path, caplog):
+    """A queue that is filling: there is no pull to log, and none to warn of."""
+    settings = {"max_steps": 4, "logging_steps": 1, "queue_size": 12, "num_neighbors": 4}
+    run = make_trainer(tmp_path, "llava", (4, 1), lora_config(), **settings)
+    run.train()
+    steps = [entry for entry in run.state.log_history if "lm_loss" in entry]
+    pulls = [entry.get("alignment_pull") for entry in steps]
+    assert [entry["alignment_skipped"] for entry in steps] == [1.0, 0.0, 0.0, 0.0]
+    assert pulls[0] is None and all(pulls[1:])
+    assert f"pulls at the aligned heads with {pulls[1]:.2g} of the strength" in caplog.text
+
+
 def test_processes_that_pooled_nothing_add_up_too():
     """Otherwise the others would wait for them, or add up what belongs to something else."""
 

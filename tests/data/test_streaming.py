@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig
+from runs import logged
 from streams import HEADS, assert_same_run, build, count_images, logs, rows_of_all_kinds, watched_vectors
 from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
 from tiny_teachers import PATCH, TOWER, randomize
@@ -226,6 +228,29 @@ def test_evaluation_equals_that_on_rows_in_memory(tmp_path, teacher, trained_on)
 
 
 # --- Resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_in_the_pass_through_its_stream_where_it_was(tmp_path):
+    """24 rows, shuffled anew in each pass, are three steps: the sixth is the last of the second pass, the seventh the
+    first of the third. A run that has come to its end can be made longer."""
+
+    def run(folder: str, resume: str | None = None, max_steps: int = 8) -> HeRATrainer:
+        stream = image_dataset(n=24, with_features=8).to_iterable_dataset().shuffle(seed=3, buffer_size=10)
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": max_steps, "lr_scheduler_type": "constant"}
+        result = build(tmp_path / folder, stream, aligned_heads=HEADS, **settings)
+        result.train(resume_from_checkpoint=resume and str(tmp_path / "whole" / resume))
+        return result
+
+    whole = run("whole")
+    for step in (2, 5, 6, 7):
+        resumed = run(f"from {step}", f"checkpoint-{step}")
+        assert_same_run(resumed, whole)
+        assert logged(resumed, "epoch") == logged(whole, "epoch")
+    short = run("short", max_steps=2)
+    shutil.copytree(tmp_path / "short" / "checkpoint-2", tmp_path / "whole" / "of the short one")
+    resumed = run("long", "of the short one")
+    assert_same_run(resumed, whole)
+    assert short.state.epoch == 1.0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

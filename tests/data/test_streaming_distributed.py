@@ -53,6 +53,15 @@ def test_a_stream_of_several_files_is_divided_by_files(ranks, folder, tmp_path):
     assert_same(ranks, expected, "shards")
 
 
+def test_a_process_without_rows_ends_the_pass_for_all(ranks):
+    """Steps four and five are those of a second pass, as the first two of the first."""
+    for rank in ranks:
+        steps = rank["uneven"]["logs"]
+        assert [pool for *_, pool, _, _ in steps] == [8] * 5
+    first, second = (rank["uneven"]["weights"] for rank in ranks)
+    assert first == second
+
+
 def test_each_process_encodes_its_part(ranks, expected):
     """Of the images of the ranking, beside the one that shows the width, and of those of training and evaluation."""
     ranking, later = zip(*(rank["workers 0"]["images"] for rank in ranks), strict=True)

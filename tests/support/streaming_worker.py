@@ -5,6 +5,7 @@ As a script: `python -m torch.distributed.run --nproc_per_node 2 streaming_worke
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -30,7 +31,13 @@ class Weights(TrainerCallback):
 
 
 def run(
-    folder: Path, teacher: str, dataset: IterableDataset, processes: int, workers: int = 0, ranked: int = 14
+    folder: Path,
+    teacher: str,
+    dataset: IterableDataset,
+    processes: int,
+    workers: int = 0,
+    ranked: int = 14,
+    steps: int = 2,
 ) -> dict[str, Any]:
     """A whole run, its ranking and an evaluation; what this process knows of it."""
     passes: list[int] = []
@@ -39,7 +46,7 @@ def run(
     model, processor = build_vlm("llava")
     args = HeRAConfig(
         **sft_args(folder / "out", dataloader_num_workers=workers),
-        max_steps=2,
+        max_steps=steps,
         per_device_train_batch_size=STEP // 2 // processes,
         per_device_eval_batch_size=4 // processes,
         gradient_accumulation_steps=2,
@@ -74,6 +81,7 @@ def run(
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # what the libraries hold is no garbage, for which each training looks
     state = PartialState(cpu=True)
     teacher = folder / "teacher"
     if state.is_main_process:
@@ -84,6 +92,9 @@ def main(folder: Path) -> None:
     for workers in (0, 1):
         known[f"workers {workers}"] = run(folder, str(teacher), rows.to_iterable_dataset(), 2, workers)
     known["shards"] = run(folder, str(teacher), rows.to_iterable_dataset(num_shards=2), 2, ranked=30)
+    # After three steps, one process has a row left, and the other none.
+    uneven = image_dataset(n=25).to_iterable_dataset(num_shards=2)
+    known["uneven"] = run(folder, str(teacher), uneven, 2, steps=5)
     # Another order of rows in each process.
     shuffled = rows.to_iterable_dataset().shuffle(seed=state.process_index, buffer_size=24)
     try:

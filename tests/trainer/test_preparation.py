@@ -186,6 +186,7 @@ def test_evaluating_a_finished_run(tmp_path, caplog):
     caplog.clear()
     frozen(aligned).evaluate()
     assert "with the objective's parameters (such as the temperature) that a run begins with" in caplog.text
+    assert "they are in its checkpoints alone" in caplog.text
     trainer(tmp_path, eval_dataset=rows, alignment_weight=0.0).evaluate()
     assert "is measured at the heads" not in caplog.text
     with pytest.raises(ValueError, match="No trainable parameter"):
