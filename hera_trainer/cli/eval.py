@@ -286,14 +286,14 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
 def _without_splits(dataset: str) -> tuple[str, str]:
     """Data without splits, such as the one data file of a folder, and what its rows are called as a split. Of data with
     splits nobody should score the training part by mistake."""
-    from .paths import FILE_FORMATS, local_path
+    from .paths import data_files, local_path
 
     path = Path(local_path(dataset))
     if path.is_file() or (path.is_dir() and (path / "state.json").is_file()):
         return dataset, "train"
-    files = sorted(str(file) for file in (path.iterdir() if path.is_dir() else ()) if file.suffix in FILE_FORMATS)
-    if len(files) == 1 and Path(files[0]).stem != "metadata":  # which names the images of a folder of images
-        return files[0], "train"
+    files = data_files(path) if path.is_dir() else []
+    if len(files) == 1:
+        return str(files[0]), "train"
     named = f", or name one of its files: {', '.join(f'`--dataset {file}`' for file in files)}" if files else ""
     raise ValueError(f"Say which split of {dataset!r} to evaluate on, such as `--split test`{named}.")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,19 +146,23 @@ def with_turns(dataset: Dataset, caption_column: str | None) -> tuple[Dataset, s
     return (dataset if name == caption_column else dataset.rename_column(caption_column, name)), None
 
 
-def with_text_column(dataset: Dataset, caption_column: str | None, context: str) -> Dataset:
+def with_text_column(dataset: Dataset, caption_column: str | None, context: str, processor: Any) -> Dataset:
     """The data set with its texts under a name by which they are looked for.
 
     Args:
         dataset ([`~datasets.Dataset`]): Images with texts.
         caption_column (`str`, *optional*): See [`with_image_column`].
         context (`str`): `"text"`, or `"image"`: then captions become answers.
+        processor: The model's, which tells placeholders from words.
     """
     if caption_column is None and {"completion", "messages"} & set(dataset.column_names):
         return dataset
     column = caption_column or "text"
     others = [name for name in ("prompt", *_TEXT_COLUMNS) if name in dataset.column_names and name != column]
-    make = _as_answer if context == "image" else _as_text
+    from ..heads.text import special_tokens
+
+    special = special_tokens(getattr(processor, "tokenizer", processor))
+    make = partial(_as_answer, special=special) if context == "image" else _as_text
     return dataset.map(
         make,
         batched=True,
@@ -175,9 +181,11 @@ def _as_text(captions: list[Any]) -> dict[str, list[Any]]:
     return {"text": [_first(caption) for caption in captions]}
 
 
-def _as_answer(captions: list[Any]) -> dict[str, list[Any]]:
+def _as_answer(captions: list[Any], special: re.Pattern[str] | None) -> dict[str, list[Any]]:
+    from ..heads.text import words
+
     question = {"role": "user", "content": CAPTION_QUESTION}
-    answers = [{"role": "assistant", "content": _first(caption) or ""} for caption in captions]
+    answers = [{"role": "assistant", "content": words(_first(caption) or "", special)} for caption in captions]
     return {"prompt": [[question] for _ in captions], "completion": [[answer] for answer in answers]}
 
 
@@ -270,7 +278,7 @@ def main(arguments: Sequence[str]) -> None:
     if not brings_vectors:
         rows = cached_teacher_features(rows, teacher) or rows  # of all rows, as `hera encode` leaves them
     rows, captions = with_turns(rows, args.caption_column)
-    rows = with_text_column(draw(rows, args.num_samples, args.seed, captions), captions, args.context)
+    rows = draw(rows, args.num_samples, args.seed, captions)
     rows = add_teacher_features(rows, teacher, batch_size=args.teacher_batch_size)
     model, processor = load_model(
         args.model,
@@ -280,6 +288,7 @@ def main(arguments: Sequence[str]) -> None:
         device=args.device,
         base_model=args.base_model,
     )
+    rows = with_text_column(rows, captions, args.context, processor)
     units = len(get_head_accessor(model).units(args.granularity))
     if args.m > units:
         raise ValueError(f"--m {args.m} exceeds the {units} {args.granularity}s of this model.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from ..teacher.image_sources import IMAGE_COLUMNS, written_image
-from .paths import FILE_FORMATS, local_path
+from .paths import FILE_FORMATS, data_files, local_path
+
+# In the names of files that are no training data, as `datasets` reads them.
+_OTHER_SPLITS = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|val|valid|validation|dev)(?![a-z])", re.I)
 
 
 def load_rows(
@@ -79,28 +83,58 @@ def open_rows(
         rows = rows.to_iterable_dataset() if streaming else rows
     else:
         if os.path.isfile(path):
-            if not os.path.getsize(path):
-                raise ValueError(f"The data file {path!r} is empty.")
-            builder["data_files"] = path
-            path = _format_of(path)
-        elif (part := re.fullmatch(r"(\w+)(\[.*\])?", split)) and config is None and not builder:
-            # Where its images lie beside `test.jsonl`, `datasets` would take the folder for one of images alone.
-            files = [file.name for file in Path(path).glob(f"{part[1]}.*") if file.suffix in FILE_FORMATS]
-            builder = {"data_files": {part[1]: files[0]}} if len(files) == 1 else {}
+            path, builder = _of_file(Path(path), "train", builder)
+        elif os.path.isdir(path) and config is None and not builder:
+            path, builder = _of_folder(Path(path), split)
         try:
             rows = datasets.load_dataset(path, name=config, split=split, streaming=streaming, **builder)
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"The data set {os.fspath(dataset)!r} can't be read: {_root_cause(error)}") from error
+        if os.path.isdir(name):
+            _check_not_images_alone(rows, folder)
     if os.path.exists(name):  # by which the record of a run calls it; `datasets` says "json"
         rows.info.dataset_name = Path(name).absolute().name
     return with_images(rows, folder, image_columns)
 
 
-def _format_of(path: str) -> str:
-    suffix = Path(path).suffix.lower()
+def _of_file(file: Path, split: str, builder: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What to ask `datasets.load_dataset` for, to read a file as a split."""
+    if not file.stat().st_size:
+        raise ValueError(f"The data file {str(file)!r} is empty.")
+    suffix = file.suffix.lower()
     if suffix not in FILE_FORMATS:
-        raise ValueError(f"Data files end in one of {', '.join(FILE_FORMATS)}, not in {suffix!r}: {path!r}.")
-    return FILE_FORMATS[suffix]
+        raise ValueError(f"Data files end in one of {', '.join(FILE_FORMATS)}, not in {suffix!r}: {str(file)!r}.")
+    pattern = glob.escape(str(file.absolute()))  # it would take another file where the name has brackets
+    return FILE_FORMATS[suffix], {**builder, "data_files": {split: pattern}}
+
+
+def _of_folder(folder: Path, split: str) -> tuple[str, dict[str, Any]]:
+    """The same of a folder: of its file for the split, or of its only one. Where images lie beside it, `datasets` would
+    take the folder for one of images alone."""
+    if part := re.fullmatch(r"(\w+)(\[.*\])?", split):
+        files = [file for file in data_files(folder) if file.stem == part[1]]
+        if not files and part[1] == "train":
+            files = [file for file in data_files(folder) if not _OTHER_SPLITS.search(file.stem)]
+            files = [] if any(data_files(inner) for inner in folder.iterdir() if inner.is_dir()) else files
+        if len(files) == 1:
+            return _of_file(files[0], part[1], {})
+    if glob.has_magic(str(folder)):
+        raise ValueError(
+            f"{str(folder)!r} has a sign in its path that stands for others (`[`, `]`, `*`, `?`), which `datasets` "
+            "cannot read a folder by. Rename it, or name one data file in it."
+        )
+    return str(folder), {}
+
+
+def _check_not_images_alone(rows: Any, folder: Path) -> None:
+    """Refuses the images of a folder without the data files that lie beside them."""
+    files = data_files(folder) if rows.info.builder_name == "imagefolder" else []
+    if files and not any(folder.rglob("metadata.*")):
+        names = ", ".join(f"`{file.name}`" for file in files)
+        raise ValueError(
+            f"{str(folder)!r} has images and beside them {names}. Name the data file, in whose columns `image` or "
+            "`images` are paths, or call it `metadata`, with the images' names in its column `file_name`."
+        )
 
 
 def _part(stored: Dataset | datasets.DatasetDict, split: str) -> Dataset:

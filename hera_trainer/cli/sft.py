@@ -19,6 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, T
 
 from ..config import HeRAConfig
 from ..runs.checkpoints import checkpoints_in, is_complete
+from .paths import local_path
 
 _NEWEST = "newest"
 # Variables that libraries read when they are imported: places of caches, and whether there is a network.
@@ -190,6 +191,8 @@ def check(options: argparse.Namespace) -> None:
             "Name the data once: --dataset_name (a name on the Hub, a folder or a file), or `datasets` in the file of "
             "--config."
         )
+    for name in ("model_name_or_path", "teacher_model_name_or_path"):
+        local_path(getattr(options, name))  # says so if there is no such folder
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(options, name) and not options.use_peft:
             raise ValueError(f"Quantized weights can't be trained: --{name} needs an adapter, --use_peft.")

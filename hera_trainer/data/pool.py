@@ -113,6 +113,22 @@ def skipped_share(pool: int, least: int, usable: int, rows: int, is_stream: bool
     return sum(ways) / comb(rows, few)
 
 
+def _share_of_epoch(args: HeRAConfig, pool: int, least: int, usable: int, rows: int, skipped: float) -> float:
+    """Share of the optimizer steps that go without alignment, with the last of an epoch, which may be shorter.
+
+    Args:
+        args ([`HeRAConfig`]): The settings.
+        pool, least, usable, rows (`int`): See [`skipped_share`].
+        skipped (`float`): The share of whole steps.
+    """
+    steps, last = divmod(rows, pool)
+    if args.dataloader_drop_last:
+        last -= last % (args.per_device_train_batch_size * args.num_process_batches)
+    if not last or 0 < args.max_steps <= steps:
+        return skipped
+    return (steps * skipped + skipped_share(last, least, usable, rows, is_stream=False)) / (steps + 1)
+
+
 def check_expected_pool(args: HeRAConfig, counts: RowCounts) -> None:
     """Says how many rows have images and labels and how many samples of a pool can be expected to take part, and
     refuses data of which so few can that most pools would be skipped: that would be plain fine-tuning.
@@ -131,9 +147,10 @@ def check_expected_pool(args: HeRAConfig, counts: RowCounts) -> None:
     pool, least = args.pool_size(), max(1, args.least_samples() - args.queue_size)
     skipped = skipped_share(pool, least, usable, rows, is_stream)
     queue = f", beside {args.queue_size} past ones," if args.queue_size else ""
+    share = skipped if is_stream or not whole_step else _share_of_epoch(args, pool, least, usable, rows, skipped)
     expected = (
         f"{counts} Of the {pool} samples compared, {pool * usable / rows:.1f}{queue} are expected to take part in the "
-        f"alignment loss, and {skipped:.1%} of the {'optimizer steps' if whole_step else 'micro-batches'} to go "
+        f"alignment loss, and {share:.1%} of the {'optimizer steps' if whole_step else 'micro-batches'} to go "
         "without it."
     )
     if skipped <= _MOST:

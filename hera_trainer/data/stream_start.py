@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..common.processes import Team
-from ..heads.text import TextColumns, answer_text, text_tokens
+from ..heads.text import TextColumns, TextTokens, answer_text
 from ..teacher.column import TEACHER_COLUMN
 from .collator import ROW_PLACE
 from .streaming import (
@@ -169,7 +169,7 @@ class _Draw:
     ) -> None:
         self.texts: list[str] = []
         self.columns = columns
-        self._tokenizer = tokenizer
+        self._tokens = TextTokens(tokenizer)
         self._teacher = teacher
         self._prepare = None if teacher is None else ImagePreparer(teacher.teacher.image_processor)
         self._team = team
@@ -183,7 +183,7 @@ class _Draw:
     def add(self, row: dict[str, Any]) -> None:
         """Takes a row if it is usable and its images are new."""
         text = answer_text(row, self.columns)
-        if not text_tokens(self._tokenizer, text)[1].any():
+        if not self._tokens(text)[1].any():
             return
         if self._teacher is None:
             vector = own_vector(row, self._width)

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..config import HeRAConfig
 from ..heads.pooling import pooling_mask
-from ..heads.text import CONVERSATIONS, TextColumns, from_llava
+from ..heads.text import CONVERSATIONS, TextColumns, from_llava, special_tokens, words
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features, rows_with_vectors
 from ..teacher.control import distinct_vectors, permuted_vectors
 from ..teacher.encoder import VisionTeacher, teacher_identity
@@ -278,7 +278,16 @@ class TeacherVectors:
             raise ValueError(f"There is no text to train on.{advice}")
         if ranks_heads:
             columns.required(names - {TEACHER_COLUMN, ROW_PLACE})
-        batch = check_collator(collator, [self._as_trained(row) for row in first])
+        without = _without_placeholder(first, columns, self.tokenizer) if is_theirs else None
+        try:
+            batch = check_collator(collator, [self._as_trained(row) for row in first])
+        except Exception as error:  # whatever the processor raises
+            if without is not None:
+                raise ValueError(without) from error
+            raise
+        placeholders = torch.tensor(list(self.placeholder_ids), dtype=batch["input_ids"].dtype)
+        if without is not None and len(placeholders) and not torch.isin(batch["input_ids"], placeholders).any():
+            raise ValueError(without)
         if ranks_heads and not is_theirs:
             check_ranked_text(batch, first, columns, self.tokenizer, self.placeholder_ids)
 
@@ -406,6 +415,22 @@ class TeacherVectors:
 def _is_theirs(collator: TeacherCollator) -> bool:
     """Whether texts are made by SFTTrainer's collator, as it comes."""
     return type(collator.inner) is DataCollatorForVisionLanguageModeling
+
+
+def _without_placeholder(rows: list[dict[str, Any]], columns: TextColumns, tokenizer: Any) -> str | None:
+    """What to say of plain texts that do not show where the images of their rows belong, if these are such."""
+    special = special_tokens(tokenizer)
+    for row in rows:
+        trained = [name for name in columns.trained(row) if name in row]
+        texts = [row[name] for name in trained]
+        is_plain = bool(texts) and all(isinstance(text, str) for text in texts)
+        if is_plain and all(words(text, special) == text for text in texts) and stored_images(row):
+            return (
+                f"Column `{trained[-1]}` holds plain texts without the placeholder of an image, and SFTTrainer writes "
+                'it into turns alone. Make turns of them, in columns `prompt` and `completion` (docs/data.md, "A '
+                'folder of images with captions").'
+            )
+    return None
 
 
 def _check_control(rows: Any, is_derived: bool) -> None:

@@ -24,6 +24,7 @@ from ..teacher.image_sources import (
     written_image,
 )
 from ..teacher.json_columns import decoded_json, is_list, may_hold_turns
+from ..teacher.tables import stored_rows
 
 PROMPT_COLUMNS = ("messages", "prompt", "question", "query", "text")
 ANSWER_COLUMNS = ("answer", "answers", "label", "completion", "messages")
@@ -207,8 +208,7 @@ def _check_prompts(dataset: datasets.Dataset, column: str) -> None:
             f"Column `{column}` holds {feature}, and no questions: these are texts, or lists of turns with `role` and "
             "`content`. Name another column with `--prompt-column`, or make one with `dataset.map`."
         )
-    is_null = dataset.data.column(column).is_null().to_numpy()
-    rows = is_null if dataset._indices is None else is_null[dataset._indices.column(0).to_numpy()]
+    rows = dataset.data.column(column).is_null().to_numpy()[stored_rows(dataset)]
     if rows.any():
         raise ValueError(
             f"Row {int(rows.argmax())} has no question: column `{column}` is null. Leave such rows out "

@@ -145,7 +145,7 @@ def run_text(
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Runs the text decoder on each text alone, given as [`~heads.text.text_tokens`] gives it."""
+    """Runs the text decoder on each text alone, given as [`~heads.text.TextTokens`] gives it."""
     device = observer.device
     for batch in observer.batches([len(ids) for ids, _ in encoded], batch_size, progress):
         ids = nn.utils.rnn.pad_sequence([encoded[i][0] for i in batch], batch_first=True).to(device)

@@ -15,7 +15,24 @@ from transformers import PreTrainedTokenizerBase
 from ..teacher.column import TEACHER_COLUMN, check_teacher_features
 from ..teacher.encoder import VisionTeacher
 from ..teacher.vectors import add_teacher_features
-from .text import TextColumns, answer_text, text_tokens
+from .text import TextColumns, TextTokens, answer_text
+
+
+class TooFewSamplesError(ValueError):
+    """There are too few samples to find neighbours among.
+
+    Args:
+        found (`int`): Samples with distinct images and an answer.
+        k (`int`): Neighbours.
+    """
+
+    def __init__(self, found: int, k: int) -> None:
+        self.found = found
+        super().__init__(
+            f"Heads can be ranked on {found} samples with distinct images and an answer text only, but {k + 2} are "
+            f"needed for {k} neighbours. Use more data, a smaller `num_neighbors`, or choose heads with "
+            "`aligned_heads` or `head_ranking_path`."
+        )
 
 
 @dataclass
@@ -25,7 +42,7 @@ class Samples:
     Args:
         indices (`list[int]`): Their rows.
         tokens (list of `tuple[Tensor, Tensor]`):
-            Token ids of each text and which of them are pooled, as [`~heads.text.text_tokens`] gives them.
+            Token ids of each text and which of them are pooled, as [`~heads.text.TextTokens`] gives them.
         teacher (`Tensor` of shape `[N, d_teacher]`): Their teacher vectors.
         seed (`int`): Seed of the draw.
     """
@@ -67,6 +84,7 @@ def draw_samples(
     check_teacher_features(dataset)
     column = TextColumns(named=text_column).required(dataset.column_names)
     table = dataset.with_format(None).select_columns([TEACHER_COLUMN, column])  # images are not decoded
+    text_tokens = TextTokens(tokenizer)
     indices, texts, tokens, vectors, images = [], set(), [], [], set()
     for index in np.random.default_rng(seed).permutation(len(table)).tolist():
         row = table[index]
@@ -75,7 +93,7 @@ def draw_samples(
             continue
         image = np.asarray(vector, dtype=np.float32)  # equal images have equal vectors
         text = answer_text(row, TextColumns(named=column))
-        encoded = text_tokens(tokenizer, text)
+        encoded = text_tokens(text)
         if image.tobytes() in images or not encoded[1].any():
             continue
         images.add(image.tobytes())
@@ -86,11 +104,7 @@ def draw_samples(
         if len(indices) == num_samples:
             break
     if len(indices) < k + 2:
-        raise ValueError(
-            f"Heads can be ranked on {len(indices)} samples with distinct images and an answer text only, but "
-            f"{k + 2} are needed for {k} neighbours. Use more data, a smaller `num_neighbors`, or choose heads with "
-            "`aligned_heads` or `head_ranking_path`."
-        )
+        raise TooFewSamplesError(len(indices), k)
     if len(texts) < len(indices) // 2:
         warnings.warn(
             f"The {len(indices)} samples on which attention heads are ranked have only {len(texts)} different texts, "

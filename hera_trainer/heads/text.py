@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,15 +48,41 @@ def _content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
     return "".join(part.get("text") or "" for part in content)
 
 
-def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Tensor, Tensor]:
-    """Token ids of a text with the tokenizer's special tokens, and which of them are the text's own.
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What finds the special tokens that are written in a text; `None` if the tokenizer has none."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    contents = sorted((token.content for token in added if token.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, contents))) if contents else None
 
-    Returns:
-        `tuple` of a `LongTensor` and a `BoolTensor`, both of shape `[T]`.
+
+def words(text: str, special: re.Pattern[str] | None) -> str:
+    """A text without the special tokens that are written in it, if any: the placeholder of an image, which plain
+    captions have, is no word, and stands for what a text alone does not have."""
+    if special is None or special.search(text) is None:
+        return text
+    return special.sub("", text).strip()
+
+
+class TextTokens:
+    """Makes tokens of the words of texts, without the special tokens that are written in them.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
     """
-    encoded = tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True)
-    special = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
-    return torch.tensor(encoded["input_ids"], dtype=torch.long), ~special
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._special = special_tokens(tokenizer)
+
+    def __call__(self, text: str) -> tuple[Tensor, Tensor]:
+        """Token ids of a text's words with the special tokens that the tokenizer adds, and which of them are words.
+
+        Returns:
+            `tuple` of a `LongTensor` and a `BoolTensor`, both of shape `[T]`.
+        """
+        encoded = self._tokenizer(words(text, self._special), add_special_tokens=True, return_special_tokens_mask=True)
+        special = torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool)
+        return torch.tensor(encoded["input_ids"], dtype=torch.long), ~special
 
 
 CONVERSATIONS = ("messages", "prompt", "completion")

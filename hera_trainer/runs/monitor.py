@@ -26,7 +26,7 @@ from ..heads.modes import evaluating
 from ..heads.rank import rank_heads
 from ..heads.ranking import HeadRanking
 from ..heads.registry import get_head_accessor, unwrap_model
-from ..heads.samples import draw_samples
+from ..heads.samples import TooFewSamplesError, draw_samples
 from ..objectives.similarity import comparison
 from ..teacher.column import TEACHER_COLUMN
 from ..teacher.encoder import VisionTeacher
@@ -169,6 +169,8 @@ class AlignmentMonitorCallback(TrainerCallback):
         k = self._neighbors(trainer)
         if self.num_samples < k + 2:
             raise ValueError(f"`num_samples` ({self.num_samples}) must be at least k + 2 = {k + 2}.")
+        if len(rows) < k + 2:
+            raise ValueError(_too_few(f"has {len(rows)} rows", name, k))
         accessor = get_head_accessor(trainer.model)
         if "text" in (self.contexts or ()) and accessor.needs:
             raise ValueError(
@@ -215,14 +217,14 @@ class AlignmentMonitorCallback(TrainerCallback):
         """For each of the samples that are measured, whose images it gets."""
         trainer = self._trainer
         processor = self.processing_class or trainer.processing_class
-        indices = draw_samples(
-            self._rows,
-            getattr(processor, "tokenizer", processor),
-            self._neighbors(trainer),
-            self.num_samples,
-            trainer.args.seed,
-            self._text_column,
-        ).indices
+        tokenizer, k = getattr(processor, "tokenizer", processor), self._neighbors(trainer)
+        try:
+            samples = draw_samples(self._rows, tokenizer, k, self.num_samples, trainer.args.seed, self._text_column)
+        except TooFewSamplesError as error:
+            name = "eval_dataset" if self.dataset is None else "dataset"
+            found = f"has {error.found} with distinct images and an answer"
+            raise ValueError(_too_few(found, name, k)) from error
+        indices = samples.indices
         shapes = [image_shape(self._read_row(i)) for i in indices]
         others = other_rows(shapes, indices, trainer.args.seed)  # the images of all samples are distinct
         if not any(other is not None for other in others):
@@ -416,6 +418,14 @@ class AlignmentMonitorCallback(TrainerCallback):
 
 
 _WITH_IMAGES = (TensorBoardCallback, TrackioCallback, WandbCallback)
+
+
+def _too_few(found: str, name: str, k: int) -> str:
+    return (
+        f"`AlignmentMonitorCallback` (`monitor_steps`) finds {k} neighbours among at least {k + 2} held-out rows, but "
+        f"`{name}` {found}. Hold out more (of `hera sft`: `--test_split_size`), lower `num_neighbors`, or leave the "
+        "monitor out."
+    )
 
 
 def _give_image(tracker: TrainerCallback, name: str, image: np.ndarray, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 
 import datasets
 import pytest
@@ -86,6 +87,43 @@ def test_fingerprints_stay(stored):
 )
 def test_splits(stored, rows, name, split, expected):
     assert [pixels(row) for row in load_rows(stored / name, split=split)] == [pixels(rows[i]) for i in expected]
+
+
+class TestFolders:
+    """A data file in a folder, with its images beside it, is what the folder is named for."""
+
+    def copy(self, stored, folder, *names):
+        shutil.copytree(stored / "pictures", folder / "pictures")
+        for name in names:
+            shutil.copy(stored / "rows.jsonl", folder / name)
+        return folder
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("names", [["data.jsonl"], ["data.jsonl", "test.jsonl"], ["train.jsonl", "more.jsonl"]])
+    def test_its_data_file(self, stored, rows, tmp_path, names, streaming):
+        folder = self.copy(stored, tmp_path / "a [v2]", *names)
+        loaded = open_rows(folder, split="train", streaming=streaming)
+        assert [pixels(row) for row in loaded] == [pixels(row) for row in rows]
+
+    def test_of_another_split(self, stored, tmp_path):
+        folder = self.copy(stored, tmp_path / "folder", "my_test.jsonl")
+        with pytest.raises(ValueError, match="Unknown split"):
+            load_rows(folder)
+
+    def test_several(self, stored, tmp_path):
+        folder = self.copy(stored, tmp_path / "folder", "one.jsonl", "two.jsonl")
+        with pytest.raises(ValueError, match=r"beside them `one\.jsonl`, `two\.jsonl`\. Name the data file"):
+            load_rows(folder)
+
+    def test_a_name_is_no_pattern(self, stored, rows, tmp_path):
+        (tmp_path / "train1.jsonl").write_text('{"a": "wrong"}\n')
+        self.copy(stored, tmp_path, "train[1].jsonl")
+        assert [pixels(row) for row in load_rows(tmp_path / "train[1].jsonl")] == [pixels(row) for row in rows]
+
+    def test_images_in_a_folder_with_brackets(self, stored, tmp_path):
+        shutil.copytree(stored / "photos", tmp_path / "photos [v2]")
+        with pytest.raises(ValueError, match="Rename it"):
+            load_rows(tmp_path / "photos [v2]")
 
 
 def test_limit_and_columns(stored, rows):

@@ -172,6 +172,10 @@ def test_images_in_context(parts):
     columns = ["--image-column", "photo", "--caption-column", "captions", "--context", "image"]
     captioned = run(parts, parts / "model", parts / "captions.jsonl", *columns)
     assert captioned.context == "image" and captioned.num_samples == ranking.num_samples
+    rows = datasets.load_from_disk(parts / "rows")
+    texts = ["<|image_pad|>" + row["completion"][0]["content"] for row in rows]  # with the placeholder, to train on
+    rows.select_columns(["images"]).add_column("text", texts).save_to_disk(parts / "plain")
+    assert_same(run(parts, parts / "model", parts / "plain", "--context", "image"), captioned)
 
 
 def test_adapter(parts):

@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from hera_trainer.data.batch import pop_teacher
 from hera_trainer.data.collator import TEACHER_COLUMN, TeacherCollator, check_collator
 from hera_trainer.heads.pooling import placeholder_token_ids, pooling_mask
-from hera_trainer.heads.text import answer_text, text_tokens
+from hera_trainer.heads.text import TextTokens, answer_text
 
 # --- Positions that are pooled ---------------------------------------------------------------------------------------
 
@@ -163,21 +163,21 @@ def test_special_tokens_are_fed_but_not_the_texts_own() -> None:
     )
     text = "a red block"
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids, own = text_tokens(tokenizer, text)
+    ids, own = TextTokens(tokenizer)(text)
     assert (ids.dtype, own.dtype) == (torch.long, torch.bool)
     assert ids.tolist() == [bos, *plain, eos]
     assert own.tolist() == [False, *[True] * len(plain), False]
-    ids, own = text_tokens(tokenizer, "")
+    ids, own = TextTokens(tokenizer)("")
     assert (ids.tolist(), own.tolist()) == ([bos, eos], [False, False])
 
 
 @pytest.mark.parametrize("make", [llava_tokenizer, lambda: build_tokenizer(QWEN_TOKENS, pad_token="<|endoftext|>")])
 def test_tokens_of_a_tokenizer_without_special_ones(make: Any) -> None:
     tokenizer: PreTrainedTokenizerFast = make()
-    ids, own = text_tokens(tokenizer, "a red block")
+    ids, own = TextTokens(tokenizer)("a red block")
     assert tokenizer.decode(ids) == "a red block"
     assert own.all() and len(own) == len(ids)
-    assert [part.shape for part in text_tokens(tokenizer, "")] == [(0,), (0,)]
+    assert [part.shape for part in TextTokens(tokenizer)("")] == [(0,), (0,)]
 
 
 # --- Teacher vectors beside the batch --------------------------------------------------------------------------------

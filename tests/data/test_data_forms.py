@@ -302,6 +302,36 @@ def test_rows_without_any_text():
     assert collatable(custom, len) is custom  # not ours to change
 
 
+# Plain captions
+
+
+@pytest.mark.parametrize("columns", [["text"], ["prompt", "completion"]])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_plain_texts_without_a_placeholder(tmp_path, teacher, family, columns):
+    model, processor = build_vlm(family)
+    rows = [{"images": photos(i), **{name: f"red {i}" for name in columns}} for i in range(ROWS)]
+    args = HeRAConfig(**sft_args(tmp_path, teacher_model_name_or_path=teacher, num_neighbors=2))
+    run = HeRATrainer(
+        model, args, train_dataset=of_rows(rows, **dict.fromkeys(columns, Value("string"))), processing_class=processor
+    )
+    with pytest.raises(ValueError, match=f"`{columns[-1]}` holds plain texts without the placeholder of an image"):
+        run.prepare_alignment()
+
+
+def test_a_folder_of_captioned_images_as_the_docs_show(tmp_path, teacher, vector):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"## A folder of images with captions.*?```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "photos").mkdir()
+    lines = ["file_name,text"]
+    for i in range(ROWS):
+        photos(i, 1)[0].save(tmp_path / "photos" / f"{i}.png")
+        lines.append(f"{i}.png,red {i}")
+    (tmp_path / "photos" / "metadata.csv").write_text("\n".join(lines))
+    exec(code.replace('"photos"', repr(str(tmp_path / "photos"))).replace('"data"', repr(str(tmp_path / "data"))), {})
+    expected = {f"red {i}<|im_end|>\n": vector(*photos(i, 1)) for i in range(ROWS)}
+    check(run(tmp_path, teacher, load_rows(tmp_path / "data")), expected)
+
+
 # LLaVA's data
 
 

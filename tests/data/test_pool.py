@@ -116,6 +116,25 @@ def test_what_is_said(tmp_path: Any, every: int, share: str | None, caplog: Any)
     assert f"Of the 24 samples compared, {24 / every:.1f} are expected" in record.message
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "share"),
+    [
+        (30, {}, "50.0%"),  # 24 and 6 rows, of which at least 12 must have an image
+        (30, {"max_steps": 1}, "0.0%"),
+        (30, {"dataloader_drop_last": True}, "50.0%"),  # a micro-batch of 4 is left
+        (26, {"dataloader_drop_last": True}, "0.0%"),
+        (48, {}, "0.0%"),
+    ],
+)
+def test_the_last_step_of_an_epoch_counts(tmp_path: Any, rows: int, settings: Any, share: str, caplog: Any) -> None:
+    settings = {"max_steps": -1, "num_train_epochs": 1, "logging_steps": 1, **settings}
+    run = prepared(tmp_path, one_in(1, rows), gradient_accumulation_steps=6, **settings)
+    run.train()
+    assert f"and {share} of the optimizer steps to go without it" in caplog.text
+    skipped = logged(run, "alignment_skipped")
+    assert f"{sum(skipped) / len(skipped):.1%}" == share
+
+
 def test_tokens_to_pool(tmp_path: Any) -> None:
     """Those of the completions, all rows being looked at; as many as a pass over single rows pools."""
     run = prepared(tmp_path, one_in(1, 30), per_device_train_batch_size=16)

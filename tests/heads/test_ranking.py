@@ -124,6 +124,21 @@ def test_special_tokens_are_fed_but_not_pooled() -> None:
     assert not torch.equal(ranking.scores, without.scores)
 
 
+@pytest.mark.parametrize(
+    ("family", "placeholder"),
+    [("llava", "<image>\n"), ("qwen2_5_vl", "<|vision_start|><|image_pad|><|vision_end|>")],
+)
+def test_placeholders_of_plain_texts_are_not_fed(family: str, placeholder: str) -> None:
+    model, processor = build_vlm(family)
+    dataset = image_dataset(20, with_features=5)
+    captions = dataset.select_columns([TEACHER_COLUMN])
+    plain = captions.add_column("text", [f"{placeholder}{text}" for text in answers(dataset)])
+    with fed_texts(model, processor.tokenizer) as texts:
+        ranking = rank(model, processor, plain)
+    assert sorted(texts) == sorted(answers(dataset))
+    assert torch.equal(ranking.scores, rank(model, processor, dataset).scores)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision(autocast: bool) -> None:
     """Only the model computes in bfloat16 (by its weights or by autocast), never the comparison of its vectors."""

@@ -528,6 +528,14 @@ class TestResuming:
 
 
 class TestRefused:
+    def test_too_few_held_out_rows(self, tmp_path):
+        for rows, found in (
+            (held_out().select(range(3)), "has 3 rows"),
+            (concatenate_datasets([held_out().select([0])] * 9), "has 1 with distinct images and an answer"),
+        ):
+            with pytest.raises(ValueError, match=f"at least 5 held-out rows, but `eval_dataset` {found}"):
+                trainer(tmp_path, monitor_steps=2, eval_dataset=rows).train()
+
     def test_without_evaluation_data(self, tmp_path):
         with pytest.raises(ValueError, match=r"`monitor_steps`.*no `eval_dataset`"):
             trainer(tmp_path, monitor_steps=2)
@@ -549,7 +557,7 @@ class TestRefused:
             trainer(tmp_path, callbacks=[AlignmentMonitorCallback(held_out(), num_samples=4)])
         rows = concatenate_datasets([held_out(4)] * 3)
         run = trainer(tmp_path, callbacks=[AlignmentMonitorCallback(rows)])
-        with pytest.raises(ValueError, match="4 samples with distinct images"):
+        with pytest.raises(ValueError, match="but `dataset` has 4 with distinct images"):
             run.train()
 
     def test_unknown_heads(self, tmp_path):

@@ -75,6 +75,18 @@ def test_what_makes_another_group(tmp_path, changes, same):
     assert len(grouped(runs)) == (1 if same else 2)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_ranking_of_another_run_makes_no_group_of_its_own(tmp_path, same):
+    """The first seed has ranked its heads, and the others take them."""
+    first = write(tmp_path / "a", 0)
+    others = [write(tmp_path / str(seed), seed, seed=seed, head_ranking_path="heads.json") for seed in (1, 2)]
+    if not same:
+        content = json.loads((first / "hera_run.json").read_text())
+        write_json(first / "hera_run.json", {**content, "aligned_heads": ["L0H0"]})
+    runs = [[run.name for run in group.runs] for group in grouped(named([first, *others]))]
+    assert runs == ([["a", "1", "2"]] if same else [["a"], ["1", "2"]])
+
+
 def test_other_models_data_and_adapters_are_other_groups(tmp_path):
     changes = [{}, {"model": "x"}, {"dataset": "x"}, {"adapter": {"r": 8}}, {"rows": 9}, {"hardware": {"processes": 2}}]
     for seed, change in enumerate(changes):

@@ -21,7 +21,8 @@ _BESIDE = re.compile(
 )
 PROCESSES = "hardware: processes"
 _SEEDS = ("seed", "data_seed")
-_NOT_OF_A_PAIR = ("teacher_control", "head_ranking_path")
+_RANKED_BY = ("head_ranking_path",)
+_NOT_OF_A_PAIR = ("teacher_control", *_RANKED_BY)
 _SAVED = ("save_strategy", "save_steps")  # they decide which of the best weights there are
 
 # Told apart by people with any colour vision, in both schemes; from the first again where there are more groups.
@@ -134,11 +135,26 @@ def grouped(runs: Iterable[NamedRun]) -> list[Group]:
             key = f"{key} {run.name}"
         found.setdefault(key, []).append(run)
     groups = []
-    for i, members in enumerate(found.values()):
+    for i, members in enumerate(_with_the_same_heads(found.values())):
         turn, color = divmod(i, len(_COLORS))
         dash = _DASHES.get(members[0].kind, "solid")
         groups.append(Group(members, _COLORS[color], dash, _SYMBOLS[turn % len(_SYMBOLS)]))
     return groups
+
+
+def _with_the_same_heads(found: Iterable[list[NamedRun]]) -> list[list[NamedRun]]:
+    """Runs that differ in nothing but by whom their heads were ranked are of one group, if these are the same: the
+    first of several seeds often ranks for the others."""
+    joined: dict[str, list[NamedRun]] = {}
+    for members in found:
+        heads = {tuple(_heads(run.record)) for run in members}
+        key = f"alone {members[0].name}"
+        if len(heads) == 1 and () not in heads:
+            key = f"{_key(members[0].record, without=(*_SEEDS, *_RANKED_BY))} {heads}"
+            if any(_seeds(run) == _seeds(other) for run in members for other in joined.get(key, ())):
+                key = f"{key} {members[0].name}"
+        joined.setdefault(key, []).extend(members)
+    return list(joined.values())
 
 
 def controls(runs: Sequence[NamedRun]) -> list[tuple[NamedRun, NamedRun]]:
