@@ -264,9 +264,9 @@ class TestTraining:
 class TestLoading:
     """A saved checkpoint through each class that loads it: the right modules are found and heads score the same."""
 
-    @staticmethod
     @pytest.fixture(scope="class")
-    def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    @classmethod
+    def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> str:
         path = tmp_path_factory.mktemp("models")
         model, processor = build_vlm("llava")
         save_vlm("llava", path / "vlm")
