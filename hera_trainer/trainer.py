@@ -516,8 +516,9 @@ class HeRATrainer(SFTTrainer):
             if self._record not in self.callback_handler.callbacks:
                 put_record_aside(str(self.args.output_dir))
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
-            unwritten = {RANKING_FILE: self.head_ranking is None, OBJECTIVE_FILE: not self._trains_objective}
-            leave_out(str(self.args.output_dir), [name for name, is_unwritten in unwritten.items() if is_unwritten])
+            # The objective is saved with the result: until then, there is none of this run.
+            others = [OBJECTIVE_FILE] if checkpoint is None or not self._trains_objective else []
+            leave_out(str(self.args.output_dir), [*others, *([RANKING_FILE] if self.head_ranking is None else [])])
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:

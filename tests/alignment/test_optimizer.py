@@ -266,8 +266,10 @@ def test_saved_beside_the_result_for_those_who_evaluate_it_later(tmp_path, caplo
     later.alignment.load_objective(str(tmp_path))
     assert later.criterion.log_temperature.item() == run.criterion.log_temperature.item() != math.log(0.3)
     assert later.evaluate()["eval_alignment_loss"] == trained
-    trainer(tmp_path, max_steps=1, learn_temperature=False, **settings).train()  # it must not pass for this run's
-    assert not (tmp_path / OBJECTIVE_FILE).exists() and len(list(tmp_path.glob("hera_objective*"))) == 1
+    for number, learned in enumerate([False, True], start=1):  # it must not pass for these runs'
+        run.save_model()
+        trainer(tmp_path, max_steps=1, learn_temperature=learned, **settings).train()
+        assert not (tmp_path / OBJECTIVE_FILE).exists() and len(list(tmp_path.glob("hera_objective*"))) == number
 
 
 # --- Other parameters than the temperature ---------------------------------------------------------------------------
