@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from transformers.utils import CONFIG_NAME, PushInProgress
 from trl import SFTConfig, SFTTrainer
 
-from .alignment.alignment import OBJECTIVE_FILE, STATE_FILE, Alignment
+from .alignment.alignment import OBJECTIVE_FOLDER, STATE_FILE, Alignment
 from .alignment.callback import ObjectiveCallback
 from .alignment.checks import (
     check_arguments,
@@ -307,10 +307,6 @@ class HeRATrainer(SFTTrainer):
         return "none" if self.alignment is None else self.args.teacher_control
 
     @property
-    def _trains_objective(self) -> bool:
-        return self.alignment is not None and self.alignment.trains_objective
-
-    @property
     def _model_type(self) -> str:
         return unwrap_model(self.model).config.model_type
 
@@ -516,8 +512,8 @@ class HeRATrainer(SFTTrainer):
             if self._record not in self.callback_handler.callbacks:
                 put_record_aside(str(self.args.output_dir))
             go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
-            # The objective is saved with the result: until then, there is none of this run.
-            others = [OBJECTIVE_FILE] if checkpoint is None or not self._trains_objective else []
+            # What the objective has learned is saved with the result: until then, there is none of this run.
+            others = [OBJECTIVE_FOLDER] if checkpoint is None else []
             leave_out(str(self.args.output_dir), [*others, *([RANKING_FILE] if self.head_ranking is None else [])])
         self._save_ranking(self.args.output_dir)
 
@@ -548,14 +544,17 @@ class HeRATrainer(SFTTrainer):
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, *args: Any
     ) -> tuple[int, int]:
         begin = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, *args)
-        if self.alignment is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
+        is_one_epoch = steps_per_epoch == max_steps  # so `Trainer` takes a stream, if its loader tells no length
+        if self.alignment is None or has_length(self.train_dataset) or not is_one_epoch or self.args.ignore_data_skip:
             return begin
         return place_in_stream(resume_from_checkpoint, self.args.gradient_accumulation_steps) or begin
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any) -> tuple[list, Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, *args: Any, **kwargs: Any
+    ) -> tuple[list, Any]:
         if self.alignment is not None and not has_length(self.train_dataset):
             epoch_iterator = iter(self._whole_step(epoch_iterator, num_batches))
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         self.teacher_vectors.fill(batches)  # here, so that those batches that resuming skips are never encoded
         if self.alignment is not None:
             self._batches = batches
@@ -577,6 +576,11 @@ class HeRATrainer(SFTTrainer):
         if least == num_batches:
             return batches
         self._has_stream_ended = True
+        if self.state.global_step == 0 and not least:
+            raise ValueError(
+                "The stream gives a process no row to train on. Give it more rows, or as many files as there are "
+                "processes, or fewer data loader workers (`dataloader_num_workers`)."
+            )
         if self.state.global_step == 0:
             raise ValueError(
                 f"The stream gives {least} micro-batches an epoch, fewer than the {num_batches} of an optimizer step. "
@@ -701,8 +705,8 @@ class HeRATrainer(SFTTrainer):
         self.prepare_alignment()
         if self.alignment is None or not is_first:
             return
-        file = OBJECTIVE_FILE if self._trains_objective else None
-        if (advice := other_heads_advice(str(self.args.output_dir), self.alignment.heads, file)) is not None:
+        learned = OBJECTIVE_FOLDER if self.alignment.learns else None
+        if (advice := other_heads_advice(str(self.args.output_dir), self.alignment.heads, learned)) is not None:
             logger.warning(advice)
 
     def evaluation_loop(
@@ -742,8 +746,8 @@ class HeRATrainer(SFTTrainer):
         self._save_ranking(folder)
         if self.args.should_save and folder is not None:
             mark_control(folder, self._control)
-            if self._trains_objective:
-                cast(Alignment, self.alignment).save_objective(folder)
+            if self.alignment is not None and not self._rotates_itself:  # a checkpoint has it beside the optimizer
+                self.alignment.save_objective(folder)
         if self._rotates_itself:  # only now: `training_args.bin` tells the limit that was set
             self.args.save_total_limit = None
         # What pushes and checkpoints save gets its card from them. Here, PEFT has left a blank form.

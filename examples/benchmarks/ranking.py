@@ -29,7 +29,7 @@ from torch import nn
 from hera_trainer import rank_heads
 from hera_trainer.data.collator import TEACHER_COLUMN
 from hera_trainer.heads.registry import get_head_accessor
-from hera_trainer.heads.text import text_tokens
+from hera_trainer.heads.text import TextTokens
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BATCH_SIZE = 16  # the default of `rank_heads`
@@ -62,7 +62,8 @@ def captions(short: list[str], n: int, joined: int) -> list[str]:
 
 def batches(model: nn.Module, tokenizer: Any, texts: list[str], device: str) -> list[dict[str, torch.Tensor]]:
     """The decoder's inputs, batch by batch, as `rank_heads` makes them: longest texts first, padded on the right."""
-    encoded = sorted((text_tokens(tokenizer, text)[0] for text in texts), key=len, reverse=True)
+    tokens = TextTokens(tokenizer)
+    encoded = sorted((tokens(text)[0] for text in texts), key=len, reverse=True)
     made = []
     for start in range(0, len(encoded), BATCH_SIZE):
         ids = encoded[start : start + BATCH_SIZE]

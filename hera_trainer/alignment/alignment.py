@@ -38,6 +38,7 @@ logger = get_logger(__name__)
 
 STATE_FILE = "hera_state.json"
 OBJECTIVE_FILE = "hera_objective.safetensors"
+OBJECTIVE_FOLDER = "hera_objective"  # beside a result, which it lies in
 QUEUE_FILE = "hera_queue.safetensors"
 
 
@@ -149,9 +150,10 @@ class Alignment:
         return [] if self.capture is None else self.capture.heads
 
     @property
-    def trains_objective(self) -> bool:
-        """Whether the objective has parameters of its own that are trained."""
-        return any(parameter.requires_grad for parameter in self.criterion.parameters())
+    def learns(self) -> bool:
+        """Whether the objective changes while it trains: it has trained parameters of its own, or buffers."""
+        parameters, buffers = self.criterion.parameters(), self.criterion.buffers()
+        return any(parameter.requires_grad for parameter in parameters) or next(buffers, None) is not None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -374,13 +376,17 @@ class Alignment:
         checkpoint."""
         state = {"aligned_heads": [str(head) for head in self.heads], "pull": self.pull.state_dict()}
         write_atomically(Path(folder, STATE_FILE), lambda path: path.write_text(json.dumps(state, indent=1)))
-        self.save_objective(folder)
+        self.optimizer.save(Path(folder, OBJECTIVE_FILE))
         if self.contrast.queue is not None:
             self.contrast.queue.save(Path(folder, QUEUE_FILE), self._queue_identity())
 
     def save_objective(self, folder: str | os.PathLike) -> None:
-        """Writes the objective's parameters alone, with what its optimizer knows of them."""
-        self.optimizer.save(Path(folder, OBJECTIVE_FILE))
+        """Writes what the objective has learned beside a result; nothing if it learns nothing. It lies in a folder of
+        its own: what loads a model may read all weights beside it."""
+        if self.learns:
+            path = Path(folder, OBJECTIVE_FOLDER, OBJECTIVE_FILE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.optimizer.save(path)
 
     def load(self, folder: str | os.PathLike) -> None:
         """Takes what `save` wrote; nothing from a checkpoint without it. Warns if other heads were aligned then."""
@@ -403,9 +409,11 @@ class Alignment:
             self._load_queue(self.contrast.queue, queue, state["aligned_heads"])
 
     def load_objective(self, folder: str | os.PathLike) -> None:
-        """Takes the objective's parameters alone, which belong to the weights of the same checkpoint."""
-        if (path := Path(folder, OBJECTIVE_FILE)).is_file():
-            self.optimizer.load(path)
+        """Takes what the objective has learned alone, of a checkpoint or a result, to whose weights it belongs."""
+        for path in (Path(folder, OBJECTIVE_FILE), Path(folder, OBJECTIVE_FOLDER, OBJECTIVE_FILE)):
+            if path.is_file():
+                self.optimizer.load(path)
+                return
 
     def _queue_identity(self) -> dict[str, str]:
         """What samples of the queue depend on, beside the weights of the model."""

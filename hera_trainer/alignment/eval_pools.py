@@ -62,11 +62,12 @@ class EvalPools:
     def _compare(self, heads: Tensor, teacher: Tensor) -> None:
         loss = self.criterion(heads, teacher)
         terms = {name: term.item() for name, term in (loss if isinstance(loss, dict) else {"": loss}).items()}
-        if not math.isfinite(sum(terms.values())):  # as in training
+        is_finite = math.isfinite(sum(terms.values()))  # if not, it is left out as in training
+        for name, term in terms.items():
+            self.totals[name] = self.totals.get(name, 0.0) + (term if is_finite else 0.0)
+        if not is_finite:
             self.not_finite += 1
             return
-        for name, term in terms.items():
-            self.totals[name] = self.totals.get(name, 0.0) + term
         self.pools += 1
         self.repeated += repeated(teacher, torch.ones_like(teacher[:, 0], dtype=torch.bool)).item()
 
@@ -80,10 +81,12 @@ class EvalPools:
         samples of a pool show an image that another one shows, and the number of samples left out. Pools whose loss was
         NaN or infinite do not count; how many, if any."""
         found: dict[str, float] = {}
+        if self.pools or self.not_finite:
+            means = {name: total / self.pools if self.pools else math.nan for name, total in self.totals.items()}
+            found["alignment_loss"] = sum(means.values())
+            found |= {f"alignment_loss/{name}": mean for name, mean in means.items() if name}
         if self.pools:
-            found["alignment_loss"] = sum(self.totals.values()) / self.pools
             found["alignment_repeated"] = self.repeated / self.pools
-            found |= {f"alignment_loss/{name}": total / self.pools for name, total in self.totals.items() if name}
         if self.not_finite:
             found["alignment_not_finite"] = self.not_finite
         return {**found, "alignment_left_out": self.left_out}
@@ -94,12 +97,18 @@ def evaluated(criterion: AlignmentObjective) -> Iterator[None]:
     """The objective is in evaluation mode inside, and what it keeps beside its parameters is as before afterwards: to
     look at it must not change training."""
     was_training = criterion.training
-    kept = [(buffer, buffer.clone()) for buffer in criterion.buffers()]
+    # By name: to keep something is as often to put another tensor in its place as to change it.
+    kept = [
+        (module, {name: _copied(buffer) for name, buffer in module._buffers.items()}) for module in criterion.modules()
+    ]
     criterion.eval()
     try:
         yield
     finally:
         criterion.train(was_training)
-        with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
+        for module, buffers in kept:
+            module._buffers.update(buffers)
+
+
+def _copied(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.detach().clone()

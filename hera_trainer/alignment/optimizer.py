@@ -106,7 +106,8 @@ class ObjectiveOptimizer:
             self._restore(parameter, state)
         for name, buffer in self._buffers().items():
             if name in tensors:  # not so in what was saved before they were
-                buffer.copy_(tensors[name])
+                owner, _, own_name = name.rpartition(".")
+                self.criterion.get_submodule(owner)._buffers[own_name] = tensors[name].to(buffer.device)
 
     def _buffers(self) -> dict[str, Tensor]:
         """What an objective of one's own keeps beside its parameters, such as a running mean."""
@@ -162,12 +163,12 @@ def scheduled_rate(learning_rate: float, optimizer: Any) -> float:
         optimizer ([`~torch.optim.Optimizer`]):
             The model's optimizer, as accelerate wraps it or not. Its groups may begin at rates of their own.
     """
-    defaults = getattr(getattr(optimizer, "optimizer", optimizer), "defaults", {})
+    default = getattr(getattr(optimizer, "optimizer", optimizer), "defaults", {}).get("lr", 0.0)
+    if default is None:  # the optimizer finds its own rates (Adafactor), and follows no schedule
+        return learning_rate
     for group in _groups(optimizer):
         # What was saved before rates were noted began at the optimizer's default, which DeepSpeed's do not tell.
-        rate, begin = group["lr"], group.get("initial_lr", defaults.get("lr", 0.0))
-        if rate is None or begin is None:  # the optimizer finds its own rates (Adafactor), and follows no schedule
-            return learning_rate
+        begin = float(group.get("initial_lr", default))
         if begin > 0:
-            return float(rate) * (learning_rate / float(begin))
+            return float(group["lr"]) * (learning_rate / begin)
     return 0.0

@@ -292,7 +292,7 @@ def _without_splits(dataset: str) -> tuple[str, str]:
     if path.is_file() or (path.is_dir() and (path / "state.json").is_file()):
         return dataset, "train"
     files = data_files(path) if path.is_dir() else []
-    if len(files) == 1:
+    if len(files) == 1 and files[0].stem != "metadata":  # which names the images of a folder of images
         return str(files[0]), "train"
     named = f", or name one of its files: {', '.join(f'`--dataset {file}`' for file in files)}" if files else ""
     raise ValueError(f"Say which split of {dataset!r} to evaluate on, such as `--split test`{named}.")

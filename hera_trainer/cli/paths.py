@@ -7,12 +7,11 @@ from pathlib import Path
 
 # Endings of data files, and the builders of `datasets` that read them.
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-_NO_DATA = ("metadata", "dataset_info", "dataset_infos", "config")  # names of files that describe others
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The data files in a folder, by name; not those that describe what else is in it."""
-    return sorted(file for file in folder.iterdir() if file.suffix in FILE_FORMATS and file.stem not in _NO_DATA)
+    """The files in a folder that may hold data, by name."""
+    return sorted(file for file in folder.iterdir() if file.suffix in FILE_FORMATS)
 
 
 def local_path(path: str | os.PathLike) -> str:

@@ -17,9 +17,6 @@ from datasets import Dataset, IterableDataset
 from ..teacher.image_sources import IMAGE_COLUMNS, written_image
 from .paths import FILE_FORMATS, data_files, local_path
 
-# In the names of files that are no training data, as `datasets` reads them.
-_OTHER_SPLITS = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|val|valid|validation|dev)(?![a-z])", re.I)
-
 
 def load_rows(
     dataset: str | os.PathLike,
@@ -82,16 +79,20 @@ def open_rows(
         rows = _part(datasets.load_from_disk(path), split)
         rows = rows.to_iterable_dataset() if streaming else rows
     else:
+        is_folder = os.path.isdir(path) and config is None and not builder
         if os.path.isfile(path):
             path, builder = _of_file(Path(path), "train", builder)
-        elif os.path.isdir(path) and config is None and not builder:
+        elif is_folder:
             path, builder = _of_folder(Path(path), split)
+        options = {"name": config, "split": split, "streaming": streaming}
         try:
-            rows = datasets.load_dataset(path, name=config, split=split, streaming=streaming, **builder)
+            rows = datasets.load_dataset(path, **options, **builder)
+            is_train = re.fullmatch(r"train(\[.*\])?", split) is not None
+            if is_folder and is_train and (file := _file_of_images(rows, folder, image_columns)) is not None:
+                path, builder = _of_file(file, "train", {})
+                rows = datasets.load_dataset(path, **options, **builder)
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"The data set {os.fspath(dataset)!r} can't be read: {_root_cause(error)}") from error
-        if os.path.isdir(name):
-            _check_not_images_alone(rows, folder)
     if os.path.exists(name):  # by which the record of a run calls it; `datasets` says "json"
         rows.info.dataset_name = Path(name).absolute().name
     return with_images(rows, folder, image_columns)
@@ -109,13 +110,10 @@ def _of_file(file: Path, split: str, builder: dict[str, Any]) -> tuple[str, dict
 
 
 def _of_folder(folder: Path, split: str) -> tuple[str, dict[str, Any]]:
-    """The same of a folder: of its file for the split, or of its only one. Where images lie beside it, `datasets` would
+    """The same of a folder: of its file for the split, if there is one. Where images lie beside it, `datasets` would
     take the folder for one of images alone."""
     if part := re.fullmatch(r"(\w+)(\[.*\])?", split):
         files = [file for file in data_files(folder) if file.stem == part[1]]
-        if not files and part[1] == "train":
-            files = [file for file in data_files(folder) if not _OTHER_SPLITS.search(file.stem)]
-            files = [] if any(data_files(inner) for inner in folder.iterdir() if inner.is_dir()) else files
         if len(files) == 1:
             return _of_file(files[0], part[1], {})
     if glob.has_magic(str(folder)):
@@ -126,15 +124,30 @@ def _of_folder(folder: Path, split: str) -> tuple[str, dict[str, Any]]:
     return str(folder), {}
 
 
-def _check_not_images_alone(rows: Any, folder: Path) -> None:
-    """Refuses the images of a folder without the data files that lie beside them."""
-    files = data_files(folder) if rows.info.builder_name == "imagefolder" else []
-    if files and not any(folder.rglob("metadata.*")):
+def _file_of_images(rows: Any, folder: Path, image_columns: Sequence[str]) -> Path | None:
+    """The data file whose columns name the images beside it, where `datasets` has taken a folder for one of images.
+
+    Raises:
+        `ValueError`: If there are several.
+    """
+    if rows.info.builder_name != "imagefolder" or set(rows.column_names or ()) != {"image"}:
+        return None
+    files = [file for file in data_files(folder) if _has_column(file, image_columns)]
+    if len(files) > 1:
         names = ", ".join(f"`{file.name}`" for file in files)
         raise ValueError(
-            f"{str(folder)!r} has images and beside them {names}. Name the data file, in whose columns `image` or "
-            "`images` are paths, or call it `metadata`, with the images' names in its column `file_name`."
+            f"{str(folder)!r} has images and several data files that name them: {names}. Name one of these."
         )
+    return files[0] if files else None
+
+
+def _has_column(file: Path, names: Sequence[str]) -> bool:
+    """Whether a file of text seems to have one of these columns: other files may lie in a folder of images, too."""
+    with file.open(errors="replace") as lines:
+        head = lines.read(1 << 16)
+    if file.suffix == ".csv":
+        return not set(names).isdisjoint(re.split(r"[\s,;\"]+", head.split("\n", 1)[0]))
+    return FILE_FORMATS[file.suffix] == "json" and any(f'"{name}"' in head for name in names)
 
 
 def _part(stored: Dataset | datasets.DatasetDict, split: str) -> Dataset:

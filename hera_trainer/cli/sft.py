@@ -191,8 +191,7 @@ def check(options: argparse.Namespace) -> None:
             "Name the data once: --dataset_name (a name on the Hub, a folder or a file), or `datasets` in the file of "
             "--config."
         )
-    for name in ("model_name_or_path", "teacher_model_name_or_path"):
-        local_path(getattr(options, name))  # says so if there is no such folder
+    local_path(options.model_name_or_path)  # says so if there is no such folder
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(options, name) and not options.use_peft:
             raise ValueError(f"Quantized weights can't be trained: --{name} needs an adapter, --use_peft.")
@@ -339,6 +338,10 @@ def run(
     with training_args.main_process_first(desc="the data sets"):  # the others find them in the cache
         field = training_args.dataset_text_field
         train, held_out = load_data(script_args, mixture, evaluated, training_args.seed, field)
+    from ..teacher.column import TEACHER_COLUMN
+
+    if training_args.alignment_weight > 0 and TEACHER_COLUMN not in (train.column_names or ()):
+        local_path(training_args.teacher_model_name_or_path)  # before the model is loaded
     trainer = HeRATrainer(
         model=os.path.expanduser(model_args.model_name_or_path or ""),
         args=training_args,

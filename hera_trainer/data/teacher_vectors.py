@@ -283,7 +283,7 @@ class TeacherVectors:
             batch = check_collator(collator, [self._as_trained(row) for row in first])
         except Exception as error:  # whatever the processor raises
             if without is not None:
-                raise ValueError(without) from error
+                raise ValueError(f"{without} (The batch could not be made: {error})") from error
             raise
         placeholders = torch.tensor(list(self.placeholder_ids), dtype=batch["input_ids"].dtype)
         if without is not None and len(placeholders) and not torch.isin(batch["input_ids"], placeholders).any():
@@ -422,7 +422,7 @@ def _without_placeholder(rows: list[dict[str, Any]], columns: TextColumns, token
     special = special_tokens(tokenizer)
     for row in rows:
         trained = [name for name in columns.trained(row) if name in row]
-        texts = [row[name] for name in trained]
+        texts = [row[name] for name in trained if name != "messages"]  # which may be turns as JSON
         is_plain = bool(texts) and all(isinstance(text, str) for text in texts)
         if is_plain and all(words(text, special) == text for text in texts) and stored_images(row):
             return (

@@ -50,8 +50,12 @@ def _content_text(content: str | Sequence[Mapping[str, Any]] | None) -> str:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """What finds the special tokens that are written in a text; `None` if the tokenizer has none."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    contents = sorted((token.content for token in added if token.special), key=len, reverse=True)
+    try:
+        added: Any = tokenizer.added_tokens_decoder
+    except (AttributeError, NotImplementedError):  # of other libraries' tokenizers
+        added = None
+    special = [t.content for t in added.values() if t.special] if isinstance(added, Mapping) else []
+    contents = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, contents))) if contents else None
 
 

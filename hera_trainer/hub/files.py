@@ -26,7 +26,7 @@ from transformers.tokenization_utils_base import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..alignment.alignment import OBJECTIVE_FILE, QUEUE_FILE, STATE_FILE
+from ..alignment.alignment import OBJECTIVE_FILE, OBJECTIVE_FOLDER, QUEUE_FILE, STATE_FILE
 from ..common.redaction import holds_secret, is_local, public_text, shown_name
 from ..runs.checkpoints import MARKER_FILE
 from ..runs.written_files import (
@@ -63,7 +63,15 @@ _RESUMING = (
     *("latest", "global_step*/*.pt"),
 )
 # Of a run as well, and not worth a word that it stays. The pickled arguments tell folders and `hub_token`.
-_EXPECTED = (trainer.TRAINING_ARGS_NAME, CARD_FILE, OBJECTIVE_FILE, f"*{PREFIX_CHECKPOINT_DIR}-*", "runs", ".*", "_*")
+_EXPECTED = (
+    trainer.TRAINING_ARGS_NAME,
+    CARD_FILE,
+    f"{OBJECTIVE_FOLDER}*",
+    f"*{PREFIX_CHECKPOINT_DIR}-*",
+    "runs",
+    ".*",
+    "_*",
+)
 
 _STREAMED = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 _SETTINGS = ("*config.json", RUN_FILE, RANKING_FILE, trainer.TRAINER_STATE_NAME, STATE_FILE, "step-*.json")

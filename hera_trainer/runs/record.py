@@ -142,23 +142,24 @@ def _best_step(record: dict[str, Any], state: dict[str, Any] | None) -> int | No
     return None if found is None else int(found[1])
 
 
-def other_heads_advice(folder: str, heads: Sequence[AlignedUnit], objective_file: str | None = None) -> str | None:
+def other_heads_advice(folder: str, heads: Sequence[AlignedUnit], objective_folder: str | None = None) -> str | None:
     """What to say where a run in the folder has aligned other heads than are about to be measured, or the same ones by
     an objective whose parameters it has trained, too.
 
     Args:
         folder (`str`): The run's `output_dir`.
         heads (sequence of [`AttentionHead`] or [`DecoderLayer`]): What is about to be measured.
-        objective_file (`str`, *optional*): Where an objective's parameters are saved, if they are trained.
+        objective_folder (`str`, *optional*):
+            Where in the folder what an objective has learned is saved, if it learns something.
     """
     path = Path(folder, RUN_FILE)
     trained = (_read_json(path) if path.is_file() else {}).get("aligned_heads") or []
     if not trained:
         return None
     if set(trained) == set(map(str, heads)):
-        if objective_file is None:
+        if objective_folder is None:
             return None
-        saved = Path(folder, objective_file).is_file()
+        saved = Path(folder, objective_folder).is_dir()
         where = f"taken by `trainer.alignment.load_objective({folder!r})`" if saved else "in its checkpoints alone"
         return (
             "The alignment loss is measured with the objective's parameters (such as the temperature) that a run "

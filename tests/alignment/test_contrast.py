@@ -206,6 +206,9 @@ def test_pools_that_are_not_finite_are_left_out_and_counted() -> None:
     found = pools.metrics()
     assert found["alignment_loss"] == pytest.approx(expected, rel=1e-6) and found["alignment_not_finite"] == 1
     assert pools.left_out == 0
+    none = EvalPools(criterion, pool_size=6)
+    none.add(torch.full_like(heads, torch.nan), teacher, mask)
+    assert math.isnan(none.metrics()["alignment_loss"])  # by which a step may be chosen
 
 
 # --- What is logged --------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import pytest
 import torch
@@ -150,8 +149,6 @@ def test_rate_beside_groups_with_rates_of_their_own(tmp_path, schedule):
     """As in the first step, so in a run that goes on."""
 
     class Own(HeRATrainer):
-        rates: ClassVar[list[float]] = []
-
         def create_optimizer(self, *args, **kwargs):
             first, *rest = (p for p in self.model.parameters() if p.requires_grad)
             groups = [{"params": [first], "lr": 1e-5}, {"params": rest}]
@@ -182,13 +179,17 @@ def test_rate_beside_groups_with_rates_of_their_own(tmp_path, schedule):
 
 @pytest.mark.parametrize("learned", [True, False])
 def test_beside_an_optimizer_that_finds_its_own_rates(tmp_path, learned):
-    class Own(HeRATrainer):
-        def create_optimizer_and_scheduler(self, num_training_steps):
-            self.optimizer = Adafactor(self.model.parameters(), lr=None, relative_step=True)
-            self.lr_scheduler = AdafactorSchedule(self.optimizer)
-
-    run = trainer(tmp_path, trainer_class=Own, max_steps=1, learning_rate=RATE, learn_temperature=learned)
+    model, processor = build_vlm("llava")
+    optimizer = Adafactor(model.parameters(), lr=None, relative_step=True)
+    run = HeRATrainer(
+        model,
+        config(tmp_path, max_steps=1, learning_rate=RATE, learn_temperature=learned),
+        train_dataset=image_dataset(n=24, with_features=8),
+        processing_class=processor,
+        optimizers=(optimizer, AdafactorSchedule(optimizer)),
+    )
     run.train()
+    assert run.optimizer.optimizer is optimizer
     moved = math.log(run.criterion.temperature) - math.log(0.3)
     assert abs(moved) == pytest.approx(RATE if learned else 0.0, rel=1e-3, abs=1e-6)
 
@@ -259,6 +260,7 @@ def test_saved_beside_the_result_for_those_who_evaluate_it_later(tmp_path, caplo
     run.train()
     trained = run.evaluate()["eval_alignment_loss"]
     run.save_model()
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]  # which loaders may look for
     later = trainer(tmp_path, eval_dataset=rows, **settings)
     later.model.load_state_dict(run.model.state_dict())
     assert later.evaluate()["eval_alignment_loss"] != pytest.approx(trained, abs=1e-6)
@@ -269,7 +271,7 @@ def test_saved_beside_the_result_for_those_who_evaluate_it_later(tmp_path, caplo
     for number, learned in enumerate([False, True], start=1):  # it must not pass for these runs'
         run.save_model()
         trainer(tmp_path, max_steps=1, learn_temperature=learned, **settings).train()
-        assert not (tmp_path / OBJECTIVE_FILE).exists() and len(list(tmp_path.glob("hera_objective*"))) == number
+        assert not (tmp_path / "hera_objective").exists() and len(list(tmp_path.glob("hera_objective*"))) == number
 
 
 # --- Other parameters than the temperature ---------------------------------------------------------------------------
@@ -331,9 +333,8 @@ class RunningMean(HeRALoss):
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, heads, teacher, valid=None, queue=None):
-        with torch.no_grad():
-            self.mean.lerp_(teacher.mean(0), 0.5)
-            self.seen += 1
+        self.mean = 0.5 * self.mean + 0.5 * teacher.mean(0)
+        self.seen += 1
         return super().forward(heads, teacher - self.mean, valid, queue)
 
 

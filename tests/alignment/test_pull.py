@@ -214,7 +214,7 @@ def test_a_step_that_overflowed_hides_no_other():
 
 def test_steps_in_which_nothing_was_compared_are_left_out(tmp_path, caplog):
     """A queue that is filling: there is no pull to log, and none to warn of."""
-    settings = {"max_steps": 4, "logging_steps": 1, "queue_size": 12, "num_neighbors": 4}
+    settings = {"max_steps": 4, "logging_steps": 1, "queue_size": 12, "num_neighbors": 4, "alignment_weight": 1e-4}
     run = make_trainer(tmp_path, "llava", (4, 1), lora_config(), **settings)
     run.train()
     steps = [entry for entry in run.state.log_history if "lm_loss" in entry]

@@ -99,11 +99,23 @@ class TestFolders:
         return folder
 
     @pytest.mark.parametrize("streaming", [False, True])
-    @pytest.mark.parametrize("names", [["data.jsonl"], ["data.jsonl", "test.jsonl"], ["train.jsonl", "more.jsonl"]])
+    @pytest.mark.parametrize("names", [["data.jsonl"], ["train.jsonl", "more.jsonl"]])
     def test_its_data_file(self, stored, rows, tmp_path, names, streaming):
-        folder = self.copy(stored, tmp_path / "a [v2]", *names)
+        folder = self.copy(stored, tmp_path / ("a [v2]" if len(names) > 1 else "a"), *names)
         loaded = open_rows(folder, split="train", streaming=streaming)
         assert [pixels(row) for row in loaded] == [pixels(row) for row in rows]
+
+    @pytest.mark.parametrize("beside", ["metadata", "classes", "nothing"])
+    def test_a_file_that_names_no_images_is_no_data(self, stored, tmp_path, beside):
+        folder = tmp_path / "folder"
+        if beside == "metadata":
+            shutil.copytree(stored / "photos", folder)
+        else:
+            shutil.copytree(stored / "pictures", folder / "cats" if beside == "classes" else folder)
+        expected = load_rows(folder)
+        (folder / "stats.json").write_text('{"mean": [0.5')
+        (folder / "labels.csv").touch()
+        assert load_rows(folder).features == expected.features
 
     def test_of_another_split(self, stored, tmp_path):
         folder = self.copy(stored, tmp_path / "folder", "my_test.jsonl")
@@ -112,7 +124,7 @@ class TestFolders:
 
     def test_several(self, stored, tmp_path):
         folder = self.copy(stored, tmp_path / "folder", "one.jsonl", "two.jsonl")
-        with pytest.raises(ValueError, match=r"beside them `one\.jsonl`, `two\.jsonl`\. Name the data file"):
+        with pytest.raises(ValueError, match=r"several data files that name them: `one\.jsonl`, `two\.jsonl`"):
             load_rows(folder)
 
     def test_a_name_is_no_pattern(self, stored, rows, tmp_path):
