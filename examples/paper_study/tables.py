@@ -32,6 +32,7 @@ from records import (
 COMPARED = (
     ("aligned", "aligned control"),
     ("aligned", "SFT"),
+    ("aligned control", "SFT"),
     ("aligned", "uniformity"),
     ("uniformity", "SFT"),
     ("stage 1", "stage 1 uniformity"),
@@ -149,7 +150,7 @@ def confirmation(records: Sequence[Record], first: Sequence[Measure] = ()) -> st
         rows.append([arm, str(len(runs)), *cells])
     notes = []
     for one, another in COMPARED:
-        if one in arms and another in arms:
+        if by_seed(arms.get(one, ()), arms.get(another, ())):
             found = [differences(arms[one], arms[another], start, measure) for measure in measures]
             cells = [number(values, measure[1], sign="+") for values, measure in zip(found, measures, strict=True)]
             rows.append([f"**{one} minus {another}**", str(len(found[0])), *cells])
