@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -45,6 +44,7 @@ from .data.checks import check_dataset, check_formatting, check_steps
 from .data.collator import RowCollator
 from .data.neighbor_batches import NeighborGroupSampler, check_neighbor_groups, neighbor_sampler
 from .data.pool import check_pool
+from .data.stream_steps import StreamSteps
 from .data.teacher_vectors import TeacherVectors, signature_columns, without_vectors
 from .heads.accessor import HeadAccessor
 from .heads.capture import HeadCapture
@@ -184,8 +184,8 @@ class HeRATrainer(SFTTrainer):
         self.alignment: Alignment | None = None
         self.best_step: int | None = None
         self._has_advised = False
-        self._has_said_left_out = self._has_stream_ended = False
         self._batches: list[dict[str, Any]] = []
+        self._stream_steps: StreamSteps | None = None
         self._neighbor_sampler: NeighborGroupSampler | None = None
         self._eval_pools: EvalPools | None = None
         self._evaluated: dict[str, Any] = {}
@@ -518,8 +518,9 @@ class HeRATrainer(SFTTrainer):
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        self.best_step, self._has_advised, self._has_said_left_out = None, False, False
+        self.best_step, self._has_advised = None, False
         if self.alignment is not None:
+            self._stream_steps = None if has_length(self.train_dataset) else StreamSteps(self.accelerator)
             check_pool(self.args, batch_size)  # `auto_find_batch_size` comes back with smaller ones
             self.alignment.reset()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
@@ -537,7 +538,8 @@ class HeRATrainer(SFTTrainer):
                 )
             # accelerate does not pass it on where one of several processes skips batches, to resume.
             self._neighbor_sampler.set_epoch(kwargs["epoch"])
-        self._has_stream_ended = False
+        if self._stream_steps is not None:
+            self._stream_steps.begin_epoch()
         super()._run_epoch(*args, **kwargs)
 
     def _init_training_state(
@@ -552,48 +554,15 @@ class HeRATrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, *args: Any, **kwargs: Any
     ) -> tuple[list, Any]:
-        if self.alignment is not None and not has_length(self.train_dataset):
-            epoch_iterator = iter(self._whole_step(epoch_iterator, num_batches))
+        if self._stream_steps is not None:
+            is_first = self.state.global_step == 0
+            epoch_iterator = iter(self._stream_steps.take(epoch_iterator, num_batches, is_first))
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
         self.teacher_vectors.fill(batches)  # here, so that those batches that resuming skips are never encoded
         if self.alignment is not None:
             self._batches = batches
             self.alignment.begin_step(len(batches))
         return batches, num_items
-
-    def _whole_step(self, stream: Iterator, num_batches: int) -> list[dict[str, Any]]:
-        """The next micro-batches of a stream, if there are as many as an optimizer step has, in all processes. What is
-        left at its end is not trained on: `Trainer` would add its gradient to that of the next step, which would be no
-        mean any more, and whose samples would not all be compared; and where a process has none, the others would wait
-        for it."""
-        if self._has_stream_ended:
-            return []
-        batches = list(itertools.islice(stream, num_batches))
-        counts = torch.tensor([len(batches)], device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(counts)
-        least, most = int(counts.min()), int(counts.max())
-        if least == num_batches:
-            return batches
-        self._has_stream_ended = True
-        if self.state.global_step == 0 and not least:
-            raise ValueError(
-                "The stream gives a process no row to train on. Give it more rows, or as many files as there are "
-                "processes, or fewer data loader workers (`dataloader_num_workers`)."
-            )
-        if self.state.global_step == 0:
-            raise ValueError(
-                f"The stream gives {least} micro-batches an epoch, fewer than the {num_batches} of an optimizer step. "
-                "Lower `gradient_accumulation_steps`."
-            )
-        if most and not self._has_said_left_out:
-            self._has_said_left_out = True
-            where = "of a process's part of the stream" if self.accelerator.num_processes > 1 else "of the stream"
-            logger.warning(
-                f"The last {least or most} micro-batches {where} are fewer than an optimizer step, and are left out in "
-                "each epoch, as is what other processes have left."
-            )
-        return []
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         vectors = self.teacher_vectors.take(inputs)
