@@ -101,7 +101,8 @@ class TeacherVectors:
         self.right_rows: Any = None
         self._brings_vectors = False
         self.eval_brings_vectors = False
-        self._said_without_images: set[str] = set()
+        self._said: set[str] = set()
+        self._attached: set[str] = set()
         self._passed_columns: Collection[str] | None = None
 
     @property
@@ -234,6 +235,7 @@ class TeacherVectors:
             check_tools(dataset, self.data_collator)
             rows = with_teacher_features(dataset, name, self.teacher, self.args.teacher_batch_size, width)
             _check_not_hidden(rows, name)
+            self._attached.add(rows._fingerprint)
             return rows
         self._forbid_dispatching()
         stream = open_stream(dataset, name, self.columns)
@@ -251,21 +253,39 @@ class TeacherVectors:
                 return False
         elif ImageColumn(dataset).has_images():
             return False
-        if name not in self._said_without_images:
-            self._said_without_images.add(name)
-            logger.warning(f"No row of `{name}` has an image: its alignment loss is not measured.")
+        self._warn_once(f"No row of `{name}` has an image: its alignment loss is not measured.")
         return True
 
     def _warn_of_another_teacher(self, dataset: Any, name: str) -> None:
-        """Vectors that came with the training data are anyone's; what they are held against is not to be another's."""
+        """Vectors that came with data are anyone's; what they are held against is not to be another's."""
         names = getattr(dataset, "column_names", None)  # not known of every stream
-        if self._brings_vectors and names is not None and TEACHER_COLUMN not in names:
-            teacher = self.teacher if isinstance(self.teacher, str) else self.teacher.name
-            logger.warning(
+        if names is None or name == "train_dataset" or self._brings_vectors == (TEACHER_COLUMN in names):
+            return
+        teacher = self.teacher if isinstance(self.teacher, str) else self.teacher.name
+        if self._brings_vectors:
+            self._warn_once(
                 f"The training data brings its own `{TEACHER_COLUMN}`, and `{name}` has none: its images are encoded "
                 f"by {teacher}. If another encoder made those of the training data, name it in "
                 f"`teacher_model_name_or_path`, or give `{name}` the column, too (`hera_trainer.add_teacher_features`)."
             )
+        elif not self._was_prepared(dataset):
+            self._warn_once(
+                f"`{name}` brings its own `{TEACHER_COLUMN}`, and the training data has none: its images are encoded "
+                f"by {teacher}. If another encoder made those of `{name}`, its alignment loss says nothing of "
+                f"training: drop the column (`remove_columns({TEACHER_COLUMN!r})`), and its images are encoded, too."
+            )
+
+    def _was_prepared(self, dataset: Any) -> bool:
+        """Whether a data set's vectors were attached to it, or to what it was taken from, here."""
+        if getattr(dataset, "_fingerprint", None) in self._attached:
+            return True
+        known = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return any(self._is_derived(dataset, rows) for rows in (*known, self.right_rows) if rows is not dataset)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     def _check_first_rows(self, rows: Any, collator: TeacherCollator, ranks_heads: bool) -> None:
         """Collates two rows as they are trained on. What the labels of a collator of the user's own cover is compared

@@ -357,6 +357,24 @@ class TestTeacher:
             told = [record.message for record in caplog.records if "`eval_dataset` has none" in record.message]
             assert len(told) == said and all(str(teacher) in line for line in told)
 
+    @pytest.mark.parametrize("kind", ["one", "several", "replaced", "of the training data"])
+    def test_those_of_a_teacher_beside_vectors_of_unknown_origin(self, tmp_path, caplog, kind):
+        """Nor the other way round; and what the trainer has encoded itself is not of unknown origin."""
+        teacher = save_tiny_dinov2(tmp_path / "teacher")
+        width = len(add_teacher_features(image_dataset(n=8), str(teacher))[0]["teacher_features"])
+        own, encoded = image_dataset(n=8, seed=5, with_features=width), image_dataset(n=8, seed=6)
+        held_out = {"one": own, "several": {"a": own, "b": encoded}}.get(kind, {"a": encoded, "b": encoded})
+        run = trainer(tmp_path, dataset=image_dataset(n=24), teacher=teacher, eval_dataset=held_out)
+        run.prepare_alignment()
+        if kind == "of the training data":
+            run.evaluate(run.train_dataset.select(range(6)))
+        if kind == "replaced":
+            run.eval_dataset["a"] = own
+        for _ in range(2):
+            run.evaluate()
+        told = [record.message for record in caplog.records if "and the training data has none" in record.message]
+        assert len(told) == (kind != "of the training data") and all(str(teacher) in line for line in told)
+
 
 @pytest.mark.parametrize("scope", ["step", "micro_batch"])
 def test_nothing_of_an_attempt_that_ran_out_of_memory_goes_on(tmp_path, scope):
