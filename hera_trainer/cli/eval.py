@@ -251,13 +251,24 @@ def _questions(args: argparse.Namespace, dataset: str, split: str) -> Questions:
         limit=args.limit,
         image_columns=args.image_column or IMAGE_COLUMNS,
     )
-    answer_column = args.answer_column or next(filter(None, map(REFERENCE_COLUMNS.get, args.metric)), None)
+    known = {REFERENCE_COLUMNS.get(metric) for metric in args.metric}
+    if args.answer_column is None and len(known) > 1:
+        raise ValueError(
+            f"The metrics {', '.join(args.metric)} compare with different columns. Run them apart, each with an "
+            "`--output` of its own, or name a column that all of them understand with `--answer-column`."
+        )
+    answer_column = args.answer_column or known.pop()
     suffix = args.suffix.replace("\\n", "\n")
     questions = Questions(rows, args.prompt_column, answer_column, args.image_column, args.system, suffix)
     if not questions.answer_columns:
         raise ValueError(
             f"The data has no right answers: none of its columns {', '.join(rows.column_names)} is known to hold them. "
             "Name the column with `--answer-column`."
+        )
+    if unseen := questions.unseen_images():
+        raise ValueError(
+            f"No question comes with an image: there is no column {' or '.join(IMAGE_COLUMNS)}. Name the column with "
+            f"`--image-column`, such as {', '.join(unseen)}, or drop it to ask without."
         )
     return questions
 

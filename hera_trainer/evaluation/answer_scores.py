@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # --- Normalization ---------------------------------------------------------------------------------------------------
 
@@ -18,6 +21,7 @@ _DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMB
 # Signs that go. Others, such as those of money, per cent, minutes and contractions ($ % : '), belong to a word.
 _SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_MINUS = re.compile(r"\s*[-\u2212]\s*(?=\.?\d)")  # as a hyphen, or as the sign itself
 _POINT = re.compile(r"\.(?!\d)")
 # The spellings that VQA knows of contractions in which one apostrophe is missing.
 _CONTRACTIONS = """
@@ -40,7 +44,7 @@ def normalize_answer(text: str) -> str:
     (and "none") as digits and the apostrophes of contractions in their places.
 
     These are the rules of VQA's own evaluation (`vqaEval.py` of https://github.com/GT-Vision-Lab/VQA), step by step,
-    with one exception: an answer of nothing but articles, such as the option "A", keeps them.
+    with one exception: an answer of nothing but articles or signs, such as the option "A" or a "+", keeps them.
 
     ```python
     normalize_answer("The two dogs.")  # "2 dogs"
@@ -55,7 +59,7 @@ def normalize_answer(text: str) -> str:
     for sign in _SIGNS:
         # Beside a blank a sign leaves no gap, and none does where one parts the thousands of a number.
         plain = plain.replace(sign, "" if has_number or f"{sign} " in text or f" {sign}" in text else " ")
-    words = [_DIGITS.get(word, word) for word in _POINT.sub("", plain).lower().split()]
+    words = [_DIGITS.get(word, word) for word in _POINT.sub("", plain).lower().split()] or text.lower().split()
     return " ".join(_SPELLINGS.get(word, word) for word in [word for word in words if word not in _ARTICLES] or words)
 
 
@@ -128,7 +132,7 @@ def _not_comparable(answer: Any) -> str | None:
 def exact_match(predictions: Sequence[str], references: Sequence[Any]) -> dict[str, float]:
     """Share of answers that equal the right one, or one of several, both normalized (see [`normalize_answer`]).
 
-    Nothing else is forgiven: "Yes, it is" is not "yes".
+    Nothing else is forgiven: "Yes, it is" is not "yes", -5 is not 5, and no answer is right that says nothing.
 
     Args:
         predictions (sequence of `str`): What the model said.
@@ -140,9 +144,17 @@ def exact_match(predictions: Sequence[str], references: Sequence[Any]) -> dict[s
     Raises:
         `ValueError`: If what is right can't be compared with a text.
     """
-    pairs = zip(predictions, _normalized(references), strict=True)
-    right = [normalize_answer(said) in answers for said, answers in pairs]
+    right = [
+        _signed(said) in [_signed(answer) for answer in right_answers(reference, row) if answer.strip()]
+        for row, (said, reference) in enumerate(zip(predictions, references, strict=True))
+    ]
     return {"exact_match": sum(right) / len(right)}
+
+
+def _signed(text: str) -> str:
+    """An answer as [`normalize_answer`] has it, but for the minus of a number."""
+    minus = _MINUS.match(text)
+    return normalize_answer(text) if minus is None else f"-{normalize_answer(text[minus.end() :])}"
 
 
 def vqa_accuracy(predictions: Sequence[str], references: Sequence[Any]) -> dict[str, float]:
@@ -163,17 +175,18 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Any]) -> dict[
         `ValueError`: If what is right can't be compared with a text.
     """
     scores = []
-    for said, human in zip(predictions, _normalized(references), strict=True):
+    normalized = [[normalize_answer(text) for text in right_answers(ref, row)] for row, ref in enumerate(references)]
+    few = sum(len(human) in (2, 3) for human in normalized)
+    if few:
+        logger.warning(
+            f"{few} of {len(normalized)} rows have two or three answers, of which `vqa_accuracy`, made for ten, gives "
+            "at most 1/3 or 2/3: one is left out at a time, and three must agree. `exact_match` takes any of them."
+        )
+    for said, human in zip(predictions, normalized, strict=True):
         agrees = [text == normalize_answer(said) for text in human]
         others = [sum(agrees) - own for own in agrees] if len(human) > 1 else [3 * sum(agrees)]
         scores.append(sum(min(1.0, count / 3) for count in others) / len(others))
     return {"vqa_accuracy": sum(scores) / len(scores)}
-
-
-def _normalized(references: Sequence[Any]) -> list[list[str]]:
-    return [
-        [normalize_answer(text) for text in right_answers(reference, row)] for row, reference in enumerate(references)
-    ]
 
 
 BUILT_IN: dict[str, Callable[[Sequence[str], Sequence[Any]], dict[str, float]]] = {

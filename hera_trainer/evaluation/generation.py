@@ -66,6 +66,8 @@ def answer(
             do_sample=False,
             num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=False,
+            **({"tokenizer": tokenizer} if model.generation_config.stop_strings else {}),
             # What many models say of sampling is of no use here, and would be warned about.
             **dict.fromkeys(("temperature", "top_p", "top_k"), None),
         )

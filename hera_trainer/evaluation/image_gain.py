@@ -82,7 +82,9 @@ def measure_image_gain(
     Args:
         model (`nn.Module`): A model that returns the mean loss of the labelled tokens of a batch.
         read_row (`Callable`): Reads the row of a number, as the collator takes it.
-        collate (`Callable`): Makes a batch of such rows.
+        collate (`Callable`):
+            Makes a batch of such rows. It must not cut them: where images have tokens by their size, other ones would
+            leave other words to predict.
         others (`Mapping[int, int | None]`):
             For each row the one whose images it gets (see [`other_rows`]); those without one are left out.
         batch_size (`int`): Rows in a batch.
@@ -143,8 +145,9 @@ def _summed_loss(
 def other_rows(shapes: Sequence[Hashable], images: Sequence[Hashable], seed: int) -> list[int | None]:
     """For each row another one that can lend it its images: of the same shape, with other images.
 
-    Distinct images change places in a circle whose order is drawn, so each of them is used as often as there are rows
-    with the one that it takes the place of, and none stays where it is.
+    The distinct images of rows (all those of a row together) change places in a circle whose order is drawn, so each is
+    used as often as there are rows with the one that it takes the place of, and none stays where it is. Where rows have
+    some of several images in common, such a one may stay.
 
     Args:
         shapes (sequence): What two rows must have in common; `None` for a row without images.

@@ -15,9 +15,10 @@ _GREY = (128, 128, 128)
 
 
 class PermutedQuestions(Questions):
-    """Questions each with the images of another one that has equally many, all of them with other ones.
+    """Questions each with the images of another one that has equally many.
 
-    Questions without images, or whose images no others can replace, stay as they are.
+    Questions without images, or whose images no others can replace, stay as they are. Of several images of a question,
+    one that the other question has in common may stay.
 
     Args:
         questions ([`Questions`]): The questions; all their images are read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..teacher.tables import stored_rows
 PROMPT_COLUMNS = ("messages", "prompt", "question", "query", "text")
 ANSWER_COLUMNS = ("answer", "answers", "label", "completion", "messages")
 ID_COLUMNS = ("id", "question_id")
+_IMAGE_FILE = re.compile(r"^[^\n]*\.(bmp|gif|jpe?g|png|tiff?|webp)$", re.IGNORECASE)
 
 
 class Questions:
@@ -138,6 +140,18 @@ class Questions:
     def has_images(self, index: int) -> bool:
         """Whether a question comes with an image."""
         return bool(self._conversation(self.row(index))[1])
+
+    def unseen_images(self) -> list[str]:
+        """Columns that seem to hold images, where no question comes with one."""
+        if any(self.has_images(index) for index in range(len(self))):
+            return []
+        stored = self.row(0)
+        return [
+            name
+            for name, feature in self.dataset.features.items()
+            if isinstance(_element(feature), datasets.Image)
+            or any(isinstance(value, str) and _IMAGE_FILE.search(value) for value in _listed(stored[name]))
+        ]
 
     def _conversation(self, row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
         """The turns before the answer, without images, and the images in the order of their placeholders."""

@@ -129,7 +129,8 @@ class Operations:
         two; what lies before everything trained costs none.
 
         Args:
-            trained (`dict[str, bool]`): Whether vision tower, projector and language model have trained weights.
+            trained (`dict[str, bool]`):
+                Whether vision tower, projector and language model have trained weights, or are in the backward anyway.
             adapters (`bool`): Whether these are adapters beside frozen weights. Their own products are left out.
             checkpointing (`bool`): Whether blocks run once more in the backward.
         """

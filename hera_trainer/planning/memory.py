@@ -24,29 +24,37 @@ _TILE_TOKENS, _TILE_VOCABULARY = 4096, 32768  # TRL's fused LM head: logits that
 _LEAST_8BIT, _BLOCK_8BIT, _LEAST_PAGED = 4096, 256, 100_000
 
 
-def optimizer_bytes(sizes: Iterable[int], optim: str, element_size: int) -> int:
+def optimizer_bytes(sizes: Iterable[int], optim: str, element_size: int, embeddings: Iterable[int] = ()) -> int:
     """Bytes of AdamW's state.
 
     Args:
-        sizes (iterable of `int`): Number of elements of each trained tensor.
+        sizes (iterable of `int`): Number of elements of each trained tensor but those of embeddings.
         optim (`str`): One of [`~planning.settings.OPTIMIZERS`].
         element_size (`int`): Bytes of an element of the trained tensors: torch's AdamW keeps states in their dtype.
+        embeddings (iterable of `int`, *optional*):
+            The same of `nn.Embedding`, whose states `Trainer` keeps in float32 where those of others have 8 bit.
     """
-    sizes = list(sizes)
+    sizes, embeddings = list(sizes), list(embeddings)
+    if "8bit" in optim:
+        return _8bit_bytes(sizes) + sum(2 * n * _FLOAT for n in embeddings)
+    sizes += embeddings
     if optim.startswith("adamw_torch"):
         return sum(2 * n * element_size + _FLOAT for n in sizes)  # and the number of steps
-    if "32bit" in optim:
-        return sum(2 * n * _FLOAT for n in sizes)
+    return sum(2 * n * _FLOAT for n in sizes)
+
+
+def _8bit_bytes(sizes: Sequence[int]) -> int:
     small = sum(2 * n * _FLOAT for n in sizes if n < _LEAST_8BIT)
     large = [n for n in sizes if n >= _LEAST_8BIT]
     tables = 2 * 256 * _FLOAT if large else 0
     return small + sum(2 * n + 2 * _FLOAT * math.ceil(n / _BLOCK_8BIT) for n in large) + tables
 
 
-def pageable_bytes(sizes: Iterable[int], optim: str) -> int:
+def pageable_bytes(sizes: Iterable[int], optim: str, embeddings: Iterable[int] = ()) -> int:
     """The part of the optimizer's state that a paged optimizer may move to the host."""
-    large = [n for n in sizes if n >= _LEAST_PAGED]
-    return optimizer_bytes(large, optim, _FLOAT) if optim.startswith("paged") else 0
+    large = ([n for n in numbers if n >= _LEAST_PAGED] for numbers in (sizes, embeddings))
+    others, words = large
+    return optimizer_bytes(others, optim, _FLOAT, words) if optim.startswith("paged") else 0
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,9 @@ class StepMemory:
         outside (`bool`): Whether anything with weights lies between vision tower and language model, beside both.
         stream_size (`int`): Bytes of an element of the residual stream, which has the dtype of the weights.
         read (`int`): Largest width of what is read from one layer: the heads' slices, or the residual stream.
+        hooked (`bool`, *optional*, defaults to `False`):
+            Whether a vision tower without trained weights gets inputs that require gradients: adapters and gradient
+            checkpointing have transformers hook the embeddings of every part of the model.
     """
 
     parts: ModelParts
@@ -244,6 +255,7 @@ class StepMemory:
     outside: bool
     stream_size: int
     read: int
+    hooked: bool = False
 
     def batch(self, size: int) -> dict[str, int]:
         """Device memory of a micro-batch of `size` samples at the peak of a step."""
@@ -253,7 +265,7 @@ class StepMemory:
         layers = [layer for i, layer in enumerate(parts.accessor.layers) for _ in range(parts.accessor.passes(i))]
         blocks = parts.vision_blocks
         kept, stage = activation_bytes(layers, tokens, parts.d_model, element, checkpointing)
-        if self.trained["vision"] and blocks:
+        if self.differentiates_tower(size):
             width = linears(blocks[0])[0].reads
             vision = activation_bytes(blocks, vision_tokens, width, element, checkpointing)
             kept, stage = kept + vision[0], max(stage, vision[1])
@@ -266,6 +278,12 @@ class StepMemory:
         # One stage after the other: vision tower and first pass before the activations are there, then the LM head,
         # then the backward of one layer after the other.
         return {"inputs": inputs, "activations": kept, "largest_stage": max(stage, passing - kept)}
+
+    def differentiates_tower(self, size: int) -> bool:
+        """Whether the vision tower takes part in the backward of micro-batches of `size` samples: because of its
+        weights, or of its inputs in those that have no features of the first pass."""
+        is_hooked = self.hooked and self.features(size).vision > 0
+        return bool(self.parts.vision_blocks) and (self.trained["vision"] or is_hooked)
 
     def _lm_head(self, size: int) -> int:
         head = self.parts.model.get_output_embeddings()

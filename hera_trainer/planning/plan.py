@@ -154,6 +154,8 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
     # TRL makes the adapters of a quantized model bfloat16; PEFT makes those of any other float32.
     element = 2 if settings.load_in_4bit else tensors[0].element_size()
     numbers = [p.numel() for p in tensors]
+    words = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    states = [p.numel() for p in tensors if id(p) not in words], [p.numel() for p in tensors if id(p) in words]
     adapter = element * sum(numbers) if settings.use_peft else 0
     nf4 = sizes.nf4_double if settings.use_bnb_nested_quant else sizes.nf4
     fixed = {
@@ -165,7 +167,7 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
         "gradients": element * sum(numbers),
         # What DDP sends: a second copy, in buckets.
         "gradient_buckets": element * sum(numbers) if settings.processes > 1 else 0,
-        "optimizer": optimizer_bytes(numbers, settings.optim, element),
+        "optimizer": optimizer_bytes(states[0], settings.optim, element, states[1]),
     }
     trained = _trained_parts(parts)
     memory = StepMemory(
@@ -177,6 +179,7 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
         outside=counts["projector_and_other"] > 0,
         stream_size=getattr(torch, settings.dtype).itemsize,
         read=_read_width(parts, settings, heads),
+        hooked=settings.use_peft and settings.gradient_checkpointing and _is_hooked(parts),
     )
     batch = settings.per_device_train_batch_size
     return RunPlan(
@@ -191,7 +194,7 @@ def plan_run(config: Any, settings: RunSettings | None = None) -> RunPlan:
         batch=memory.batch(batch),
         alignment=memory.alignment(batch),
         features=memory.features(batch),
-        pageable=pageable_bytes(numbers, settings.optim),
+        pageable=pageable_bytes(states[0], settings.optim, states[1]),
         first_pass=_first_pass(memory, work, heads, batch),
         _memory=memory,
     )
@@ -207,6 +210,13 @@ def _trained_parts(parts: ModelParts) -> dict[str, bool]:
     between = any(p.requires_grad and id(p) not in inside for p in parts.model.parameters())
     tower = [] if parts.vision_tower is None else [parts.vision_tower]
     return {"vision": trains(tower), "projector": between, "language": trains(parts.accessor.layers)}
+
+
+def _is_hooked(parts: ModelParts) -> bool:
+    """Whether transformers finds the vision tower's embeddings, where it has all of them require gradients."""
+    parts.model.enable_input_require_grads()
+    tower = [] if parts.vision_tower is None else parts.vision_tower.modules()
+    return any(module._forward_hooks for module in tower)
 
 
 def _read_width(parts: ModelParts, settings: RunSettings, heads: Sequence[AlignedUnit] | None) -> int:
@@ -239,7 +249,8 @@ def _first_pass(
             f"{'layers' if whole else 'heads'} in the first third (layer {third})": third,
             f"{'' if whole else 'a head in '}the last layer ({there[-1]})": there[-1],
         }
-    step = work.step(memory.trained, settings.use_peft, settings.gradient_checkpointing)
+    trained = memory.trained | {"vision": memory.differentiates_tower(batch)}
+    step = work.step(trained, settings.use_peft, settings.gradient_checkpointing)
     share = 1 / step if settings.has_first_pass else 0.0
     again = features.vision, features.projector
     return {name: share * work.first_pass(layer, whole, *again) for name, layer in deepest.items()}

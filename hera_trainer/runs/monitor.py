@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..common.processes import Team
 from ..common.randomness import same_randomness
@@ -335,7 +337,7 @@ class AlignmentMonitorCallback(TrainerCallback):
             return measure_image_gain(
                 trainer.model,
                 self._read_row,
-                self._inner_collator,
+                _uncut(self._inner_collator),
                 self._others,
                 trainer.args.per_device_eval_batch_size,
                 distributed=True,
@@ -415,6 +417,15 @@ class AlignmentMonitorCallback(TrainerCallback):
         image = pixels(figure)
         for tracker in trackers:
             _give_image(tracker, f"{monitor_group(context)}/heads", image, step)
+
+
+def _uncut(collator: Any) -> Any:
+    """A collator that cuts no row: where images have tokens by their size, other ones would leave other words."""
+    if not isinstance(collator, DataCollatorForVisionLanguageModeling) or collator.max_length is None:
+        return collator
+    collator = copy(collator)  # a subclass of the user's own stays what it is
+    collator.max_length = None
+    return collator
 
 
 _WITH_IMAGES = (TensorBoardCallback, TrackioCallback, WandbCallback)

@@ -305,6 +305,7 @@ def test_chat_template(folder, tmp_path, capsys):
         (["--metric", "exact_match", "--prompt-column", "text"], ["no column `text`", "--prompt-column"]),
         (["--metric", "exact_match", "--dataset", "someone/data"], ["--split test"]),
         (["--metric", "exact_match", "--dataset", "nothing.jsonl"], ["no file"]),
+        (["--metric", "hallusionbench", "exact_match"], ["hallusionbench, exact_match compare", "--answer-column"]),
     ],
 )
 def test_errors_name_the_cure(folder, tmp_path, capsys, arguments, words):
@@ -378,6 +379,28 @@ def test_references_as_they_come_from_the_hub(folder, tmp_path, capsys, monkeypa
     capsys.readouterr()
     again = ["eval", "--predictions", str(tmp_path / "out" / "predictions.jsonl"), "--metric", "vqa_accuracy"]
     assert main(again) == 0 and "0.6000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["paths", "lists of paths", "images"])
+def test_images_in_a_column_of_another_name_are_not_passed_over(tmp_path, capsys, form):
+    """The model that is named is not there."""
+    rows = image_dataset(2)
+    for i in range(2):
+        rows[i]["images"][0].save(tmp_path / f"{i}.PNG")
+    shown = [rows[i]["images"][0] if form == "images" else str(tmp_path / f"{i}.PNG") for i in range(2)]
+    table = Dataset.from_dict({"pic": [[one] for one in shown] if form == "lists of paths" else shown})
+    table = table.add_column("question", ["What?"] * 2).add_column("answer", ["red"] * 2)
+    table.save_to_disk(tmp_path / "rows")
+    arguments = ["eval", "no/such-model", "--dataset", str(tmp_path / "rows"), "--metric", "exact_match"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "No question comes with an image" in error and "`--image-column`, such as pic," in error
+    for others in (["--image-column", "pic"], []):  # now it is the model that is missed
+        if not others:
+            table.remove_columns("pic").save_to_disk(tmp_path / "rows without")
+            arguments[3] = str(tmp_path / "rows without")
+        assert main([*arguments, *others]) == 1
+        assert "no/such-model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

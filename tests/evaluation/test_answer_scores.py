@@ -78,18 +78,19 @@ def official(text: str) -> str:
         ("twenty one", "twenty 1"),
         ("x_y", "x y"),
         ("No.", "no"),
-        ("?", ""),
     ],
 )
 def test_normalized_answers(text, normal):
     assert normalize_answer(text) == official(text) == normal
 
 
-def test_articles_alone_stay():
-    """VQA makes nothing of them, so that the options A and An would be the same answer."""
+def test_articles_and_signs_alone_stay():
+    """VQA makes nothing of them, so that the options A and An, or + and -, would be the same answer."""
     for text in ("A", "a.", "the", "An"):
         assert official(text) == ""
         assert normalize_answer(text) == text.lower().strip(".")
+    for text in ("?", "+", "- -"):
+        assert official(text) == "" and normalize_answer(text) == text
     assert exact_match(["A", "the", ""], ["A", "A", "A"]) == {"exact_match": pytest.approx(1 / 3)}
 
 
@@ -119,6 +120,33 @@ def test_rules_of_vqa():
 def test_exact_match():
     scores = exact_match(["Yes.", "Yes, it is", "two", "a cat"], ["yes", "yes", ["2", "3"], "dog"])
     assert scores == {"exact_match": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "share"),
+    [
+        ("-5", "5", 0),
+        ("5", "-5", 0),
+        ("- 5.0", "-5.0", 1),
+        ("\u22125", "-5", 1),
+        ("a - 5", "a 5", 1),
+        ("-", "+", 0),
+        ("!", "+", 0),
+        ("", "?", 0),
+        ("", ["", "red"], 0),
+        ("red", ["", "red"], 1),
+    ],
+)
+def test_signs_and_empty_answers(said, right, share):
+    assert exact_match([said], [right]) == {"exact_match": share}
+
+
+def test_vqa_accuracy_of_few_answers(caplog):
+    """As the formula has it, which is made for ten; and it is said."""
+    assert vqa_accuracy(["red"] * 4, ["red", ["red"] * 2, ["red"] * 3, ["red"] * 4]) == {
+        "vqa_accuracy": pytest.approx((1 + 1 / 3 + 2 / 3 + 1) / 4)
+    }
+    assert "2 of 4 rows have two or three answers" in caplog.text
 
 
 def test_vqa_accuracy():

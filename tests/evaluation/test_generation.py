@@ -94,6 +94,20 @@ def test_sampling_settings_of_the_model_are_ignored(llava, questions):
         model.generation_config.update(**before)
 
 
+def test_other_settings_of_the_model_hold(llava, questions):
+    """A string to stop at, which ends the first answer, and outputs by name."""
+    model, processor = llava
+    free = answer(model, processor, asked(questions), LENGTH)
+    stop = next(sign for sign in free[0] if sign.isascii())
+    before = model.generation_config.to_dict()
+    model.generation_config.update(stop_strings=[stop], return_dict_in_generate=True)
+    try:
+        stopped = answer(model, processor, asked(questions), LENGTH)
+    finally:
+        model.generation_config.update(**before)
+    assert stopped[0] == free[0][: free[0].index(stop) + 1] != free[0]
+
+
 def test_tokenizer_without_a_padding_token(llava, questions):
     model, processor = llava
     expected = answer(model, processor, asked(questions), LENGTH)

@@ -9,6 +9,7 @@ import transformers
 from model_zoo import build
 from peft import LoraConfig, get_peft_model
 from published_configs import PARAMETERS, PUBLISHED
+from runs import trainer
 from tiny import build_vlm, image_dataset, save_vlm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,21 +85,35 @@ def test_the_adapter_is_the_one_that_peft_makes(saved, targets):
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
-def test_the_optimizer_state_is_the_real_one(optim, dtype):
+def test_the_optimizer_state_is_the_real_one(tmp_path, optim, dtype):
+    """That of `Trainer`."""
     shapes = [(16, 64), (64, 100), (4096,), (7, 600), (3,)]
-    parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
-    classes = {
-        "adamw_torch": torch.optim.AdamW,
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }
-    optimizer = classes[optim](parameters)
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes])
+    model.words = torch.nn.Embedding(100, 64, dtype=dtype)
+    parameters = list(model.parameters())
+    optimizer = transformers.Trainer(model, transformers.TrainingArguments(tmp_path, optim=optim)).create_optimizer()
     sum(p.float().sum() for p in parameters).backward()
     optimizer.step()
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    assert optimizer_bytes([p.numel() for p in parameters], optim, dtype.itemsize) == sum(storages.values())
+    others = [p.numel() for p in parameters if p is not model.words.weight]
+    planned = optimizer_bytes(others, optim, dtype.itemsize, [model.words.weight.numel()])
+    assert len(parameters) == 6 and planned == sum(storages.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_states_of_embeddings_are_never_8_bit(tied):
+    """Of a whole model: those of its words, the LM head's as well where it is the same, and those of places."""
+    config = PUBLISHED["HuggingFaceTB/SmolVLM-500M-Instruct"]()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    model = meta_model(config, torch.bfloat16)
+    words = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    others = [p.numel() for p in model.parameters() if id(p) not in words]
+    assert len(words) == 2 and (id(model.get_output_embeddings().weight) in words) == tied
+    plan = plan_run(config, RunSettings(use_peft=False, optim="paged_adamw_8bit"))
+    float32 = 8 * sum(words.values())
+    assert plan.fixed["optimizer"] == optimizer_bytes(others, "paged_adamw_8bit", 2) + float32
+    assert plan.pageable > float32 > 0.2 * plan.fixed["optimizer"]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -258,6 +273,44 @@ def test_memory_of_the_alignment_loss(heads, pool, queue):
         loss = criterion(z, torch.randn(pool, teacher_width), None, past)
         torch.autograd.grad(loss, [z, criterion.log_temperature])
     assert 0.4 * sum(sizes.values()) <= measured.peak <= sum(sizes.values())
+
+
+SETTINGS = {"lora_target_modules": r".*(language_model|text_model).*\.q_proj", "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "again"),
+    [
+        ({}, False),
+        ({"alignment_weight": 0.0}, True),
+        ({"image_feature_gib": 0.0}, True),
+        ({"contrast_scope": "micro_batch"}, True),
+        ({"alignment_weight": 0.0, "gradient_checkpointing": False}, False),
+    ],
+)
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_frozen_tower_in_the_backward(tmp_path, family, settings, again):
+    """As training has it; of Qwen3-VL transformers does not find the embeddings."""
+    folder = save_vlm(family, tmp_path)
+    plan = plan_run(read_config(folder), RunSettings(per_device_train_batch_size=6, **SETTINGS, **settings))
+    trained = plan._memory.trained
+    assert trained == {"vision": False, "projector": False, "language": True}
+    again &= family != "qwen3_vl"
+    plan._memory.trained = trained | {"vision": True}
+    more = plan._memory.batch(6)["activations"] - plan.batch["activations"]
+    assert (more == 0) == again
+
+    lora = LoraConfig(target_modules=SETTINGS["lora_target_modules"])
+    own = {name: value for name, value in {**SETTINGS, **settings}.items() if name != "lora_target_modules"}
+    run = trainer(tmp_path / "run", family, peft_config=lora, **{"gradient_checkpointing": True, **own}, max_steps=1)
+    blocks, seen = find_parts(run.model.get_base_model()).vision_blocks, []
+
+    def see(module, inputs, output):
+        seen.append((output[0] if isinstance(output, tuple) else output).requires_grad)
+
+    blocks[-1].register_forward_hook(see)
+    run.train()
+    assert any(seen) == again
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

@@ -120,6 +120,22 @@ class TestValues:
         assert logged(run, "image_gain") == [gain.gain for gain in kept.values()]
         assert abs(kept[3].gain) > 1e-4 and kept[0].gain != kept[3].gain
 
+    def test_image_gain_cuts_no_texts(self, tmp_path):
+        """Of images whose tokens follow their size, other ones would leave other words of a text that is cut."""
+        rows = held_out(8)
+        sizes = [(28, 28) if i % 2 else (84, 56) for i in range(8)]
+        rows = rows.map(lambda row, i: {"images": [row["images"][0].resize(sizes[i])]}, with_indices=True)
+        gains = []
+        for name, length in (("a", None), ("b", 40)):
+            monitor = AlignmentMonitorCallback(rows, every=9, num_samples=8)
+            run = trainer(
+                tmp_path / name, "qwen2_5_vl", max_steps=1, learning_rate=0.0, max_length=length, callbacks=[monitor]
+            )
+            run.train()
+            gains.append(read_run(run.args.output_dir).image_gains[0])
+            assert run.data_collator.max_length == length
+        assert gains[0] == gains[1] and gains[0].tokens > 0
+
     def test_no_logits_of_all_positions_are_made(self, tmp_path):
         """Neither training nor measuring calls the head on more than one: where texts are long, it would not fit."""
         monitor = AlignmentMonitorCallback(held_out(), every=1, num_samples=14)
