@@ -9,7 +9,7 @@ accelerate launch --config_file examples/accelerate_configs/ddp.yaml --num_proce
     --caption_dataset path/to/captions \
     --instruction_dataset path/to/instructions \
     --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --stage1_gradient_accumulation_steps 4 \
-    --stage1_learning_rate 1e-3 --learning_rate 2e-5 \
+    --stage1_learning_rate 1e-3 --learning_rate 2e-5 --num_train_epochs 1 \
     --output_dir two-stage
 ```
 
@@ -93,8 +93,8 @@ def stage_of(checkpoint: str | None, output_dir: Path) -> int:
     """The stage in which to begin: that of the checkpoint to resume from, or the first."""
     if not checkpoint:
         return 1
-    folder = Path(checkpoint).resolve().parent
-    stages = [stage for stage in (1, 2) if folder == (output_dir / f"stage{stage}").resolve()]
+    folders = Path(checkpoint).resolve().parents  # where a stage has begun anew, it lies in `earlier-run`
+    stages = [stage for stage in (1, 2) if (output_dir / f"stage{stage}").resolve() in folders]
     if not stages:
         raise ValueError(
             f"`resume_from_checkpoint` ({checkpoint}) must be the folder of a checkpoint in `{output_dir / 'stage1'}` "

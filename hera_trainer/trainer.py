@@ -27,7 +27,6 @@ from .alignment.callback import ObjectiveCallback
 from .alignment.checks import (
     check_arguments,
     check_best_metric,
-    check_device_map,
     check_hooks_of_adapters,
     check_loss_scaling,
     check_not_monitored,
@@ -49,8 +48,10 @@ from .data.teacher_vectors import TeacherVectors, signature_columns, without_vec
 from .heads.accessor import HeadAccessor
 from .heads.capture import HeadCapture
 from .heads.checks import (
+    check_attention_kernel,
     check_compiled,
     check_decoder,
+    check_device_map,
     check_projections,
     check_ranking,
     check_same_modules,
@@ -66,13 +67,15 @@ from .heads.ranking_cache import cached_ranking
 from .heads.registry import get_head_accessor, unwrap_model
 from .hub import push
 from .hub.card import write_model_card
-from .hub.card_file import CardKeeper, licensed, put_record_aside
+from .hub.card_file import CardKeeper, licensed, recorded_files
 from .objectives.objective import AlignmentObjective
 from .objectives.registry import get_objective
 from .objectives.similarity import comparison
 from .runs.checkpoints import (
+    best_checkpoint,
     checkpoint_ranking,
     find_checkpoint,
+    is_own,
     make_room,
     mark_complete,
     place_in_stream,
@@ -85,7 +88,7 @@ from .runs.monitor import AlignmentMonitorCallback, prepare_monitors
 from .runs.record import go_on_with_measurements, leave_out, other_heads_advice, public_ranking
 from .runs.record_callback import RunRecordCallback
 from .runs.weights import kept_dtypes, load_weights
-from .runs.written_files import RANKING_FILE, written_by
+from .runs.written_files import RANKING_FILE, RECORDS, written_by
 from .teacher.column import TEACHER_COLUMN
 from .teacher.encoder import VisionTeacher
 
@@ -223,7 +226,8 @@ class HeRATrainer(SFTTrainer):
     def _init_alignment(self) -> None:
         """Everything about alignment that needs the model but neither teacher nor ranking."""
         args = self.args
-        check_device_map(self.model)
+        cure = ", train with several processes, or set `alignment_weight=0`"
+        check_device_map(self.model, "head alignment", cure)
         check_whole_layers(self.model, self.accelerator)
         check_compiled(self.model)
         check_tokens_stay(self.model, self.accelerator)
@@ -350,6 +354,7 @@ class HeRATrainer(SFTTrainer):
             return
         if (full_eval and not self.is_sharded and not self.is_model_parallel) or replicated:
             self._move_model_to_device(self.model, self.args.device)
+        check_attention_kernel(self.model, self.args.device)
 
     def _prepare_data(self, ranks_heads: bool = False) -> None:
         """Any of the data sets and the collator may have been replaced since the last time."""
@@ -492,7 +497,10 @@ class HeRATrainer(SFTTrainer):
         check_best_metric(self.args, self.eval_dataset)
         self._begin_watching(checkpoint)
         with self.alignment.attached():
-            return super().train(checkpoint, *args, **kwargs)
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            finally:
+                self._batches = []  # the last step's, with all its pixels
 
     def _check_trained(self, accessor: HeadAccessor) -> None:
         with self.accelerator.autocast(), same_randomness(self.args.device):
@@ -506,15 +514,18 @@ class HeRATrainer(SFTTrainer):
         prepare_monitors(self, self._monitors)
         teacher = None if self.alignment is None else self.teacher_name  # without alignment, none has taught
         self._record.begin(self.train_dataset, self.aligned_heads or (), teacher, checkpoint)
-        if checkpoint is None and self.args.should_save:
-            put_aside(str(self.args.output_dir), _places_of(self.model))
+        output_dir, goes_on = str(self.args.output_dir), is_own(checkpoint, str(self.args.output_dir))
+        keeps_record = self._record in self.callback_handler.callbacks
+        if self.args.should_save and not goes_on:
+            used = [*_places_of(self.model), *([] if checkpoint is None else [checkpoint])]
+            put_aside(output_dir, used, RECORDS if keeps_record else recorded_files(output_dir))
         if self.is_world_process_zero():
-            if self._record not in self.callback_handler.callbacks:
-                put_record_aside(str(self.args.output_dir))
-            go_on_with_measurements(str(self.args.output_dir), checkpoint, saved_step(checkpoint))
+            if not keeps_record:
+                leave_out(output_dir, recorded_files(output_dir))
+            go_on_with_measurements(output_dir, checkpoint, saved_step(checkpoint))
             # What the objective has learned is saved with the result: until then, there is none of this run.
-            others = [OBJECTIVE_FOLDER] if checkpoint is None else []
-            leave_out(str(self.args.output_dir), [*others, *([RANKING_FILE] if self.head_ranking is None else [])])
+            others = [] if goes_on else [OBJECTIVE_FOLDER]
+            leave_out(output_dir, [*others, *([RANKING_FILE] if self.head_ranking is None else [])])
         self._save_ranking(self.args.output_dir)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -546,6 +557,7 @@ class HeRATrainer(SFTTrainer):
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, *args: Any
     ) -> tuple[int, int]:
         begin = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, *args)
+        self.state.best_model_checkpoint = best_checkpoint(resume_from_checkpoint)
         is_one_epoch = steps_per_epoch == max_steps  # so `Trainer` takes a stream, if its loader tells no length
         if self.alignment is None or has_length(self.train_dataset) or not is_one_epoch or self.args.ignore_data_skip:
             return begin
@@ -714,7 +726,8 @@ class HeRATrainer(SFTTrainer):
         super().save_model(output_dir, _internal_call)
         self._save_ranking(folder)
         if self.args.should_save and folder is not None:
-            mark_control(folder, self._control)
+            for place in ("", self._named_adapter() or ""):  # an adapter's own folder is merged without the outer one
+                mark_control(os.path.join(folder, place), self._control)
             if self.alignment is not None and not self._rotates_itself:  # a checkpoint has it beside the optimizer
                 self.alignment.save_objective(folder)
         if self._rotates_itself:  # only now: `training_args.bin` tells the limit that was set
@@ -865,6 +878,7 @@ class HeRATrainer(SFTTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()  # it reads the files that are about to be written
         folder, token = str(self.args.output_dir), token if token is not None else self.args.hub_token
+        how = push.push_settings(vars(self.args), private, revision)
         # Before anything is asked of the Hub, so that a refusal finds the result on disk, on all processes.
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -876,15 +890,14 @@ class HeRATrainer(SFTTrainer):
         self.create_model_card(model_name=name, tags=tags, **kwargs)
         if self.hub_model_id is None:
             known_as = self._repo_name
-            with push.explained(known_as, folder):
+            with push.explained(known_as, folder, **how):
                 super().init_hf_repo(token, private)
             if self._repo_name != known_as:  # the code in the card names the repository in full
                 self.create_model_card(model_name=name, tags=tags, **kwargs)
         push.warn_of_local_base(folder)
         files = push.result_files(folder, written_by(self.model, self.processing_class), token, self.args.hub_token)
         where = self._hub, self._repo_name, folder
-        revision = revision or self.args.hub_revision
-        return push.upload(*where, files, commit_message or "End of training", token, revision, blocking)
+        return push.upload(*where, files, commit_message or "End of training", token, blocking=blocking, **how)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # `Trainer` calls this while the checkpoint still lacks the marker that it is complete.

@@ -398,7 +398,7 @@ class Alignment:
         if "log_temperature" in state:  # as it was written before there were other parameters
             self.optimizer.load_temperature(state)
         else:
-            self.load_objective(folder)
+            self._load_objective(folder)
         if state["aligned_heads"] != [str(head) for head in self.heads]:
             warnings.warn(
                 f"The checkpoint was trained with aligned heads {', '.join(state['aligned_heads'])}, this run goes on "
@@ -409,11 +409,20 @@ class Alignment:
             self._load_queue(self.contrast.queue, queue, state["aligned_heads"])
 
     def load_objective(self, folder: str | os.PathLike) -> None:
-        """Takes what the objective has learned alone, of a checkpoint or a result, to whose weights it belongs."""
-        for path in (Path(folder, OBJECTIVE_FILE), Path(folder, OBJECTIVE_FOLDER, OBJECTIVE_FILE)):
-            if path.is_file():
-                self.optimizer.load(path)
-                return
+        """Takes what the objective has learned alone, of a checkpoint or a result, to whose weights it belongs.
+
+        Raises:
+            `FileNotFoundError`: If an objective that learns has left nothing there.
+        """
+        if not self._load_objective(folder) and self.learns:
+            raise FileNotFoundError(f"{str(folder)!r} holds nothing that an alignment objective has learned.")
+
+    def _load_objective(self, folder: str | os.PathLike) -> bool:
+        found = [Path(folder, OBJECTIVE_FILE), Path(folder, OBJECTIVE_FOLDER, OBJECTIVE_FILE)]
+        path = next((path for path in found if path.is_file()), None)
+        if path is not None:
+            self.optimizer.load(path)
+        return path is not None
 
     def _queue_identity(self) -> dict[str, str]:
         """What samples of the queue depend on, beside the weights of the model."""

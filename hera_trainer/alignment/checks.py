@@ -124,17 +124,6 @@ def check_best_metric(args: HeRAConfig, eval_dataset: Any) -> None:
             )
 
 
-def check_device_map(model: nn.Module) -> None:
-    """Refuses a model that is split over several devices: gradients of heads have not been proven there."""
-    devices = {str(device) for device in getattr(unwrap_model(model), "hf_device_map", {}).values()}
-    if len(devices) > 1:
-        raise ValueError(
-            f"The model is split over several devices ({', '.join(sorted(devices))}), which head alignment does not "
-            "support yet. Load it on one device (`device_map=None`), train with several processes, or set "
-            "`alignment_weight=0`."
-        )
-
-
 def check_whole_layers(model: nn.Module, accelerator: Accelerator) -> None:
     """Refuses layers that are not whole in each process, or computed in 8-bit floats: tensor parallelism, weights that
     transformers itself has sharded, and fp8.

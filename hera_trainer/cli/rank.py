@@ -279,7 +279,7 @@ def main(arguments: Sequence[str]) -> None:
         rows = cached_teacher_features(rows, teacher) or rows  # of all rows, as `hera encode` leaves them
     rows, captions = with_turns(rows, args.caption_column)
     rows = draw(rows, args.num_samples, args.seed, captions)
-    rows = add_teacher_features(rows, teacher, batch_size=args.teacher_batch_size)
+    rows = add_teacher_features(rows, teacher, batch_size=args.teacher_batch_size, device=args.device)
     model, processor = load_model(
         args.model,
         revision=args.revision,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather, gather_object, pad_across_processes
 from torch import Tensor
+
+# What is done before or beside training takes the processes different times: one downloads a data set, or has larger
+# images. The default of the communication library, ten minutes on GPUs, is meant for steps.
+_PATIENCE = timedelta(hours=12)
 
 
 class Team:
@@ -28,7 +33,7 @@ class Team:
     """
 
     def __init__(self, distributed: bool) -> None:
-        self._state = PartialState() if distributed else None
+        self._state = PartialState(timeout=_PATIENCE) if distributed else None  # if it is not there yet
         self.index: int = 0 if self._state is None else self._state.process_index
         self.count: int = 1 if self._state is None else self._state.num_processes
 

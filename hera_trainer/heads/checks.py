@@ -68,6 +68,45 @@ def _mixing_adapter(projection: nn.Module) -> str | None:
     return next((_MIXED[name] for variant in variants if (name := type(variant).__name__) in _MIXED), None)
 
 
+def check_device_map(model: nn.Module, what: str, cure: str = "") -> None:
+    """Refuses a model that is split over several devices, where heads are to be read.
+
+    Args:
+        model (`nn.Module`): The model.
+        what (`str`): What cannot be done there, for the message.
+        cure (`str`, *optional*): What else to do than to load it on one device.
+
+    Raises:
+        `ValueError`: If it is.
+    """
+    devices = {str(device) for device in getattr(unwrap_model(model), "hf_device_map", {}).values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The model is split over several devices ({', '.join(sorted(devices))}), which {what} does not support "
+            f"yet. Load it on one device (`device_map=None`){cure}."
+        )
+
+
+def check_attention_kernel(model: nn.Module, device: torch.device) -> None:
+    """Refuses a model that is read on the CPU, since FSDP moves it later, with an attention that has no kernel there.
+
+    Args:
+        model (`nn.Module`): The model, where it is read.
+        device (`torch.device`): Where it will be trained.
+
+    Raises:
+        `ValueError`: If so.
+    """
+    decoder = get_head_accessor(model).decoder
+    kernel = str(getattr(getattr(decoder, "config", None), "_attn_implementation", None))
+    here = decoder.get_input_embeddings().weight.device
+    if "flash" in kernel and here.type == "cpu" != device.type:
+        raise ValueError(
+            "FSDP leaves the model on the CPU until training begins, and heads are ranked and checked there before: "
+            f"`attn_implementation={kernel!r}` has no kernel for it. Load the model with `attn_implementation='sdpa'`."
+        )
+
+
 def check_projections(model: nn.Module, accessor: HeadAccessor, layers: Sequence[int]) -> None:
     """Runs a few tokens through the text decoder and checks, on what really flowed through the output projections of
     `layers`, that the contributions of all heads plus the bias add up to the projection's output.

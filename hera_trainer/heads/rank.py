@@ -14,6 +14,7 @@ from ..common.processes import Team
 from ..common.sharded import gathered_in_forward, part_of
 from ..objectives.metrics import check_clip_quantile, nearest_neighbors, neighbor_overlap
 from ..teacher.encoder import VisionTeacher
+from .checks import check_device_map
 from .modes import evaluating
 from .observer import Observer, run_text, run_with_images
 from .pooling import placeholder_token_ids
@@ -98,11 +99,14 @@ def rank_heads(
             on text alone, or a sample has no image for `ceiling` to look at.
     """
     check_clip_quantile(clip_quantile)
+    check_device_map(model, "a ranking of heads")
     if data_collator is None:
         _check_text_alone(model)  # before a sample is looked at
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
-    samples = draw_samples(dataset, tokenizer, k, num_samples, seed, text_column)
-    second = None if ceiling is None else second_vectors(dataset, samples, ceiling, batch_size, distributed)
+    samples, second = draw_samples(dataset, tokenizer, k, num_samples, seed, text_column), None
+    if ceiling is not None:
+        device = get_head_accessor(model).decoder.get_input_embeddings().weight.device
+        second = second_vectors(dataset, samples, ceiling, batch_size, distributed, device)
     ranking = rank_samples(
         model,
         processing_class,

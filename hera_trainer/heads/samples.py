@@ -116,7 +116,12 @@ def draw_samples(
 
 
 def second_vectors(
-    dataset: Dataset, samples: Samples, encoder: VisionTeacher | str, batch_size: int, distributed: bool
+    dataset: Dataset,
+    samples: Samples,
+    encoder: VisionTeacher | str,
+    batch_size: int,
+    distributed: bool,
+    device: torch.device | None = None,
 ) -> Tensor:
     """What a second vision encoder makes of the images of samples that were drawn.
 
@@ -126,6 +131,7 @@ def second_vectors(
         encoder ([`VisionTeacher`] or `str`): The encoder, or its name.
         batch_size (`int`): Images in one forward pass.
         distributed (`bool`): Divide the images among all processes of the run.
+        device (`torch.device`, *optional*): Where an encoder that is named runs.
 
     Returns:
         `Tensor` of shape `[N, d]`, float32.
@@ -134,7 +140,9 @@ def second_vectors(
         `ValueError`: If a sample has a teacher vector but no image.
     """
     rows = dataset.remove_columns(TEACHER_COLUMN).select(samples.indices)
-    rows = add_teacher_features(rows, encoder, batch_size=batch_size, desc="Ceiling", distributed=distributed)
+    rows = add_teacher_features(
+        rows, encoder, batch_size=batch_size, desc="Ceiling", distributed=distributed, device=device
+    )
     vectors = rows.with_format(None)[TEACHER_COLUMN][:]
     missing = [index for index, vector in zip(samples.indices, vectors, strict=True) if vector is None]
     if missing:

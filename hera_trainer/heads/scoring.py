@@ -23,6 +23,10 @@ from .projection import projection_blocks
 _PERMUTATIONS = 500
 
 
+class NotFiniteError(ValueError):
+    """Heads whose representations cannot be compared."""
+
+
 def score_layers(
     accessor: HeadAccessor,
     layers: Iterable[tuple[int, Tensor | None, Tensor | None]],
@@ -59,7 +63,7 @@ def score_layers(
         if pooled is None:
             continue
         if not pooled.isfinite().all():
-            raise ValueError(f"The attention heads of layer {layer} give NaN or inf. Rank them in bf16 or float32.")
+            raise NotFiniteError(f"The attention heads of layer {layer} give NaN or inf. Rank them in bf16 or float32.")
         with whole(accessor.projection(layer)):
             blocks = projection_blocks(accessor.projection(layer), accessor.num_heads(layer))
         for head, neighbors in enumerate(head_neighbors(pooled, blocks, k, normalize, clip_quantile, center)):

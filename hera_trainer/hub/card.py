@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from torch import nn
 
 from .. import __version__
-from ..common.redaction import is_local, public_settings, public_text, shown_name
+from ..common.redaction import is_local, public_name, public_settings, public_text, shown_name
 from ..heads.head import AlignedUnit, granularity_of
 from ..heads.heat_map import plot_head_scores
 from ..heads.ranking import HeadRanking
 from ..heads.registry import unwrap_model
 from ..objectives.contrastive import HeRALoss
-from ..runs.record import CONTEXTS, RunRecord, public_ranking, read_image_gains, read_rankings
+from ..runs.record import CONTEXTS, RunRecord, public_ranking, read_if_whole, read_image_gains, read_rankings
 from ..runs.record_callback import hub_names
-from ..runs.written_files import CARD_FILE, PLOTS_FOLDER
+from ..runs.report.groups import is_of_training
+from ..runs.report.settings import measured_with, other_teacher
+from ..runs.written_files import CARD_FILE, PLOTS_FOLDER, RUN_FILE
 from .card_file import written_by_hand
 
 if TYPE_CHECKING:
@@ -152,7 +155,7 @@ def _heads(trainer: HeRATrainer, folder: Path) -> dict[str, Any]:
     args, kind = trainer.args, trainer.args.alignment_granularity
     if heads is None:
         return {"heads": [], "kind": kind, "aligned": f"a few {_UNITS[kind]}s of the language model were"}
-    ranking = None if ranking is None else public_ranking(ranking)
+    ranking, teacher = None if ranking is None else public_ranking(ranking), public_name(trainer.teacher_name)
     measured = read_rankings(folder).items()
     monitored = {context: steps for context, ranked in measured if (steps := _of_the_result(trainer, ranked))}
     run = RunRecord(folder, {}, [], ranking, monitored)
@@ -170,8 +173,8 @@ def _heads(trainer: HeRATrainer, folder: Path) -> dict[str, Any]:
         "heads": heads,
         "chosen": chosen,
         "scores": _scores(heads, ranking, changes),
-        "score_notes": _score_notes(ranking, changes, monitored),
-        "heat_maps": _heat_maps(folder, heads, ranking, changes),
+        "score_notes": _score_notes(ranking, changes, monitored, teacher),
+        "heat_maps": _heat_maps(folder, heads, ranking, changes, teacher),
     }
 
 
@@ -211,16 +214,17 @@ def _score_notes(
     ranking: HeadRanking | None,
     changes: dict[str, tuple[HeadRanking, HeadRanking]],
     monitored: dict[str, dict[int, HeadRanking]],
+    teacher: str,
 ) -> str:
-    notes = {} if ranking is None else {"When chosen": _measured_on(ranking)}
+    notes = {} if ranking is None else {"When chosen": _measured_on(ranking, teacher)}
     for context, (before, _) in changes.items():
         steps = monitored[context]
         notes[CONTEXTS[context].capitalize()] = (
-            f"{_measured_on(before)}; held out; before is step {min(steps)}, after is step {max(steps)}"
+            f"{_measured_on(before, teacher)}; held out; before is step {min(steps)}, after is step {max(steps)}"
         )
     text = _bullets(notes)
     measured = [*([] if ranking is None else [ranking]), *(before for before, _ in changes.values())]
-    if len({each.scale for each in measured}) > 1:
+    if len({measured_with(each, teacher) for each in measured}) > 1:
         text += "\n\nScores that were measured otherwise cannot be compared: hold each against its own line above."
     if not changes and any(len(steps) > 1 for steps in monitored.values()):
         text += "\n\nBefore and after training were measured with different settings, and are not compared."
@@ -232,9 +236,9 @@ def _score_notes(
     return text
 
 
-def _measured_on(ranking: HeadRanking) -> str:
+def _measured_on(ranking: HeadRanking, teacher: str) -> str:
     settings = f"{ranking.num_samples:,} pairs, {CONTEXTS[ranking.context]}, k = {ranking.k}{ranking.spaces}"
-    return "; ".join([settings, *ranking.references(digits=3)])
+    return "; ".join([settings + other_teacher(ranking, teacher), *ranking.references(digits=3)])
 
 
 def _heat_maps(
@@ -242,14 +246,16 @@ def _heat_maps(
     heads: Sequence[AlignedUnit],
     ranking: HeadRanking | None,
     changes: dict[str, tuple[HeadRanking, HeadRanking]],
+    teacher: str,
 ) -> list[dict[str, str]]:
     """Draws the heat maps and says where they are; none without matplotlib."""
     drawn: dict[str, tuple[str, HeadRanking | dict[str, HeadRanking]]] = {}
     for context, (before, after) in changes.items():
-        title = f"Agreement of attention heads with the teacher, {CONTEXTS[context]}"
+        title = f"Agreement of attention heads with the teacher, {CONTEXTS[context]}{other_teacher(before, teacher)}"
         drawn[f"heads_{context}.png"] = (title, {"before training": before, "after training": after})
     if not drawn and ranking is not None:
-        drawn["heads.png"] = ("Agreement of attention heads with the teacher, before training", ranking)
+        title = f"Agreement of attention heads with the teacher, before training{other_teacher(ranking, teacher)}"
+        drawn["heads.png"] = (title, ranking)
     (folder / PLOTS_FOLDER).mkdir(parents=True, exist_ok=True)
     heat_maps = []
     for name, (title, rankings) in drawn.items():
@@ -341,9 +347,12 @@ def _training(trainer: HeRATrainer) -> dict[str, str]:
         f"{args.world_size} device{'s' if args.world_size > 1 else ''}",
         "Learning rate": f"{args.learning_rate:g}, {_value(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}",
         "Optimizer": f"{_value(args.optim)}, weight decay {args.weight_decay:g}",
-        "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else _dtypes(trainer.model),
         "Seed": str(args.seed),
     }
+    record = read_if_whole(Path(str(args.output_dir), RUN_FILE)) or {}
+    if before := {n: value for n, value in (record.get("earlier_config") or {}).items() if is_of_training(n)}:
+        lines["Before it was resumed"] = ", ".join(f"`{name}` {value}" for name, value in before.items())
     if state.epoch:
         lines["Steps"] += f" ({state.epoch:.3g} epochs)"
     if trainer.best_step is not None:
@@ -368,6 +377,12 @@ def _training(trainer: HeRATrainer) -> dict[str, str]:
     if isinstance(trainer.model, PeftModel):
         lines["Adapter"] = _adapter_summary(trainer.model)
     return lines
+
+
+def _dtypes(model: nn.Module) -> str:
+    """Data types of the weights that are trained, in which training computes where it does not cast."""
+    found = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters() if weight.requires_grad}
+    return ", ".join(sorted(found)) or "not known"
 
 
 def _value(setting: Any) -> str:

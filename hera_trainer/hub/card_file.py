@@ -12,10 +12,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from transformers.trainer import TRAINER_STATE_NAME
 
-from ..runs.record import leave_out
-from ..runs.written_files import CARD_FILE, MONITOR_FOLDER, PLOTS_FOLDER, RUN_FILE
+from ..runs.written_files import CARD_FILE, PLOTS_FOLDER, RECORDS, RUN_FILE
 
 # What a user writes into the card by hand.
 _KEPT = ("license", "license_name", "license_link", "language")
@@ -33,15 +31,17 @@ class CardKeeper:
     def __init__(self, output_dir: str | os.PathLike | None, folder: str | os.PathLike | None) -> None:
         self._here, self._there = Path(str(output_dir)), Path(str(folder))
         card = self._here / CARD_FILE
-        self._is_kept = is_own_text(self._there / CARD_FILE)
-        self._own = card.read_bytes() if is_own_text(card) else None
+        self._kept = _own_text(self._there / CARD_FILE)
+        self._own = _own_text(card)
 
     def write(self, create: Callable[[], None]) -> None:
         """
         Args:
             create (`Callable`): Makes the card in `output_dir`.
         """
-        if self._is_kept:
+        if self._kept is not None:
+            if is_own_text(self._there / CARD_FILE):  # and a push has written none in its place
+                (self._there / CARD_FILE).write_bytes(self._kept)  # without what PEFT has added
             return
         card = self._here / CARD_FILE
         try:
@@ -73,16 +73,21 @@ def is_own_text(path: Path) -> bool:
     return bool(text.strip()) and not any(mark in card for mark in _GENERATED)
 
 
-def put_record_aside(folder: str) -> None:
-    """Gives the record of an earlier run in `output_dir` another name, and the card, plots and measurements that it
-    wrote. To be called by a run that keeps no record: it must not pass for the earlier one.
+def _own_text(path: Path) -> bytes | None:
+    return path.read_bytes() if is_own_text(path) else None
+
+
+def recorded_files(folder: str) -> list[str]:
+    """Names of what an earlier run in `output_dir` has recorded, with the card and plots that it wrote: one that keeps
+    no record must not pass for it.
 
     Args:
         folder (`str`): The run's `output_dir`.
     """
-    if Path(folder, RUN_FILE).is_file():
-        card = [] if is_own_text(Path(folder, CARD_FILE)) else [CARD_FILE]
-        leave_out(folder, [RUN_FILE, TRAINER_STATE_NAME, PLOTS_FOLDER, MONITOR_FOLDER, *card])
+    if not Path(folder, RUN_FILE).is_file():
+        return []
+    card = [] if is_own_text(Path(folder, CARD_FILE)) else [CARD_FILE]
+    return [*RECORDS, PLOTS_FOLDER, *card]
 
 
 @contextmanager

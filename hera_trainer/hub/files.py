@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..runs.written_files import (
     ADAPTER_FILES,
     CARD_FILE,
     CONTROL_FILE,
+    EARLIER_FOLDER,
     MODEL_FILES,
     MONITOR_FOLDER,
     PLOTS_FOLDER,
@@ -45,7 +47,8 @@ logger = logging.get_logger(__name__)
 
 # All of these are patterns of paths: what is named by none of them stays.
 _RECORD = (RUN_FILE, CONTROL_FILE, RANKING_FILE, trainer.TRAINER_STATE_NAME, f"{MONITOR_FOLDER}/step-*.json")
-_OWN = (CARD_FILE, f"{PLOTS_FOLDER}/heads*.png", *_RECORD)
+_OWN = (CARD_FILE, *_RECORD)
+_HEAT_MAPS = f"{PLOTS_FOLDER}/heads*.png"
 
 _PROCESSOR = (
     *(names.PROCESSOR_NAME, names.FEATURE_EXTRACTOR_NAME, names.VIDEO_PROCESSOR_NAME, names.AUDIO_TOKENIZER_NAME),
@@ -66,8 +69,11 @@ _RESUMING = (
 _EXPECTED = (
     trainer.TRAINING_ARGS_NAME,
     CARD_FILE,
+    _HEAT_MAPS,
+    f"*/{CONTROL_FILE}",
     f"{OBJECTIVE_FOLDER}*",
     f"*{PREFIX_CHECKPOINT_DIR}-*",
+    f"{EARLIER_FOLDER}*",
     "runs",
     ".*",
     "_*",
@@ -83,8 +89,9 @@ def publishable_files(
 ) -> dict[str, Path | bytes]:
     """What of a training run's folder goes to the Hub.
 
-    Adapter or model, processor, model card, plots, ranking, measurements and the run's record. What else lies in the
-    folder is named in the log. In the files of settings, paths of this machine are reduced to their last part.
+    Adapter or model, processor, model card, the plots that it shows, ranking, measurements and the run's record. What
+    else lies in the folder is named in the log. In the files of settings, paths of this machine are reduced to their
+    last part.
 
     Args:
         folder (`str` or `os.PathLike`): The run's `output_dir`, or a folder that `save_model` wrote.
@@ -97,12 +104,21 @@ def publishable_files(
         are not changed.
     """
     folder = Path(folder).expanduser().resolve()
-    return _chosen(folder, [*_OWN, *(_recorded(folder) if written is None else written)], secrets)
+    patterns = [*_OWN, *_shown_maps(folder), *(_recorded(folder) if written is None else written)]
+    return _chosen(folder, patterns, secrets)
 
 
 def checkpoint_files(checkpoint: Path, secrets: Sequence[str], written: Iterable[str]) -> dict[str, Path | bytes]:
     """What of a checkpoint goes to the Hub, as `hub_strategy` asks for: the result, and what resuming needs."""
     return _chosen(checkpoint, [*_RESUMING, *written], secrets)
+
+
+def _shown_maps(folder: Path) -> Iterator[str]:
+    """The heat maps that the card shows: beside them may lie those of an earlier run."""
+    card = folder / CARD_FILE
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    names = (path.relative_to(folder).as_posix() for path in folder.glob(_HEAT_MAPS))
+    yield from (escape(name) for name in names if name in text)
 
 
 def _recorded(folder: Path) -> Iterable[str]:

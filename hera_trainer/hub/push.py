@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from transformers.utils import CONFIG_NAME
 
 from .. import __version__
 from ..common.files import write_atomically
-from ..common.redaction import is_local, is_secret, shown_name
+from ..common.redaction import HIDDEN, is_local, is_secret, shown_name
 from ..runs.control import read_control
+from ..runs.record import read_if_whole
+from ..runs.written_files import RUN_FILE
 from .files import checkpoint_files, publishable_files
 
 logger = get_logger(__name__)
@@ -49,8 +51,8 @@ def push_folder(
         folder (`str` or `os.PathLike`): The run's `output_dir`, or a folder that `save_model` wrote.
         repo_id (`str`): Name of the repository, such as `"user/model"`. It is created where it does not exist.
         token (`str`, *optional*): Access token that may write, by default that of `hf auth login`.
-        revision (`str`, *optional*): Branch, `"main"` by default.
-        private (`bool`, *optional*): Whether a new repository is private.
+        revision (`str`, *optional*): Branch, `hub_revision` of the run or `"main"` by default.
+        private (`bool`, *optional*): Whether a new repository is private, `hub_private_repo` of the run by default.
         commit_message (`str`, *optional*): Message of the commit.
         publish_control (`bool`, *optional*, defaults to `False`): Whether the result of a control run is published.
 
@@ -62,14 +64,52 @@ def push_folder(
         `ValueError`: If the folder holds no model, or that of a control run.
     """
     path = Path(folder)
-    if not (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG_NAME).is_file():
-        raise ValueError(f"{str(folder)!r} holds neither a model nor an adapter. Name the `output_dir` of a run.")
+    config = (read_if_whole(path / RUN_FILE) or {}).get("config") or {}
+    how = push_settings({**config, "publish_control": publish_control}, private, revision)
     check_publishable(read_control(path), publish_control)
+    files = result_files(path, None, token)
+    _check_complete(path, files)
     api = hub_api(token)
-    with explained(repo_id, path):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with explained(repo_id, path, **how):
+        repo_id = api.create_repo(repo_id, private=how["private"], exist_ok=True).repo_id
     warn_of_local_base(path)
-    return upload(api, repo_id, path, result_files(path, None, token), commit_message, token, revision)
+    return upload(api, repo_id, path, files, commit_message, token, **how)
+
+
+def push_settings(
+    config: Mapping[str, Any], private: bool | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """How a run is pushed: as the call says, else as the run is configured. Arguments of [`explained`] and [`upload`].
+
+    Args:
+        config (`Mapping[str, Any]`): Settings of the run, as its configuration or its record has them.
+        private (`bool`, *optional*), revision (`str`, *optional*): What the call says.
+
+    Returns:
+        `dict[str, Any]`: `private`, `revision` and `publish_control`.
+
+    Raises:
+        `ValueError`: If the record does not show the branch.
+    """
+    revision = revision or config.get("hub_revision")
+    if revision == HIDDEN:  # neither to a branch of that name, nor to main
+        raise ValueError(f"`{RUN_FILE}` does not show the branch that the run was to be pushed to. Set `revision`.")
+    return {
+        "private": config.get("hub_private_repo") if private is None else private,
+        "revision": revision,
+        "publish_control": bool(config.get("publish_control")),
+    }
+
+
+def _check_complete(folder: Path, files: Iterable[str]) -> None:
+    """Refuses files that nobody can load: without weights, or without the configuration beside them."""
+    names = {Path(name).name for name in files}
+    if {ADAPTER_CONFIG, CONFIG_NAME}.isdisjoint(names) or not any(name.endswith(".safetensors") for name in names):
+        of_run = f" of the run that its `{RUN_FILE}` describes" if (folder / RUN_FILE).is_file() else ""
+        raise ValueError(
+            f"{str(folder)!r} holds neither a model nor an adapter{of_run}. Name the `output_dir` of a run that has "
+            "saved its result."
+        )
 
 
 def check_publishable(control: str, allowed: bool) -> None:
@@ -90,12 +130,20 @@ def check_publishable(control: str, allowed: bool) -> None:
 
 
 @contextmanager
-def explained(repo_id: str, folder: str | os.PathLike | None) -> Iterator[None]:
+def explained(
+    repo_id: str,
+    folder: str | os.PathLike | None,
+    private: bool | None = None,
+    revision: str | None = None,
+    publish_control: bool = False,
+) -> Iterator[None]:
     """Turns whatever goes wrong inside into a [`PushError`] of one line.
 
     Args:
         repo_id (`str`): Name of the repository.
         folder (`str` or `None`): Where the complete result is; `None` if there is none yet.
+        private (`bool`, *optional*), revision (`str`, *optional*), publish_control (`bool`):
+            Of the push. The calls that the message advises do the same.
     """
     try:
         yield
@@ -108,9 +156,13 @@ def explained(repo_id: str, folder: str | os.PathLike | None) -> Iterator[None]:
                 f"The repository {repo_id!r} could not be opened on the Hub: {reason}. {cure} and start again, or set "
                 "`push_to_hub=False`; training has not begun."
             ) from error
+        how = {"private": private, "revision": revision}
+        same = [f"{name}={value!r}" for name, value in how.items() if value is not None]
+        control = ["publish_control=True"] if publish_control else []  # the trainer has it in its configuration
+        arguments = ", ".join([repr(str(folder)), repr(repo_id), *same, *control])
         raise PushError(
             f"Pushing to {repo_id!r} failed: {reason}. The result is complete in {str(folder)!r}. {cure} and call "
-            f"`trainer.push_to_hub()` again, or `hera_trainer.hub.push.push_folder({str(folder)!r}, {repo_id!r})`."
+            f"`trainer.push_to_hub({', '.join(same)})` again, or `hera_trainer.hub.push.push_folder({arguments})`."
         ) from error
 
 
@@ -154,8 +206,21 @@ def upload(
     token: str | None = None,
     revision: str | None = None,
     blocking: bool = True,
+    private: bool | None = None,
+    publish_control: bool = False,
 ) -> Any:
     """Uploads files in one commit.
+
+    Args:
+        api ([`~huggingface_hub.HfApi`]): The Hub's client.
+        repo_id (`str`): Name of the repository.
+        folder (`str` or `os.PathLike`): Where the complete result is.
+        files (`dict[str, Path | bytes]`): Path in the repository -> local file, or content.
+        message (`str`): Message of the commit.
+        token (`str`, *optional*): Access token that may write.
+        revision (`str`, *optional*): Branch, `"main"` by default.
+        blocking (`bool`, *optional*, defaults to `True`): Whether to return only when everything is uploaded.
+        private (`bool`, *optional*), publish_control (`bool`): Of the push, for [`explained`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`] or, with `blocking=False`, a future of it.
@@ -165,7 +230,7 @@ def upload(
     """
 
     def commit() -> CommitInfo:
-        with explained(repo_id, folder):
+        with explained(repo_id, folder, private, revision, publish_control):
             operations = [CommitOperationAdd(path, content) for path, content in files.items()]
             return api.create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
 
@@ -194,16 +259,13 @@ def push_checkpoint(
         write_atomically(target, partial(shutil.copyfile, source))
     steps = args.save_strategy == SaveStrategy.STEPS
     when = f"step {state.global_step}" if steps else f"epoch {int(state.epoch or 0)}"
-    message, token = f"Training in progress, {when}", args.hub_token
+    message, token, how = f"Training in progress, {when}", args.hub_token, push_settings(vars(args))
     uploads = {message: result_files(folder, written, token)}
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
         kept = checkpoint_files(checkpoint, _secrets(token), written)
         uploads[f"{message}, checkpoint"] = {f"{name}/{path}": file for path, file in kept.items()}
-    return [
-        upload(api, repo_id, folder, files, text, token, args.hub_revision, blocking=False)
-        for text, files in uploads.items()
-    ]
+    return [upload(api, repo_id, folder, files, text, token, blocking=False, **how) for text, files in uploads.items()]
 
 
 def warn_of_failures(push: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,16 +16,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .. import __version__
-from ..common.files import rename_with_number, write_atomically
+from ..common.files import write_atomically
 from ..heads.ranking import HeadRanking
-from .written_files import RUN_FILE
+from .written_files import EARLIER_FOLDER, RUN_FILE
 
 MARKER_FILE = "hera_complete"
 
 # A complete checkpoint waits under the second name while another one of the same step is written.
 _REPLACED = "replaced-"
-# What another run has left where one begins anew.
-_EARLIER = "earlier-"
 _NAME = re.compile(rf"({_REPLACED})?{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
@@ -40,29 +39,62 @@ def checkpoints_in(output_dir: str | os.PathLike) -> list[Path]:
     return [path for path in found if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
-def put_aside(output_dir: str | os.PathLike, used: Collection[str | os.PathLike] = ()) -> None:
-    """Gives the checkpoints of an earlier run other names. To be called where a run begins anew: it would take them for
-    its own when it looks for the best of its steps, or is resumed.
+def put_aside(
+    output_dir: str | os.PathLike, used: Collection[str | os.PathLike] = (), records: Collection[str] = ()
+) -> None:
+    """Moves the checkpoints of an earlier run, and what it has recorded, into a folder of their own. To be called where
+    a run begins there that does not go on from them: it would take them for its own when it looks for the best of its
+    steps, or is resumed.
 
     Args:
         output_dir (`str` or `os.PathLike`): Folder of the checkpoints.
         used (collection of `str`): Folders that stay: of the model that is trained.
+        records (collection of `str`): Names of what the earlier run has recorded there, as far as it has.
     """
+    output_dir = Path(output_dir)
     stays = {place for path in used for place in (Path(path).resolve(), *Path(path).resolve().parents)}
     found = [path for path in checkpoints_in(output_dir) if path.resolve() not in stays]
-    for path in found:
-        aside = path.with_name(_EARLIER + path.name)
-        if aside.exists():
-            rename_with_number(aside)
-        os.replace(path, aside)
+    is_run = bool(found) or (output_dir / RUN_FILE).is_file()  # a log alone may be of any trainer
+    recorded = [path for path in (output_dir / name for name in records) if is_run and path.exists()]
+    if not found and not recorded:
+        return
+    names = (EARLIER_FOLDER if number == 1 else f"{EARLIER_FOLDER}-{number}" for number in itertools.count(1))
+    aside = next(path for path in (output_dir / name for name in names) if not path.exists())
+    aside.mkdir()
+    for path in (*found, *recorded):
+        os.replace(path, aside / path.name)
     if found:
-        names = ", ".join(sorted(path.name for path in found))
+        shown = ", ".join(sorted(path.name for path in found))
         warnings.warn(
-            f"{str(output_dir)!r} holds checkpoints of an earlier run ({names}), which this one does not go on "
-            f"from. They are called `{_EARLIER}...` now, and stay until you delete them. To go on with one, set "
-            f"`resume_from_checkpoint={_EARLIER + found[-1].name!r}`, with the folder before it.",
+            f"{str(output_dir)!r} holds checkpoints of an earlier run ({shown}), which this one does not go on from. "
+            f"They lie in its folder `{aside.name}` now, with what that run has recorded, until you delete it. To go "
+            f"on with one, set `resume_from_checkpoint={str(aside / found[-1].name)!r}`.",
             stacklevel=4,
         )
+
+
+def is_own(checkpoint: str | os.PathLike | None, output_dir: str | os.PathLike) -> bool:
+    """Whether a run that goes on from a checkpoint goes on in the folder where it was saved."""
+    return checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve()
+
+
+def best_checkpoint(checkpoint: str | os.PathLike | None) -> str | None:
+    """The best checkpoint of the run that saved `checkpoint`, as far as it is there. It lies beside it, also where both
+    were moved; where it was saved, another run may have saved another one since.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`, *optional*): The checkpoint.
+    """
+    state = _saved_state(checkpoint)
+    if checkpoint is None or state is None or state.best_model_checkpoint is None:
+        return None
+    saved = Path(state.best_model_checkpoint)
+    for path in (Path(checkpoint).parent / saved.name, saved):
+        then = _saved_state(path)
+        # As text: a NaN in a log equals no other.
+        if then is not None and str(then.log_history) == str(state.log_history[: len(then.log_history)]):
+            return str(path)
+    return None
 
 
 def make_room(checkpoint: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..common.files import write_atomically
@@ -34,15 +35,24 @@ def read_control(folder: str | os.PathLike) -> str:
     """`teacher_control` of the run that saved what a folder holds: `"none"` if it is no control run's.
 
     Args:
-        folder (`str` or `os.PathLike`): The `output_dir` of a run, a checkpoint, or a folder that `save_model` wrote.
+        folder (`str` or `os.PathLike`):
+            The `output_dir` of a run, a checkpoint, a folder that `save_model` wrote, or in one of these the folder of
+            a named adapter.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     mark, record = folder / CONTROL_FILE, folder / RUN_FILE
     if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and not record.is_file():
         record = folder.parent / RUN_FILE
     if mark.is_file():
         return str(json.loads(mark.read_text())["teacher_control"])
+    if not record.is_file() and _is_part(folder):
+        return read_control(folder.parent)
     return control_in((json.loads(record.read_text()).get("config") or {}) if record.is_file() else {})
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether a folder is that of a named adapter, in the folder of what was saved: none lies there itself."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder.parent / ADAPTER_CONFIG).is_file()
 
 
 def other_control_advice(then: str, now: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
@@ -21,7 +22,7 @@ from ..data.checks import check_dataset, with_teacher_features
 from ..data.collator import RowCollator
 from ..data.rows import collatable
 from ..evaluation.image_gain import ImageGain, image_shape, measure_image_gain, other_rows
-from ..heads.checks import check_ranking
+from ..heads.checks import check_device_map, check_ranking
 from ..heads.head import AlignedUnit, granularity_of, parse_unit
 from ..heads.heat_map import pixels, plot_head_scores
 from ..heads.modes import evaluating
@@ -29,11 +30,14 @@ from ..heads.rank import rank_heads
 from ..heads.ranking import HeadRanking
 from ..heads.registry import get_head_accessor, unwrap_model
 from ..heads.samples import TooFewSamplesError, draw_samples
+from ..heads.scoring import NotFiniteError
 from ..objectives.similarity import comparison
 from ..teacher.column import TEACHER_COLUMN
 from ..teacher.encoder import VisionTeacher
 from .plots import monitor_group
 from .record import CONTEXTS, forget_measurements, measurement_path, measurements, public_ranking
+
+logger = get_logger(__name__)
 
 
 class AlignmentMonitorCallback(TrainerCallback):
@@ -143,6 +147,7 @@ class AlignmentMonitorCallback(TrainerCallback):
                 "`AlignmentMonitorCallback` cannot measure a model that FSDP of version 1 divides. Set `fsdp_version: "
                 "2`, or leave it (or `monitor_steps`) out and rank the heads of the trained model with `rank_heads`."
             )
+        check_device_map(trainer.model, "`AlignmentMonitorCallback` (`monitor_steps`)", ", or leave the monitor out")
         if rows is None:
             raise ValueError(
                 "`AlignmentMonitorCallback` (`monitor_steps`) measures on held-out samples, but there is no "
@@ -287,7 +292,14 @@ class AlignmentMonitorCallback(TrainerCallback):
         values: dict[str, float] = {}
         resting = engine_at_rest(trainer.model_wrapped)
         with same_randomness(args.device), evaluating(trainer.model), resting:
-            rankings = {context: self._rank(context) for context in self.contexts or ()}
+            try:
+                rankings = {context: self._rank(context) for context in self.contexts or ()}
+            except NotFiniteError as error:  # in all processes alike
+                if self._last_step < 0:  # of the model as it comes
+                    raise
+                logger.warning(f"Nothing is measured at step {state.global_step}: {error}")
+                self._last_step = state.global_step
+                return {}
             for context, ranking in rankings.items():
                 self._first.setdefault(context, ranking)
                 for name, heads in self._groups(context).items():

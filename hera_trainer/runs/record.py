@@ -36,7 +36,8 @@ class RunRecord:
         path (`Path`): The run's folder.
         record (`dict[str, Any]`):
             Content of `hera_run.json`: `model`, `dataset`, `rows` (of the training data), `adapter`, `aligned_heads`,
-            `config`, `versions`, `hardware`, `started`, `finished`, `seconds` (of training, so far), `resumed_from`,
+            `config`, `earlier_config` (what of it was another setting before the run was resumed, if any was),
+            `versions`, `hardware`, `started`, `finished`, `seconds` (of training, so far), `resumed_from`,
             `files` (what saving the result writes). Empty where there is no such file.
         log_history (`list[dict]`): What was logged, as `TrainerState.log_history` has it.
         head_ranking ([`HeadRanking`] or `None`): The ranking that the aligned heads were chosen from.

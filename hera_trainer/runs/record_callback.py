@@ -86,6 +86,8 @@ class RunRecordCallback(TrainerCallback):
             "resumed_from": None if self.resumed_from is None else Path(self.resumed_from).name,
             "files": _files(model, kwargs.get("processing_class")),
         }
+        if before := _changed(earlier, self._record["config"]):
+            self._record["earlier_config"] = before
         self._write_record(args)
         self._write_state(args, state)
         self._written = -float("inf")  # the first step that is logged is not waited for
@@ -173,6 +175,12 @@ def describe_run(
         },
         "hardware": _hardware(args),
     }
+
+
+def _changed(earlier: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the parts of a run before it was resumed had otherwise, as they began."""
+    began = {**(earlier.get("config") or {}), **(earlier.get("earlier_config") or {})}
+    return {name: value for name, value in began.items() if name in config and config[name] != value}
 
 
 def hub_names(dataset: Any) -> list[str]:

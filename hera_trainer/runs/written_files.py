@@ -14,6 +14,7 @@ from huggingface_hub.constants import REPOCARD_NAME, SAFETENSORS_WEIGHTS_FILE_PA
 from peft import PeftModel
 from torch import nn
 from transformers import utils as names
+from transformers.trainer import TRAINER_STATE_NAME
 
 RANKING_FILE = "head_ranking.json"
 RUN_FILE = "hera_run.json"  # in the `output_dir` of a run, not in its checkpoints
@@ -21,6 +22,8 @@ CONTROL_FILE = "hera_control.json"  # beside whatever a control run saves
 CARD_FILE = REPOCARD_NAME
 PLOTS_FOLDER = "hera"
 MONITOR_FOLDER = "alignment_monitor"
+EARLIER_FOLDER = "earlier-run"  # where a run begins anew, of what another one has left
+RECORDS = (RUN_FILE, TRAINER_STATE_NAME, MONITOR_FOLDER)  # what a run leaves of its course
 
 # Patterns of what saving an adapter or a model writes.
 ADAPTER_FILES = (peft.utils.CONFIG_NAME, peft.utils.SAFETENSORS_WEIGHTS_NAME)

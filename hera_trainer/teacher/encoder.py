@@ -128,7 +128,8 @@ class VisionTeacher:
 
         Args:
             name_or_path (`str` or `os.PathLike`): Model id on the Hugging Face Hub, or a local folder.
-            device (`str` or `torch.device`, *optional*): Where it runs. The accelerator if there is one, else the CPU.
+            device (`str` or `torch.device`, *optional*):
+                Where it runs. The accelerator if there is one, under a launcher this process's own, else the CPU.
             dtype (`torch.dtype`, *optional*): Dtype of its weights and arithmetic. `torch.float32` if not given.
 
         Returns:
@@ -141,9 +142,7 @@ class VisionTeacher:
         teacher = cls(checkpoint.load_model(dtype), checkpoint.image_processor)
         teacher.name = checkpoint.name
         teacher._loaded = teacher._state(), checkpoint.identity(dtype)
-        if device is None:
-            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return teacher.to(device)
+        return teacher.to(_own_device() if device is None else device)
 
     @property
     def hidden_size(self) -> int:
@@ -287,3 +286,12 @@ def teacher_identity(name_or_path: str | os.PathLike, dtype: torch.dtype | None 
         ValueError: If the teacher is not found, or its commit can't be resolved (offline and not in the local cache).
     """
     return TeacherCheckpoint.open(name_or_path).identity(dtype)
+
+
+def _own_device() -> torch.device:
+    """The accelerator of this process, also before anything has set it: each process of a launcher has its own."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    return accelerator if rank is None else torch.device(accelerator.type, int(rank) % torch.accelerator.device_count())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets.utils import tqdm
 
@@ -38,6 +39,7 @@ def add_teacher_features(
     cache_dir: str | os.PathLike | None = None,
     desc: str = "Teacher vectors",
     distributed: bool = False,
+    device: str | torch.device | None = None,
 ) -> datasets.Dataset:
     """Adds the column `teacher_features`: the teacher's vector of each row's image, a list of float32, or null.
 
@@ -70,6 +72,9 @@ def add_teacher_features(
         distributed (`bool`, *optional*, defaults to `False`): Divide the missing images among all processes of the run,
             each of which must then call this function alike. All get the same column. Processes that do not share a
             file system work for their own cache each.
+        device (`str` or `torch.device`, *optional*):
+            Where a teacher that is named runs, as in [`VisionTeacher.from_pretrained`]. One that is given stays where
+            it is.
 
     Returns:
         `datasets.Dataset`: The data set with one more column.
@@ -96,7 +101,7 @@ def add_teacher_features(
         raise ValueError(f"`batch_size` and `chunk_size` must be at least 1, not {batch_size} and {chunk_size}.")
 
     column = ImageColumn(dataset)
-    source = _TeacherSource(teacher)
+    source = _TeacherSource(teacher, device)
     directory = Path(cache_dir or _vectors_root())
     directory.mkdir(parents=True, exist_ok=True)
 
@@ -174,7 +179,8 @@ def attach(dataset: datasets.Dataset, vectors: datasets.Dataset, key: str) -> da
 class _TeacherSource:
     """The teacher of one call: a given one, or a name that is loaded when the first vector is missing."""
 
-    def __init__(self, teacher: VisionTeacher | str | os.PathLike):
+    def __init__(self, teacher: VisionTeacher | str | os.PathLike, device: str | torch.device | None = None):
+        self._device = device
         self._name: str | os.PathLike | None = None
         self._teacher: VisionTeacher | None = None
         if isinstance(teacher, (str, os.PathLike)):
@@ -187,7 +193,7 @@ class _TeacherSource:
     def get(self) -> VisionTeacher:
         if self._teacher is None:
             assert self._name is not None  # a teacher that was given is never released
-            self._teacher = VisionTeacher.from_pretrained(self._name)
+            self._teacher = VisionTeacher.from_pretrained(self._name, self._device)
             if self._teacher.identity != self.identity:
                 raise ValueError(f"The vision teacher {str(self._name)!r} changed while it was loaded. Run again.")
         return self._teacher

@@ -266,6 +266,8 @@ def test_saved_beside_the_result_for_those_who_evaluate_it_later(tmp_path, caplo
     assert later.evaluate()["eval_alignment_loss"] != pytest.approx(trained, abs=1e-6)
     assert f"they are taken by `trainer.alignment.load_objective({str(tmp_path)!r})`" in caplog.text
     later.alignment.load_objective(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="not there' holds nothing that an alignment objective has learned"):
+        later.alignment.load_objective(tmp_path / "not there")
     assert later.criterion.log_temperature.item() == run.criterion.log_temperature.item() != math.log(0.3)
     assert later.evaluate()["eval_alignment_loss"] == trained
     for number, learned in enumerate([False, True], start=1):  # it must not pass for these runs'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from runs import config
 from tiny import image_dataset, save_vlm
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
+from hera_trainer import HeRATrainer
 from hera_trainer.cli import main
 from hera_trainer.runs.control import mark_control, read_control
 
@@ -148,6 +151,32 @@ def test_a_control_run_is_still_known_as_such(base, tmp_path, control):
     mark_control(tmp_path / "adapter", control)
     assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
     assert read_control(tmp_path / "merged") == control
+
+
+def test_a_named_adapter_of_a_control_run_is_still_known_as_such(base, tmp_path, monkeypatch):
+    """PEFT saves it in a folder of its own, which is merged without the one around it, and may be moved away."""
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    run = HeRATrainer(
+        get_peft_model(AutoModelForImageTextToText.from_pretrained(base), lora, adapter_name="mine"),
+        config(tmp_path / "out", max_steps=1, teacher_control="permuted", save_strategy="steps", save_steps=1),
+        train_dataset=image_dataset(n=24, with_features=8),
+        processing_class=AutoProcessor.from_pretrained(base),
+    )
+    run.train()
+    run.save_model()
+    folders = [tmp_path / "out" / "mine", tmp_path / "out" / "checkpoint-1" / "mine", tmp_path / "moved"]
+    shutil.copytree(folders[0], folders[-1])
+    for folder in folders:
+        assert main(["merge", str(folder), str(tmp_path / "merged"), "--overwrite"]) == 0
+        assert read_control(tmp_path / "merged") == "permuted"
+    for folder in folders[:-1]:  # of before the mark was saved there
+        (folder / "hera_control.json").unlink()
+        monkeypatch.chdir(folder)
+        assert read_control(folder) == read_control(".") == "permuted"
+    for control in ("permuted", "none"):  # the same folder, another run
+        run.args.teacher_control = control
+        run.save_model(str(tmp_path / "final"))
+        assert read_control(tmp_path / "final" / "mine") == control
 
 
 def test_refusals(base, tmp_path, capsys):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from card_rules import card_errors
 from hub_server import running
 from huggingface_hub import ModelCard, get_session
@@ -154,7 +155,8 @@ class TestMetadata:
 
     def test_own_text_stays(self, tmp_path):
         """`save_model` leaves a card that is not a trainer's, as it is with SFTTrainer."""
-        own = "---\nlicense: mit\n---\n\n# Mine\n"
+        data = "license: mit\ntags:\n- birds\nbase_model: Org/Base-2B\nlibrary_name: transformers"  # PEFT changes these
+        own = f"---\n{data}\n---\n\n# Mine\n"
         out, there, other = (tmp_path / name for name in ("out", "there", "other"))
         run = lora_run(out)
         run.prepare_alignment()
@@ -163,8 +165,8 @@ class TestMetadata:
             (folder / "README.md").write_text(text)
         for folder in (out, there, other):
             run.save_model(str(folder))
-            assert ("# Mine" in (folder / "README.md").read_text()) == (folder != other)
-            assert "# Mine" in (out / "README.md").read_text()
+            assert ((folder / "README.md").read_text() == own) == (folder != other)
+            assert (out / "README.md").read_text() == own
         assert "hera" in card_of(other).data.tags
 
     def test_the_licence_of_a_baseline(self, tmp_path):
@@ -315,6 +317,23 @@ class TestText:
         assert len(table_of(card, "head")[f"`{run.aligned_heads[0]}`"]) == 1
         assert "was not measured" not in card.text
 
+    def test_a_monitor_with_a_teacher_of_its_own(self, tmp_path):
+        """Its scores are not said to be of the teacher that the model was trained with."""
+        run = lora_run(tmp_path)
+        run.prepare_alignment()
+        run.teacher_vectors._brings_vectors, run.teacher_vectors.teacher = False, "/data/encoders/own"
+        run.head_ranking.teacher = "/data/encoders/own"
+        for teacher in ("own", "other"):
+            for step in (0, 2):
+                measured = replace(run.head_ranking, teacher=teacher)
+                measured.save(measurement_path(tmp_path, step, "text"))
+            run.create_model_card()
+            text = card_of(tmp_path).text
+            assert ("- Text only: 24 pairs, text only, k = 3, teacher other; unrelated" in text) == (teacher == "other")
+            assert ("the teacher, text only, teacher other; the aligned heads" in text) == (teacher == "other")
+            assert ("Scores that were measured otherwise cannot be compared" in text) == (teacher == "other")
+            assert "- When chosen: 24 pairs, text only, k = 3; unrelated" in text
+
     def test_ceiling_and_clipping(self, tmp_path):
         ranking = lora_run(tmp_path / "a")
         ranking.prepare_alignment()
@@ -434,6 +453,18 @@ class TestText:
         ):
             assert part in text, part
         assert "{%" not in text and "None" not in text
+
+    def test_precision(self, tmp_path):
+        """Where nothing is cast, that of the weights that are trained."""
+        for dtype, said in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+            run = trainer(tmp_path, max_steps=1, bf16=False)
+            run.model.to(dtype)
+            run.prepare_alignment()
+            run.create_model_card()
+            assert f"- Precision: {said}\n" in card_of(tmp_path).text
+        run.args.bf16 = True
+        run.create_model_card()
+        assert "- Precision: bf16\n" in card_of(tmp_path).text
 
     def test_quantized_base(self, tmp_path):
         run = lora_run(tmp_path)

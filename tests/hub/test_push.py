@@ -12,8 +12,8 @@ import torch
 import yaml
 from hub_server import USER, running
 from huggingface_hub import HfApi, ModelCard
-from peft import LoraConfig, PeftModel
-from runs import config, trainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from runs import NoStep, config, trainer
 from safetensors.torch import load_file
 from tiny import build_vlm, image_dataset, save_vlm
 from tokenizers import Tokenizer
@@ -214,6 +214,36 @@ class TestAdapter:
         with pytest.raises(ValueError, match="neither a model nor an adapter"):
             push_folder(tmp_path, REPO)
 
+    def test_not_without_weights(self, hub, tmp_path):
+        """Of a run that was begun in the folder of another kind of model's, and stopped."""
+        run = adapter_run(tmp_path)
+        run.train()
+        run.save_model()
+        with pytest.raises(AssertionError, match="a training step began"):
+            trainer(tmp_path / "out", max_steps=1, callbacks=[NoStep()]).train()
+        with pytest.raises(ValueError, match="an adapter of the run that its"):
+            push_folder(tmp_path / "out", REPO)
+        assert not hub.repos
+
+    @pytest.mark.parametrize("control", ["none", "permuted"])
+    def test_an_adapter_with_a_name(self, hub, tmp_path, control):
+        model, processor = build_vlm("llava")
+        run = HeRATrainer(
+            get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), adapter_name="mine"),
+            config(tmp_path / "out", max_steps=1, teacher_control=control),
+            train_dataset=image_dataset(n=24, with_features=8),
+            processing_class=processor,
+        )
+        run.train()
+        run.save_model()
+        push_folder(tmp_path / "out", REPO, publish_control=control != "none")
+        assert {"mine/adapter_config.json", "mine/adapter_model.safetensors"} < set(hub.repos[REPO])
+        assert ("hera_control.json" in hub.repos[REPO]) == (control != "none")
+        for folder in ("out", "out/mine"):
+            if control != "none":
+                with pytest.raises(ValueError, match="control run"):
+                    push_folder(tmp_path / folder, REPO)
+
 
 class TestWholeModel:
     def test_what_is_uploaded(self, hub, tmp_path):
@@ -335,6 +365,15 @@ class TestFiles:
         data |= {"base_model": "org/base", "tags": ["base_model:adapter:org/base", "lora"]}
         ModelCard(f"---\n{yaml.safe_dump(data)}---\n\n# Mine\n").save(tmp_path / "README.md")
         assert publishable_files(tmp_path)["README.md"] == (tmp_path / "README.md").read_bytes()
+
+    def test_heat_maps_of_an_earlier_run(self, tmp_path):
+        """Only those that the card shows."""
+        run = trainer(tmp_path, max_steps=1)
+        run.prepare_alignment()
+        run.save_model()
+        (tmp_path / "hera" / "heads_text.png").write_bytes(b"of another run")
+        maps = [name for name in publishable_files(tmp_path) if name.startswith("hera/")]
+        assert maps == ["hera/heads.png"]
 
     def test_texts(self, tmp_path):
         """What stands in settings between other words."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 from hub_server import USER, XET, running
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from runs import trainer
@@ -144,6 +148,59 @@ class TestFaults:
         push_folder(folder, REPO)
         assert snapshot(folder) == before
         assert "adapter_model.safetensors" in hub.repos[REPO]
+
+
+@pytest.fixture
+def branches(monkeypatch):
+    """The branches that commits are asked for."""
+    asked, commit = [], HfApi.create_commit
+
+    def watched(self, *args, **kwargs):
+        asked.append(kwargs["revision"])
+        return commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", watched)
+    return asked
+
+
+class TestTheSamePushAgain:
+    """What a message advises, and what is pushed from disk, is as private and goes to the branch that was asked for."""
+
+    @pytest.mark.parametrize("configured", [True, False])
+    def test_advice(self, hub, finished, branches, monkeypatch, configured):
+        run, folder = finished
+        asked = {} if configured else {"private": True, "revision": "dev"}
+        if configured:
+            for name, value in {"hub_private_repo": True, "hub_revision": "dev", "publish_control": True}.items():
+                monkeypatch.setattr(run.args, name, value)
+        hub.fail("create", 503)
+        with pytest.raises(PushError) as caught:
+            run.push_to_hub(**asked)
+        hub.heal()
+        advised, from_disk = re.findall(r"`(.+?)`", str(caught.value))
+        assert advised == "trainer.push_to_hub(private=True, revision='dev')"
+        assert from_disk.endswith(", publish_control=True)") == configured
+        eval(from_disk.removeprefix("hera_trainer.hub.push."), {"push_folder": push_folder})
+        assert hub.visibility[REPO] == "private" and branches == ["dev"]
+        hub.fail("preupload", 503)  # the repository is there: another request, the same advice
+        for push in (lambda: run.push_to_hub(**asked), lambda: push_folder(folder, REPO, private=True, revision="dev")):
+            with pytest.raises(PushError, match=r"push_to_hub\(private=True, revision='dev'\)` again"):
+                push()
+
+    def test_from_disk_as_the_run_was_configured(self, hub, result, branches, tmp_path):
+        folder = tmp_path / "out"
+        shutil.copytree(result[1], folder)
+        record = json.loads((folder / "hera_run.json").read_text())
+        record["config"] |= {"hub_private_repo": True, "hub_revision": "dev"}
+        (folder / "hera_run.json").write_text(json.dumps(record))
+        push_folder(folder, REPO)
+        assert hub.visibility[REPO] == "private"
+        push_folder(folder, f"{USER}/public", private=False, revision="main")
+        assert hub.visibility[f"{USER}/public"] == "public" and branches == ["dev", "main"]
+        record["config"]["hub_revision"] = "<hidden>"
+        (folder / "hera_run.json").write_text(json.dumps(record))
+        with pytest.raises(ValueError, match="Set `revision`"):
+            push_folder(folder, REPO)
 
 
 class TestWhileTraining:

@@ -23,6 +23,7 @@ from hera_trainer import (
     HeRATrainer,
     VisionTeacher,
     add_teacher_features,
+    get_head_accessor,
     plot_head_scores,
     rank_heads,
     read_run,
@@ -415,6 +416,29 @@ class TestUse:
         run.train()
         assert monitored_steps(run, "alignment_mknn_image/all") == [0, 1]
 
+    def test_heads_that_overflow_are_not_measured(self, tmp_path, caplog):
+        """At the step at which they do: training goes on as without the monitor, and they are measured again later."""
+
+        class Overflowing(TrainerCallback):
+            """Before the monitor looks; undone after it has."""
+
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                norm = get_head_accessor(model).layers[1].input_layernorm
+                if state.global_step == 2:
+                    self.kept = norm.weight.detach().clone()
+                    norm.weight.data.fill_(torch.inf)
+
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                if state.global_step == 2:
+                    get_head_accessor(model).layers[1].input_layernorm.weight.data.copy_(self.kept)
+
+        callbacks = [Overflowing(), AlignmentMonitorCallback(held_out(), every=1)]
+        run = trainer(tmp_path, max_steps=3, callbacks=callbacks)
+        run.train()
+        assert monitored_steps(run) == [0, 1, 3] and len(logged(run, "loss")) == 3
+        (said,) = [record.getMessage() for record in caplog.records if "Nothing is measured" in record.getMessage()]
+        assert "at step 2: The attention heads of layer 1 give NaN or inf" in said
+
     def test_measured_at_the_end_of_a_run_that_is_stopped(self, tmp_path):
         class Stop(TrainerCallback):
             def on_log(self, args, state, control, logs=None, **kwargs):
@@ -480,7 +504,7 @@ class TestResuming:
             "image": [0, 1],
         }
         assert list(read_run(tmp_path).image_gains) == [0, 1]
-        kept = sorted(path.name for path in (tmp_path / "alignment_monitor.1").glob("*-gain.json"))
+        kept = sorted(path.name for path in (tmp_path / "earlier-run" / "alignment_monitor").glob("*-gain.json"))
         assert kept[0] == "step-00000000-gain.json" and len(kept) > 1  # nothing that was measured is lost
 
     def test_a_checkpoint_of_another_folder(self, tmp_path):

@@ -20,6 +20,7 @@ from hera_trainer.hub.files import publishable_files
 from hera_trainer.runs.checkpoints import find_checkpoint
 from hera_trainer.runs.record import forget_measurements, measurement_path
 from hera_trainer.runs.record_callback import RunRecordCallback
+from hera_trainer.runs.report.groups import settings_of
 from hera_trainer.runs.written_files import RUN_FILE
 
 
@@ -180,11 +181,21 @@ class TestWriting:
         trainer(tmp_path, max_steps=2, **settings).train(resume_from_checkpoint=True)
         kept = read_run(tmp_path)
         assert (kept.record["started"], kept.record["resumed_from"]) == ("2026-01-01T00:00:00+00:00", "checkpoint-1")
+        assert kept.record["earlier_config"] == {"max_steps": 1}
         assert kept.record["seconds"] > record["seconds"] > 0  # both parts, not the time between
         assert kept.curve("loss")[0] == [1, 2]
         (tmp_path / RUN_FILE).write_text(json.dumps({**kept.record, "seconds": None}))  # of an earlier version
-        trainer(tmp_path, max_steps=3, **settings).train(resume_from_checkpoint=True)
-        assert read_run(tmp_path).record["seconds"] is None
+        then = {**settings, "save_steps": 2, "alignment_weight": 0.5}
+        resumed = trainer(tmp_path, max_steps=3, **then)
+        resumed.train(resume_from_checkpoint=True)
+        resumed.create_model_card()
+        kept = read_run(tmp_path)
+        assert kept.record["seconds"] is None
+        first = {"max_steps": 1, "alignment_weight": record["config"]["alignment_weight"]}
+        assert kept.record["earlier_config"] == {**first, "save_steps": 1}
+        shown = {name: value for name, value in settings_of(kept).items() if "before it was resumed" in name}
+        assert shown == {f"{name}, before it was resumed": value for name, value in first.items()}
+        assert f"`alignment_weight` {first['alignment_weight']}" in (tmp_path / "README.md").read_text()
         trainer(tmp_path, max_steps=1).train()
         assert read_run(tmp_path).record["started"] > "2026-01-02"
         assert read_run(tmp_path).curve("loss")[0] == [1]  # although `checkpoint-2` is still there
@@ -224,13 +235,14 @@ class TestWriting:
         baseline.train()
         baseline.save_model()
         assert not (tmp_path / RUN_FILE).exists() and not (tmp_path / "hera").exists()
-        assert json.loads((tmp_path / "hera_run.1.json").read_text()) == aligned  # nothing is lost
-        assert "were pulled towards" in (tmp_path / "README.1.md").read_text()
-        assert sorted(path.name for path in (tmp_path / "alignment_monitor.1").iterdir()) == measured != []
+        earlier = tmp_path / "earlier-run"  # nothing is lost
+        assert json.loads((earlier / RUN_FILE).read_text()) == aligned
+        assert "were pulled towards" in (earlier / "README.md").read_text()
+        assert sorted(path.name for path in (earlier / "alignment_monitor").iterdir()) == measured != []
         assert "were pulled towards" not in (tmp_path / "README.md").read_text()
         published = set(publishable_files(tmp_path))
         assert "adapter_model.safetensors" in published
-        assert not [name for name in published if name.startswith(("hera", "trainer_state", "README.1", "alignment"))]
+        assert not [name for name in published if name.startswith(("hera", "trainer_state", "earlier", "alignment"))]
 
     @pytest.mark.parametrize("encoded", [False, True])
     def test_name_of_a_data_set_of_the_hub(self, tmp_path, encoded):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 import re
 import shutil
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from hera_trainer import cli
 from hera_trainer.runs.record import RunRecord, read_run
 from hera_trainer.runs.report import page as report_page
 from hera_trainer.runs.report import write_report
-from hera_trainer.runs.report.curves import _skipped, curves_section
+from hera_trainer.runs.report.curves import _skipped, curves_section, held_out_losses, running_mean
+from hera_trainer.runs.report.parts import number_text, summary_text
 from hera_trainer.runs.report.settings import duration
 
 pytest.importorskip("plotly")
@@ -118,6 +122,35 @@ def test_measured_otherwise_after_a_while(tmp_path):
     assert "mean mutual k-NN" not in page.text
     table = page.tables["The 2 aligned heads and their mutual k-NN with the teacher"]
     assert table[0] == ["Head", "Score in the ranking"]
+
+
+def test_a_monitor_with_a_teacher_of_its_own(tmp_path):
+    """What it measured is not said to be of the teacher that the run was trained with."""
+    write_run(tmp_path, teacher="org/teacher")
+    assert "teacher org/" not in rendered(tmp_path).text
+    for path in (tmp_path / "alignment_monitor").glob("step-*-text.json"):
+        write_json(path, {**json.loads(path.read_text()), "teacher": "/home/ann/encoders/other"})
+    text = rendered(tmp_path).text
+    assert "over N samples (k = 5, N = 101, teacher other). To hold" in text
+    assert "measured with k = 5, N = 101 and with k = 5, N = 101, teacher other. Hold each against its own" in text
+    assert text.count("k = 5, N = 101, teacher other; unrelated spaces") == 1  # below the curve of the context
+    assert text.count("mean mutual k-NN, chance 0.0500, teacher other") == 1
+    (tmp_path / "head_ranking.json").unlink()
+    shutil.copytree(tmp_path, tmp_path / "alone")
+    for path in (tmp_path / "alone" / "alignment_monitor").glob("step-*-image.json"):
+        path.unlink()
+    assert "The columns were measured with k = 5, N = 101, teacher other. " in rendered(tmp_path / "alone").text
+
+
+def test_a_monitor_with_another_teacher_after_a_while(tmp_path):
+    write_run(tmp_path, teacher="org/teacher")
+    for context in ("text", "image"):
+        last = tmp_path / "alignment_monitor" / f"step-{STEPS:08d}-{context}.json"
+        ranking(9, context, teacher="org/other").save(last)
+    text = rendered(tmp_path).text
+    assert "measured otherwise: k = 5, N = 101 at first, k = 5, N = 101, teacher org/other at last." in text
+    said = "Measured with k = 5, N = 101 and with k = 5, N = 101, teacher org/other, which cannot be compared."
+    assert text.count(said) == 2
 
 
 def test_best_weights(tmp_path):
@@ -282,6 +315,8 @@ def test_plain_run(tmp_path):
     assert list(page.figures) == ["loss"] and len(page.tables["Language-model loss"]) == 4
     for missing in ("no ranking", "no alignment loss", "configuration was not recorded", "Versions and hardware"):
         assert missing in page.text
+    # Of HeRATrainer, too, a run may leave no record.
+    assert page.text.count("unless alignment is off (alignment_weight=0) and there is no monitor") == 2
 
 
 def test_run_with_alignment_off(tmp_path):
@@ -303,6 +338,59 @@ def test_long_runs_are_thinned(tmp_path):
     assert "2,000 of 9,000 logged points are drawn" in page.text
     rows = page.tables["Language-model loss, 60 of 9,000 logged steps"][1:]
     assert len(rows) == 60 and rows[-1] == ["9,000", "9,000"]
+
+
+def test_running_means_are_those_of_each_window():
+    numbers = random.Random(0)
+    values = [numbers.gauss(5, 2) for _ in range(1003)]
+    values[100], values[700] = 1e15, -math.inf  # what is huge counts while it is in the window, and no longer
+    values[300:340] = [math.nan] * 40
+    for window in (1, 5, 40, 41, 1003, 5000):
+        lasts = ([v for v in values[max(0, i + 1 - window) : i + 1] if math.isfinite(v)] for i in range(len(values)))
+        expected = [math.fsum(last) / len(last) if last else math.nan for last in lasts]
+        assert running_mean(values, window) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    assert running_mean([], 5) == [] and running_mean([2, 4], 5) == [2, 3]
+
+
+def losses_of(*names: str) -> RunRecord:
+    """A run that has logged both losses of each evaluation set; the name of the only one is empty."""
+    prefixes = [f"eval_{name}".rstrip("_") for name in names]
+    entries = [{"step": 10, f"{each}_loss": 1.5, f"{each}_alignment_loss": 2.5} for each in prefixes]
+    return RunRecord(Path("run"), {}, [{"step": 10, "lm_loss": 1.0, "alignment_loss": 3.0}, *entries])
+
+
+@pytest.mark.parametrize("names", [("",), ("alignment",), ("alignment", "qa"), ("easy", "of_alignment"), ("a", "b")])
+def test_losses_of_evaluation_sets_of_any_name(names):
+    run = losses_of(*names)
+    assert held_out_losses(run) == [f"eval_{name}".rstrip("_") + "_loss" for name in names]
+    plots = {plot.name: plot.figure["data"] for plot in curves_section(run).plots[""]}
+    for plot, first, other in (("loss", 1.0, 1.5), ("alignment-loss", 3.0, 2.5)):
+        lines = {line["name"]: list(line["y"]) for line in plots[plot]}
+        shown = {f"evaluation, {name}" if name else "evaluation": [other] for name in names}
+        assert lines == {"training": [first], **shown}
+
+
+def test_without_alignment_an_evaluation_set_may_have_its_name():
+    run = RunRecord(Path("run"), {}, [{"step": 10, "loss": 1.0, "eval_alignment_loss": 1.5, "eval_qa_loss": 1.7}])
+    assert held_out_losses(run) == ["eval_alignment_loss", "eval_qa_loss"]
+    assert [plot.name for plot in curves_section(run).plots[""]] == ["loss"]
+
+
+def test_lines_of_a_plot_have_colours_of_their_own():
+    run = losses_of("easy", "hard", "ood")
+    run.log_history.append({"step": 10, "alignment_loss/near": 1.0, "alignment_loss/far": 2.0})
+    for plot in curves_section(run).plots[""]:
+        colors = [line["meta"] for line in plot.figure["data"]]
+        assert len(colors) == (4 if plot.name == "loss" else 6) and len(set(colors)) == len(colors)
+
+
+def test_a_run_that_diverged_leaves_no_mean_and_the_range_of_the_others():
+    for values in permutations([1, math.nan, 2]):
+        assert summary_text(values, number_text) == "nan\n(1 to 2, 1 of 3 not finite)"
+    for values in permutations([1, math.inf, 2, None]):
+        assert summary_text(values, number_text) == "nan\n(1 to 2, 1 of 3 not finite, n = 3)"
+    assert summary_text([math.nan, 1], number_text) == "nan\n(1 of 2 not finite)"
+    assert summary_text([1, 3], number_text) == "2\n(1 to 3)"
 
 
 @pytest.mark.parametrize("make", [None, lambda folder: folder.mkdir()])
@@ -351,7 +439,7 @@ def test_colours_have_contrast():
         for text in ("--text", "--quiet", "--link"):  # WCAG 2: 4.5 for text, 3 for what carries meaning in a plot
             assert min(contrast(colors[text], colors[ground]) for ground in ("--page", "--surface")) >= 4.5
         assert contrast(colors["--text"], colors["--note"]) >= 4.5
-        for line in ("--aligned", "--series-1", "--series-2", "--series-3", "--focus"):
+        for line in ("--aligned", "--focus", *(f"--series-{i}" for i in range(1, 7))):
             assert contrast(colors[line], colors["--surface"]) >= 3
 
 

@@ -117,6 +117,7 @@ def test_runs_without_settings_stay_by_themselves(tmp_path):
     assert [group.name for group in grouped(named(folders))] == ["run (a)", "run (b)"]
     page = rendered(folders)
     assert "The settings of a, b were not recorded" in page.text
+    assert "unless alignment is off (alignment_weight=0) and there is no monitor; SFTTrainer does not." in page.text
     assert page.tables["Last logged"][1:] == [["run (a)", "1", "1", "2", "-"], ["run (b)", "1", "1", "2", "-"]]
 
 
@@ -345,6 +346,20 @@ def test_scores_of_other_teachers_stand_apart(tmp_path, folders):
     assert "Image in context: first and last mutual k-NN" in page.tables
 
 
+def test_a_monitor_with_a_teacher_of_its_own_is_named(tmp_path):
+    folders = [write(tmp_path / name, seed, seed=seed) for seed, name in enumerate("ab")]
+    assert "teacher org/" not in rendered(folders).text
+    for path in (path for folder in folders for path in (folder / "alignment_monitor").glob("step-*-text.json")):
+        write_json(path, {**json.loads(path.read_text()), "teacher": "org/other"})
+    page = rendered(folders)
+    table = page.tables["Text only: first and last mutual k-NN"]
+    assert [row[0] for row in table[2:]] == [
+        f"{name}, k = 5, N = 101, teacher org/other" for name in ("Chance, k / (N - 1)", "95th percentile of chance")
+    ]
+    assert "k = 5, N = 101, teacher org/other; chance 0.0500." in page.text
+    assert page.text.count("teacher org/teacher") == 0 and "cannot be compared" not in page.text
+
+
 def test_scores_of_other_k_or_n_stand_apart(tmp_path, folders):
     other = write(tmp_path / "other", 5, k=5, samples=201, teacher_control="permuted")
     page = rendered([folders[1], other])
@@ -383,6 +398,25 @@ def test_last_is_of_the_weights_that_were_loaded(tmp_path, folders):
     assert rows["aligned (best)"][2:4] == ["0.0600", "0.0750"]  # 0.05 + 1 / 100, and 30 / 2000 more
     last = [scores(shift, step, 1).null_p95 for shift, step in ((1, 30), (5, STEPS))]
     assert rows["95th percentile of chance, k = 5, N = 101"][3].startswith(f"{sum(last) / 2:.4f}")
+
+
+def test_held_out_losses_are_of_the_weights_that_were_loaded(tmp_path):
+    """As what else was measured is; what training logs is of its last step."""
+    best = write(tmp_path / "best", 1, load_best_model_at_end=True)
+    other = write(tmp_path / "other", 2, seed=1)
+    evaluated = [
+        {"step": step, "eval_loss": loss, "image_gain": gain} for step, loss, gain in ((30, 1.5, 0.25), (60, 1.9, 0.1))
+    ]
+    log = [entry for entry in logged(1, 0.01) if "eval_loss" not in entry]
+    write_json(
+        best / "trainer_state.json", {"log_history": [*log, *evaluated], "best_model_checkpoint": "checkpoint-30"}
+    )
+    page = rendered([best, other])
+    table = page.tables["Last logged"]
+    row = dict(zip(table[0], table[1], strict=True))
+    assert (row["Held-out loss"], row["Image gain"], row["Language-model loss"]) == ("1.5", "0.25", "1.562")
+    said = "Where the best weights were loaded in the end, held-out loss, image gain and mutual k-NN are theirs"
+    assert said in page.text and said not in rendered([other]).text
 
 
 def test_a_run_measured_in_two_ways_is_left_out(tmp_path, folders):

@@ -6,6 +6,7 @@ import io
 import random
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 from transformers.integrations import deepspeed
 
 from hera_trainer.teacher.encoder import TeacherOutputError, VisionTeacher, teacher_identity, to_rgb
+from hera_trainer.teacher.vectors import add_teacher_features
 
 
 @pytest.fixture
@@ -48,6 +50,33 @@ def test_teacher_is_frozen_and_in_eval_mode():
     with torch.autocast("cpu", dtype=torch.bfloat16):  # someone else's autocast must not reach it
         assert torch.equal(teacher.encode(IMAGES), expected)
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+@pytest.mark.parametrize(("rank", "device"), [(None, "cuda"), ("1", "cuda:1"), ("5", "cuda:1")])
+def test_each_process_of_a_launcher_has_its_own_accelerator(dinov2, monkeypatch, rank, device):
+    """Before anything has set it, and with two of them on this machine."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(VisionTeacher, "to", lambda self, device: device)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert VisionTeacher.from_pretrained(dinov2) == torch.device(device)
+    assert VisionTeacher.from_pretrained(dinov2, device="cpu") == "cpu"
+
+
+def test_a_teacher_that_is_named_runs_where_it_is_told(dinov2, tmp_path, monkeypatch):
+    asked = []
+    load = VisionTeacher.from_pretrained.__func__
+
+    def watched(cls, name, device=None):
+        asked.append(device)
+        return load(cls, name)
+
+    monkeypatch.setattr(VisionTeacher, "from_pretrained", classmethod(watched))
+    rows = datasets.Dataset.from_dict({"image": IMAGES}, features=datasets.Features({"image": datasets.Image()}))
+    add_teacher_features(rows, str(dinov2), cache_dir=tmp_path, device="cuda:1")
+    assert asked == ["cuda:1"]
 
 
 def test_dtype_device_and_batches(dinov2):

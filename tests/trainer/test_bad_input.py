@@ -14,9 +14,10 @@ from tiny import build_vlm, image_dataset, save_tiny_dinov2, sft_args
 from transformers import TrainerCallback
 
 import hera_trainer.trainer as trainer_module
-from hera_trainer import HeadRanking, HeRAConfig, HeRALoss, HeRATrainer
+from hera_trainer import HeadRanking, HeRAConfig, HeRALoss, HeRATrainer, get_head_accessor, rank_heads
 from hera_trainer.alignment.checks import check_loss_scaling
 from hera_trainer.data.collator import TEACHER_COLUMN
+from hera_trainer.heads.checks import check_attention_kernel
 from hera_trainer.objectives.cka import CKALoss
 from hera_trainer.objectives.feature import FeatureLoss
 from hera_trainer.teacher.image_sources import column_images
@@ -437,8 +438,23 @@ def test_model_split_over_devices(tmp_path):
     model, _ = build_vlm("llava")
     model.hf_device_map = {"model.language_model": 0, "lm_head": 1}
     model.is_parallelizable, model.model_parallel = True, True
-    with pytest.raises(ValueError, match="split over several devices"):
+    with pytest.raises(ValueError, match=r"split over several devices .* set `alignment_weight=0`"):
         trainer(tmp_path, model=model)
+    trainer(tmp_path, model=model, alignment_weight=0.0)
+    held_out = image_dataset(n=24, with_features=8)
+    with pytest.raises(ValueError, match=r"AlignmentMonitorCallback.* does not support yet.* leave the monitor out"):
+        trainer(tmp_path, model=model, alignment_weight=0.0, monitor_steps=1, eval_dataset=held_out)
+    with pytest.raises(ValueError, match="which a ranking of heads does not support"):
+        rank_heads(model, build_vlm("llava")[1], held_out)
+
+
+def test_flash_attention_of_a_model_that_is_read_on_the_cpu():
+    model, _ = build_vlm("llava")
+    check_attention_kernel(model, torch.device("cuda"))
+    get_head_accessor(model).decoder.config._attn_implementation = "flash_attention_2"
+    check_attention_kernel(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match="`attn_implementation='flash_attention_2'` has no kernel for it"):
+        check_attention_kernel(model, torch.device("cuda"))
 
 
 def test_fp16_under_deepspeed_needs_an_objective_without_trained_parameters() -> None:

@@ -144,8 +144,8 @@ class TestKilled:
         result = worker.finish(tmp_path)
         assert (result["encoded"], result["ranked"]) == (0, 0)
         # What has the trainer's state, be it half of it, might be a whole checkpoint of SFTTrainer.
-        assert (tmp_path / "out" / "earlier-checkpoint-2" / "trainer_state.json").is_file()
-        shutil.rmtree(tmp_path / "out" / "earlier-checkpoint-2")
+        assert (tmp_path / "out" / "earlier-run" / "checkpoint-2" / "trainer_state.json").is_file()
+        shutil.rmtree(tmp_path / "out" / "earlier-run")
         assert_same_end(tmp_path, result, undisturbed)
 
     def test_twice_in_different_places(self, worker, undisturbed, tmp_path):

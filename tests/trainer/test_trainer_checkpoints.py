@@ -321,11 +321,14 @@ class Scripted(HeRATrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
-        output.metrics["eval_loss"] = self.losses[self.state.global_step]
+        loss = self.losses[self.state.global_step]
+        if loss is KeyboardInterrupt:
+            raise loss
+        output.metrics["eval_loss"] = loss
         return output
 
 
-def best_run(path, losses, save_steps, name=None, **kwargs):
+def best_run(path, losses, save_steps, name=None, resume=None, **kwargs):
     """A run of a LoRA adapter, the parameters after each of its steps, and its record."""
     model, processor = build_vlm("llava")
     lora = LoraConfig(r=4, target_modules=".*language_model.*o_proj")
@@ -349,7 +352,7 @@ def best_run(path, losses, save_steps, name=None, **kwargs):
     held_out = image_dataset(n=8, seed=3, with_features=8)
     run = Scripted(model, args, None, rows, held_out, processor, peft_config=lora, callbacks=[keep])
     run.losses = losses
-    run.train()
+    run.train(resume_from_checkpoint=resume)
     return run, keep.after, read_run(path)
 
 
@@ -391,15 +394,39 @@ def test_a_run_that_begins_anew_has_its_own_checkpoints(tmp_path, weight):
     assert_same_parameters(parameters(run.model), after[2])
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
     for name, weights in before.items():
-        assert_same_parameters(load_file(tmp_path / f"earlier-{name}" / "adapter_model.safetensors"), weights)
+        assert_same_parameters(load_file(tmp_path / "earlier-run" / name / "adapter_model.safetensors"), weights)
     if weight:
         assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-2")
     with pytest.warns(UserWarning, match="holds checkpoints of an earlier run .checkpoint-2"):
         best_run(tmp_path, {1: 2.0}, 1, alignment_weight=weight)
-    assert sorted(path.name for path in tmp_path.glob("earlier-*2*")) == [
-        "earlier-checkpoint-2",
-        "earlier-checkpoint-2.1",
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("earlier-*/checkpoint-2")) == [
+        "earlier-run-2/checkpoint-2",
+        "earlier-run/checkpoint-2",
     ]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_an_earlier_run_goes_on_as_itself(tmp_path, weight):
+    """Resumed from where it was put aside, while the folder holds checkpoints of the run that did: its best step,
+    measurements and time are its own."""
+    more = {"alignment_weight": weight, "monitor_steps": 1, "monitor_num_samples": 8, "num_neighbors": 3}
+    losses = {1: 9.0, 2: 8.0, 3: 10.0, 4: 11.0}
+    whole, _, expected = best_run(tmp_path / "whole", losses, 2, **more)
+    assert whole.best_step == 2
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        best_run(out, {**losses, 3: KeyboardInterrupt}, 1, **more)
+    begun = read_run(out).record["started"]
+    with pytest.warns(UserWarning, match=r"checkpoint-1, checkpoint-2.*lie in its folder `earlier-run`"):
+        best_run(out, {1: 5.0, 2: 4.0}, 2, **{**more, "seed": 5})
+    other = load_file(out / "checkpoint-2" / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match=r"an earlier run .checkpoint-2.*lie in its folder `earlier-run-2`"):
+        run, _, record = best_run(out, losses, 2, resume=str(out / "earlier-run" / "checkpoint-2"), **more)
+    assert run.best_step == 2 and run.state.best_model_checkpoint == str(out / "earlier-run" / "checkpoint-2")
+    assert_same_parameters(parameters(run.model), parameters(whole.model))
+    assert_same_parameters(load_file(out / "earlier-run-2" / "checkpoint-2" / "adapter_model.safetensors"), other)
+    assert record.record["started"] == begun
+    assert record.image_gains == expected.image_gains
 
 
 def test_what_is_put_aside(tmp_path):
@@ -410,19 +437,24 @@ def test_what_is_put_aside(tmp_path):
         for name in [*files, "adapter_model.safetensors"]:
             (folder / name).touch()
     (tmp_path / "checkpoint-9").touch()  # no folder
+    (tmp_path / "log.json").touch()
     with pytest.warns(
         UserWarning,
-        match=r"an earlier run \(checkpoint-2, checkpoint-4, checkpoint-6\).*resume_from_checkpoint='earlier-",
+        match=r"an earlier run \(checkpoint-2, checkpoint-4, checkpoint-6\).*_checkpoint='.*/earlier-run/checkpoint-",
     ):
-        put_aside(tmp_path, ["some/model", str(tmp_path / "checkpoint-8")])
-    names = {*(f"earlier-checkpoint-{step}" for step in (2, 4, 6)), "checkpoint-8", "checkpoint-9"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    assert all((tmp_path / name / "adapter_model.safetensors").is_file() for name in names - {"checkpoint-9"})
-    put_aside(tmp_path / "not there")
+        put_aside(tmp_path, ["some/model", str(tmp_path / "checkpoint-8")], ["log.json", "not there"])
+    names = {*(f"earlier-run/checkpoint-{step}" for step in (2, 4, 6)), "checkpoint-8"}
+    assert {path.name for path in tmp_path.iterdir()} == {"earlier-run", "checkpoint-8", "checkpoint-9"}
+    assert all((tmp_path / name / "adapter_model.safetensors").is_file() for name in names)
+    assert sorted(path.name for path in (tmp_path / "earlier-run").glob("*.json")) == ["log.json"]
+    put_aside(tmp_path / "not there", records=["log.json"])
+    (tmp_path / "log.json").touch()
+    put_aside(tmp_path, [str(tmp_path / "checkpoint-8")], ["log.json"])  # a log without a run
+    assert (tmp_path / "log.json").is_file()
     # Which is where `hera sft` begins anew once more.
     shutil.rmtree(tmp_path / "checkpoint-8")
     assert _checkpoint("true", str(tmp_path), True) is _checkpoint("true", str(tmp_path), False) is None
-    named = tmp_path / "earlier-checkpoint-2"
+    named = tmp_path / "earlier-run" / "checkpoint-2"
     assert find_checkpoint(str(named), tmp_path) == str(named)
 
 

@@ -358,7 +358,7 @@ def test_example_resumed(tmp_path: Path, example: Any) -> None:
     stages = [tmp_path / "out" / stage / "model.safetensors" for stage in ("stage1", "stage2")]
     whole = [load_file(path) for path in stages]
     # Stage 2 has begun anew by then, and has put the checkpoints of its first time aside.
-    for stage, checkpoint in ((1, "checkpoint-1"), (2, "earlier-checkpoint-1")):
+    for stage, checkpoint in ((1, "checkpoint-1"), (2, "earlier-run/checkpoint-1")):
         stages[1].unlink()
         before = stages[0].stat().st_mtime_ns
         run_example(example, tmp_path, resume_from_checkpoint=tmp_path / "out" / f"stage{stage}" / checkpoint)

@@ -9,7 +9,7 @@ from .maps import CONTEXT_NAMES
 from .parts import Missing, Section, Table, number_text, score_text, summary_text
 from .scalars import Scalar, head_scalars, scalars_of
 from .scales import UNKNOWN, by_scale, of_scale, scale_warnings
-from .settings import seconds_of, text_of
+from .settings import WHERE_RECORDED, seconds_of, text_of
 
 # What unrelated spaces score.
 _REFERENCES = (("Chance, k / (N - 1)", "chance"), ("95th percentile of chance", "null_p95"))
@@ -34,7 +34,7 @@ def differences_section(runs: Sequence[NamedRun], groups: Sequence[Group]) -> Se
     section.tables.append(Table("Settings that are not the same in all runs", columns, rows, wide=True))
     unrecorded = [run.name for run in runs if run.kind == "run"]
     if unrecorded:
-        cure = "HeRATrainer writes them to hera_run.json when training begins; SFTTrainer does not."
+        cure = f"HeRATrainer writes them {WHERE_RECORDED}; SFTTrainer does not."
         section.missing.append(Missing(f"The settings of {', '.join(unrecorded)} were not recorded.", cure))
     section.missing += scale_warnings(runs)
     return section
@@ -52,6 +52,11 @@ def results_section(runs: Sequence[NamedRun], groups: Sequence[Group]) -> Sectio
     if len(groups) < len(runs):
         section.notes.append("Of runs of the same settings but for the seed: mean (least to greatest).")
         section.folded = _tables(runs, [Group([run]) for run in runs], ", each run")
+    if any(run.record.best_step is not None for run in runs):
+        section.notes.append(
+            "Where the best weights were loaded in the end, held-out loss, image gain and mutual k-NN are theirs: the "
+            "last up to their step. What training logs is of its last step."
+        )
     section.missing += scale_warnings(runs)
     going_on = [run.name for run in runs if run.record.record and not _has_ended(run)]
     if going_on:

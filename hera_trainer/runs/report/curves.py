@@ -7,12 +7,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any
+
+import numpy as np
 
 from ..plots import monitor_group
 from ..record import RunRecord
 from .parts import CURVE_HEIGHT, Missing, Plot, Section, Table, number_text, plain_figure, spread
+from .settings import measured_with, teacher_of
 
 # More points than a screen has columns only make the page slow.
 MOST_POINTS = 2000
@@ -20,6 +23,8 @@ MOST_ROWS = 60
 # Curves with fewer points are read without a running mean.
 SMOOTHED_FROM = 50
 
+_COLORS = tuple(f"--series-{i}" for i in range(2, 7))  # the first is that of training
+_EVALUATED, _ALIGNMENT = r"eval(_.+)?_loss", "_alignment_loss"
 _GAIN = "By how much the held-out loss rises, in nats a token, when each row gets the images of another one."
 
 
@@ -67,32 +72,42 @@ def _keys(run: RunRecord, pattern: str) -> list[str]:
     return sorted({key for entry in run.log_history for key in entry if re.fullmatch(pattern, key)})
 
 
-def _evaluations(run: RunRecord, keys: Iterable[str], ending: str) -> list[Series]:
-    """One series an evaluation set: `eval_loss`, or `eval_<name>_loss` of several."""
-    found: list[Series] = []
-    for key in keys:
-        name = key.removeprefix("eval").removesuffix(ending).strip("_")
-        found.append(
-            _series(run, key, f"evaluation, {name}" if name else "evaluation", f"--series-{2 + len(found) % 2}")
-        )
-    return found
+def _evaluations(keys: Iterable[str], ending: str) -> dict[str, str]:
+    """What the evaluation sets are called that a loss was logged of, by its keys: `eval_loss`, or `eval_<name>_loss` of
+    several."""
+    names = {key: key.removeprefix("eval").removesuffix(ending).strip("_") for key in keys}
+    return {key: f"evaluation, {name}" if name else "evaluation" for key, name in names.items()}
+
+
+def _beside_training(run: RunRecord, names: Mapping[str, str]) -> list[Series]:
+    """One series a key, in the colours of the page that training leaves, in turn."""
+    return [_series(run, key, name, color) for (key, name), color in zip(names.items(), cycle(_COLORS), strict=False)]
 
 
 def held_out_losses(run: RunRecord) -> list[str]:
     """Keys of the language-model losses of all evaluation sets."""
-    return [key for key in _keys(run, r"eval(_.+)?_loss") if not key.endswith("_alignment_loss")]
+    of_alignment = _held_out_alignment_losses(run)
+    return [key for key in _keys(run, _EVALUATED) if key not in of_alignment]
+
+
+def _held_out_alignment_losses(run: RunRecord) -> list[str]:
+    """Keys of the alignment losses of all evaluation sets. Each has a language-model loss beside it: by itself,
+    `eval_alignment_loss` is that of a set with the name `alignment`."""
+    keys = _keys(run, _EVALUATED)
+    return [key for key in keys if key.endswith(_ALIGNMENT) and f"{key.removesuffix(_ALIGNMENT)}_loss" in keys]
 
 
 def _loss(run: RunRecord) -> list[Series]:
     key = "lm_loss" if run.curve("lm_loss")[0] else "loss"  # plain SFTTrainer has the latter only
-    return [_series(run, key, "training", "--series-1", noisy=True), *_evaluations(run, held_out_losses(run), "_loss")]
+    evaluations = _evaluations(held_out_losses(run), "_loss")
+    return [_series(run, key, "training", "--series-1", noisy=True), *_beside_training(run, evaluations)]
 
 
 def _alignment_loss(run: RunRecord) -> list[Series]:
-    evaluations = _keys(run, r"eval(_.+)?_alignment_loss")
+    evaluations = _evaluations(_held_out_alignment_losses(run), _ALIGNMENT)
+    terms = {key: key.split("/")[1] for key in _keys(run, r"alignment_loss/.+")}
     training = _series(run, "alignment_loss", "training", "--series-1", noisy=True)
-    terms = [_series(run, key, key.split("/")[1], "--series-3") for key in _keys(run, r"alignment_loss/.+")]
-    return [training, *_evaluations(run, evaluations, "_alignment_loss"), *terms]
+    return [training, *_beside_training(run, {**evaluations, **terms})]
 
 
 def _groups(run: RunRecord, context: str) -> list[Series]:
@@ -112,7 +127,7 @@ def _groups(run: RunRecord, context: str) -> list[Series]:
 def _reference(run: RunRecord, context: str) -> str:
     """What the scores of a context can be held against."""
     rankings = list(run.monitored.get(context, {}).values())
-    scales = list({ranking.scale: None for ranking in rankings})
+    scales = list(dict.fromkeys(measured_with(ranking, teacher_of(run)) for ranking in rankings))
     if len(scales) > 1:
         return f"Measured with {' and with '.join(scales)}, which cannot be compared."
     return f"{scales[0]}; {', '.join(rankings[0].references())}." if rankings else ""
@@ -222,11 +237,25 @@ def smoothing_window(count: int) -> int:
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Means over the last `window` values, fewer at the beginning; what is not finite is left out."""
-    means = []
-    for i in range(len(values)):
-        last = [value for value in values[max(0, i + 1 - window) : i + 1] if math.isfinite(value)]
-        means.append(math.fsum(last) / len(last) if last else math.nan)
-    return means
+    numbers = np.asarray(values, dtype=float)
+    finite = np.isfinite(numbers)
+    counts = _sums_of_last(finite.astype(float), window)
+    means = np.full(len(numbers), math.nan)
+    np.divide(_sums_of_last(np.where(finite, numbers, 0.0), window), counts, out=means, where=counts > 0)
+    return means.tolist()
+
+
+def _sums_of_last(values: np.ndarray, window: int) -> np.ndarray:
+    """Sums over the last `window` values `[N]`, fewer at the beginning.
+
+    They are cumulative in blocks as long as the window, which reaches back into one block at most. Differences of sums
+    over all values would keep the rounding of one huge loss for ever.
+    """
+    blocks = np.pad(values, (window, -len(values) % window)).reshape(-1, window)  # a block of zeros first
+    up_to = blocks.cumsum(axis=1)
+    after = np.zeros_like(blocks)
+    after[:, :-1] = blocks[:, :0:-1].cumsum(axis=1)[:, ::-1]
+    return (up_to[1:] + after[:-1]).ravel()[: len(values)]
 
 
 def lines_label(title: str, series: Sequence[Series]) -> str:

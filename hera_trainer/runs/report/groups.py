@@ -184,6 +184,8 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     settings["aligned heads"] = " ".join(record.get("aligned_heads") or ()) or None
     settings.update({f"adapter: {name}": value for name, value in (record.get("adapter") or {}).items()})
     settings.update({name: config[name] for name in names_in_order(config) if name not in NOT_SHOWN})
+    before = record.get("earlier_config") or {}
+    settings.update({f"{name}, before it was resumed": before[name] for name in before if is_of_training(name)})
     for part in ("versions", "hardware"):
         settings.update({f"{part}: {name}": value for name, value in (record.get(part) or {}).items()})
     return settings
@@ -214,7 +216,7 @@ def pair_differences(run: NamedRun, control: NamedRun) -> list[str]:
 
 def training_differences(runs: Sequence[NamedRun]) -> list[str]:
     """Names of the settings that change what is trained, the seed among them, and are not the same in all runs."""
-    return [name for name in differing(runs) if _is_of_training(name)]
+    return [name for name in differing(runs) if is_of_training(name)]
 
 
 def _key(run: RunRecord, without: Iterable[str]) -> str:
@@ -224,7 +226,7 @@ def _key(run: RunRecord, without: Iterable[str]) -> str:
 def _kept(run: RunRecord, without: Iterable[str]) -> dict[str, Any]:
     """The settings that change what is trained, by name."""
     settings = settings_of(run)
-    kept = {name: settings[name] for name in sorted(settings) if _is_of_training(name) and name not in without}
+    kept = {name: settings[name] for name in sorted(settings) if is_of_training(name) and name not in without}
     if settings.get("load_best_model_at_end"):
         kept |= {name: settings.get(name) for name in _SAVED}
     return kept
@@ -238,7 +240,8 @@ def _seeds(run: NamedRun) -> list[Any]:
     return [_config(run.record).get(name) for name in _SEEDS]
 
 
-def _is_of_training(name: str) -> bool:
+def is_of_training(name: str) -> bool:
+    """Whether a setting changes what is trained, the seed among them."""
     if name == PROCESSES:  # so many batches make a step
         return True
     # The aligned heads follow from the settings and the seed.

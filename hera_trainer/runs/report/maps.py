@@ -11,6 +11,7 @@ from ...heads.heat_map import columns_of
 from ...heads.ranking import HeadRanking
 from ..record import CONTEXTS, RunRecord
 from .parts import Missing, Plot, Section, Table, change_text, plain_figure, score_text
+from .settings import measured_with, other_teacher, teacher_of
 
 CONTEXT_NAMES = {context: name.capitalize() for context, name in CONTEXTS.items()}
 
@@ -42,7 +43,7 @@ def heads_section(run: RunRecord) -> Section:
         section.plots[name] = [_single_map(run.head_ranking.context, title, run.head_ranking, aligned)]
     rankings = _rankings(run)
     if rankings:
-        section.notes.append(_about(rankings, granularity_of(aligned)))
+        section.notes.append(_about(rankings[0], teacher_of(run), granularity_of(aligned)))
     if run.best_step is not None and run.monitored:
         section.notes.append(
             f"Training ended with loading the weights of step {run.best_step:,}, the best in evaluation. What was "
@@ -71,15 +72,19 @@ def chosen_section(run: RunRecord) -> Section:
         for before, after in pairs.values():
             a, b = score_of(before, head), score_of(after, head)
             row += [score_text(a), score_text(b), change_text(a, b)]
-    scales = {ranking.scale: None for ranking in _columns(run, pairs) if ranking is not None}
-    if len(scales) > 1:
-        section.notes.append(
-            f"The columns were measured with {' and with '.join(scales)}. Hold each against its own chance, and not "
-            "against a column of the other kind."
-        )
+    section.notes += _measured_with([each for each in _columns(run, pairs) if each is not None], teacher_of(run))
     caption = f"The {len(aligned)} aligned {granularity}s and their mutual k-NN with the teacher"
     section.tables.append(Table(caption, columns, rows, numeric=True, footer=_means(run, pairs, aligned)))
     return section
+
+
+def _measured_with(rankings: Sequence[HeadRanking], teacher: str) -> list[str]:
+    """Says what the columns of the table were measured with, where they differ or are of another teacher."""
+    scales = dict.fromkeys(measured_with(ranking, teacher) for ranking in rankings)
+    notes = [f"The columns were measured with {' and with '.join(scales)}."]
+    if len(scales) > 1:
+        return [f"{notes[0]} Hold each against its own chance, and not against a column of the other kind."]
+    return notes if any(other_teacher(ranking, teacher) for ranking in rankings) else []
 
 
 def score_of(ranking: HeadRanking, head: AlignedUnit) -> float | None:
@@ -141,12 +146,12 @@ def _rankings(run: RunRecord) -> list[HeadRanking]:
     return found or ([run.head_ranking] if run.head_ranking is not None else [])
 
 
-def _about(rankings: Sequence[HeadRanking], granularity: str) -> str:
-    ranking = rankings[0]
+def _about(ranking: HeadRanking, teacher: str, granularity: str) -> str:
     return (
         "A score is the mutual k-NN of a head with the teacher: the share of a sample's k nearest neighbours that both "
-        f"agree on, over N samples ({ranking.scale}). To hold it against: {', '.join(ranking.references())}. Aligned "
-        f"{granularity}s are outlined. Blank: the layer has no such head. Point at a cell for its values."
+        f"agree on, over N samples ({measured_with(ranking, teacher)}). To hold it against: "
+        f"{', '.join(ranking.references())}. Aligned {granularity}s are outlined. Blank: the layer has no such head. "
+        "Point at a cell for its values."
     )
 
 
@@ -310,7 +315,8 @@ def _missing(run: RunRecord) -> list[Missing]:
     changed = [context for context in run.monitored if run.before_after(context) is None]
     if changed:
         measured, steps = run.monitored[changed[0]], run.measured_steps(changed[0])
-        scales = f"{measured[steps[0]].scale} at first, {measured[steps[-1]].scale} at last"
+        first, last = (measured_with(measured[step], teacher_of(run)) for step in (steps[0], steps[-1]))
+        scales = f"{first} at first, {last} at last"
         cure = "Resume a run with the settings of the monitor that it began with."
         return [Missing(f"Before and after cannot be compared, since they were measured otherwise: {scales}.", cure)]
     if run.monitored:

@@ -20,7 +20,7 @@ from .curves import curves_section
 from .groups import NamedRun, control_of, grouped, named_runs
 from .maps import chosen_section, heads_section, mean_of
 from .parts import Section, number_text, score_text
-from .settings import duration, environment_section, rankings_of, settings_section, teacher_of, time_text
+from .settings import duration, environment_section, other_teacher, rankings_of, settings_section, teacher_of, time_text
 
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
@@ -227,7 +227,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
         before, after = (mean_of(each, run.aligned_heads) for each in pair)
         if before is not None and after is not None:
             name = f"Aligned {granularity_of(run.aligned_heads)}s, {CONTEXTS[context]}"
-            detail = f"mean mutual k-NN, chance {score_text(pair[1].chance)}"
+            detail = f"mean mutual k-NN, chance {score_text(pair[1].chance)}{other_teacher(pair[1], teacher_of(run))}"
             tiles.append((name, _from_to(score_text(before), score_text(after)), detail))
     gains = [gain.gain for step, gain in sorted(run.image_gains.items()) if run.leads_to_result(step)]
     if gains:

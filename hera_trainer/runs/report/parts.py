@@ -118,8 +118,8 @@ def number_text(value: Any) -> str:
 
 
 def summary_text(values: Sequence[float | None], text: Callable[[float], str]) -> str:
-    """The one value, or of several their mean, and below it the least and the greatest where they differ, and how many
-    there are where some have none.
+    """The one value, or of several their mean, and below it the least and the greatest where they differ, how many
+    there are where some have none, and how many are not finite: then there is no mean, and the range is of the others.
 
     Args:
         values (sequence of `float`): A value each, `None` where there is none.
@@ -130,9 +130,12 @@ def summary_text(values: Sequence[float | None], text: Callable[[float], str]) -
         return "-"
     if len(values) == 1:
         return text(found[0])
-    mean = math.fsum(found) / len(found) if all(map(math.isfinite, found)) else math.nan
-    least, greatest = text(min(found)), text(max(found))
-    notes = [f"{least} to {greatest}"] if least != greatest else []
+    finite = sorted(value for value in found if math.isfinite(value))
+    mean = math.fsum(found) / len(found) if len(finite) == len(found) else math.nan
+    ends = dict.fromkeys(text(value) for value in (*finite[:1], *finite[-1:]))
+    notes = [" to ".join(ends)] if len(ends) > 1 else []
+    if len(finite) < len(found):
+        notes.append(f"{len(found) - len(finite)} of {len(found)} not finite")
     if len(found) < len(values):
         notes.append(f"n = {len(found)}")
     return f"{text(mean)}\n({', '.join(notes)})" if notes else text(mean)

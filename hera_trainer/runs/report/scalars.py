@@ -73,7 +73,8 @@ def scalars_of(runs: Sequence[NamedRun]) -> list[Scalar]:
     held_out: list[Scalar] = []
     for key in keys:
         name = key.removeprefix("eval").removesuffix("_loss").strip("_")
-        held_out.append(Scalar(f"held-out-{len(held_out)}", f"Held-out loss{name and f', {name}'}", (key,)))
+        title = f"Held-out loss{name and f', {name}'}"
+        held_out.append(Scalar(f"held-out-{len(held_out)}", title, (key,), measured=True))
     scalars = [LOSS, *held_out, ALIGNMENT_LOSS, *_OTHERS]
     return [scalar for scalar in scalars if any(scalar.curve(run)[0] for run in runs)]
 

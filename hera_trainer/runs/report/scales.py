@@ -11,6 +11,7 @@ from ..record import RunRecord
 from .groups import NamedRun
 from .maps import CONTEXT_NAMES
 from .parts import Missing
+from .settings import measured_with, teacher_of
 
 UNKNOWN = "k and N not recorded"
 
@@ -63,14 +64,15 @@ def _measured(run: RunRecord, context: str) -> list[HeadRanking]:
 
 
 def _by_several_teachers(runs: Sequence[RunRecord], context: str) -> bool:
-    """Whether scores of these runs are with different teachers, as far as their names are known."""
-    return len({ranking.teacher for run in runs for ranking in _measured(run, context)} - {""}) > 1
+    """Whether scores of these runs are with different teachers, or with others than the runs were trained with, as far
+    as their names are known."""
+    measured = {ranking.teacher for run in runs for ranking in _measured(run, context)}
+    return len((measured | {teacher_of(run) for run in runs}) - {""}) > 1
 
 
 def _scales(run: RunRecord, context: str, with_teacher: bool) -> list[str]:
     """What a run was measured with in a context: once the same, or several."""
     rankings = _measured(run, context)
-    named = [f", teacher {ranking.teacher}" if with_teacher and ranking.teacher else "" for ranking in rankings]
-    scales = list(dict.fromkeys(ranking.scale + name for ranking, name in zip(rankings, named, strict=True)))
+    scales = list(dict.fromkeys(measured_with(each, "" if with_teacher else each.teacher) for each in rankings))
     logged = run.curve(f"{monitor_group(context)}/all")[0]
     return scales or ([UNKNOWN] if logged else [])

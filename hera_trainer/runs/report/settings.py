@@ -25,6 +25,10 @@ _FILLED_IN = {
     "pad_to_multiple_of": None,
     "report_to": [],
 }
+# Where settings, versions and hardware of a run are found, and which runs have none.
+WHERE_RECORDED = (
+    "to hera_run.json when training begins, unless alignment is off (alignment_weight=0) and there is no monitor"
+)
 # What `TrainingArguments.to_dict` writes for any value of `hub_token`, `eos_token` and their like.
 _PLACEHOLDER = re.compile(r"<[A-Z_]+>")
 
@@ -34,7 +38,7 @@ def settings_section(run: RunRecord) -> Section:
     section = Section("configuration", "Configuration")
     config = run.record.get("config") or {}
     if not config:
-        cure = "HeRATrainer writes it to hera_run.json when training begins; SFTTrainer does not."
+        cure = f"HeRATrainer writes it {WHERE_RECORDED}; SFTTrainer does not."
         section.missing.append(Missing("The configuration was not recorded.", cure))
         return section
     config = {name: value for name, value in config.items() if name not in NOT_SHOWN}
@@ -68,7 +72,7 @@ def environment_section(run: RunRecord) -> Section:
     if rows:
         section.tables.append(Table("Time", ["Name", "Value"], rows))
     if not run.record.get("versions"):
-        cure = "HeRATrainer writes them to hera_run.json when training begins; `hera env` prints those of this machine."
+        cure = f"HeRATrainer writes them {WHERE_RECORDED}; `hera env` prints those of this machine."
         section.missing.append(Missing("Versions and hardware were not recorded.", cure))
     return section
 
@@ -136,6 +140,27 @@ def teacher_of(run: RunRecord) -> str:
     if not teacher and config.get("alignment_weight"):
         teacher = config.get("teacher_model_name_or_path") or ""
     return teacher
+
+
+def measured_with(ranking: HeadRanking, teacher: str) -> str:
+    """What scores were measured with, such as `"k = 10, N = 1,000"`, and the teacher if it is another one.
+
+    Args:
+        ranking ([`HeadRanking`]): The scores.
+        teacher (`str`): Name of the teacher that they are taken to be of, empty if none is named.
+    """
+    return ranking.scale + other_teacher(ranking, teacher)
+
+
+def other_teacher(ranking: HeadRanking, teacher: str) -> str:
+    """`", teacher X"` if scores are known to be of another teacher X than they are taken to be of, else empty. A
+    monitor may have a teacher of its own.
+
+    Args:
+        ranking ([`HeadRanking`]): The scores.
+        teacher (`str`): Name of the teacher that they are taken to be of, empty if none is named.
+    """
+    return f", teacher {ranking.teacher}" if ranking.teacher not in ("", teacher) else ""
 
 
 def rankings_of(run: RunRecord) -> list[HeadRanking]:
