@@ -114,7 +114,9 @@ def _is_repo_id(name: str) -> bool:
 def _adapter(model: PeftModel) -> dict[str, Any]:
     kind = _value(model.peft_config[model.active_adapter].peft_type)
     mergeable = hasattr(model.base_model, "merge_and_unload")
-    return {"name": "LoRA" if kind == "LORA" else kind, "mergeable": mergeable}
+    # PEFT saves an adapter with a name in a folder of that name.
+    place = "" if model.active_adapter == "default" else f', subfolder="{model.active_adapter}"'
+    return {"name": "LoRA" if kind == "LORA" else kind, "mergeable": mergeable, "place": place}
 
 
 def _base(name: str, adapter: PeftModel | None, on_hub: bool) -> dict[str, str]:

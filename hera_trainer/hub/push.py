@@ -168,8 +168,9 @@ def explained(
 
 def warn_of_local_base(folder: str | os.PathLike) -> None:
     """Warns if the adapter in a folder names its base model by a path of this machine."""
-    path = Path(folder, ADAPTER_CONFIG)
-    base = json.loads(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
+    named = Path(folder).glob(f"*/{ADAPTER_CONFIG}")  # one with a name lies in a folder of its own
+    path = next((path for path in (Path(folder, ADAPTER_CONFIG), *named) if path.is_file()), None)
+    base = None if path is None else json.loads(path.read_text()).get("base_model_name_or_path")
     if base and (is_local(base) or os.path.isdir(base)) and shown_name(base) == Path(base).name:
         warnings.warn(
             f"The base model of this adapter is a local folder, published as {shown_name(base)!r}: nobody else can "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 from hub_server import USER, running
 from huggingface_hub import HfApi, ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from runs import NoStep, config, trainer
 from safetensors.torch import load_file
 from tiny import build_vlm, image_dataset, save_vlm
@@ -238,6 +239,11 @@ class TestAdapter:
         run.save_model()
         push_folder(tmp_path / "out", REPO, publish_control=control != "none")
         assert {"mine/adapter_config.json", "mine/adapter_model.safetensors"} < set(hub.repos[REPO])
+        card = hub.repos[REPO]["README.md"].decode()
+        (place,) = re.findall(r'PeftModel\.from_pretrained\(model, "[^"]+", subfolder="(\w+)"\)', card)
+        loaded = PeftModel.from_pretrained(build_vlm("llava")[0], tmp_path / "out", subfolder=place)
+        before, after = get_peft_model_state_dict(run.model, adapter_name="mine"), get_peft_model_state_dict(loaded)
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         assert ("hera_control.json" in hub.repos[REPO]) == (control != "none")
         for folder in ("out", "out/mine"):
             if control != "none":
