@@ -124,20 +124,22 @@ class Operations:
         """The first `layers` layers, all by default, in all their passes."""
         return sum(work * passes for work, passes in zip(self.layers[:layers], self.passes[:layers], strict=True))
 
-    def step(self, trained: dict[str, bool], adapters: bool, checkpointing: bool) -> float:
+    def step(self, trained: dict[str, bool], adapters: bool, checkpointing: bool, tower: float = 0.0) -> float:
         """Forward and backward, with recomputation. A frozen weight costs one product in the backward, a trained one
         two; what lies before everything trained costs none.
 
         Args:
-            trained (`dict[str, bool]`):
-                Whether vision tower, projector and language model have trained weights, or are in the backward anyway.
+            trained (`dict[str, bool]`): Whether vision tower, projector and language model have trained weights.
             adapters (`bool`): Whether these are adapters beside frozen weights. Their own products are left out.
             checkpointing (`bool`): Whether blocks run once more in the backward.
+            tower (`float`, *optional*, defaults to `0.0`):
+                Share of the micro-batches in whose backward a vision tower without trained weights takes part.
         """
         backward = (1 if adapters else 2) + 1
         recomputed = 1 if checkpointing else 0
-        vision = self.vision * (backward + recomputed if trained["vision"] else 1)
-        projector = self.projector * (backward if trained["vision"] or trained["projector"] else 1)
+        tower = 1.0 if trained["vision"] else tower
+        vision = self.vision * (1 + tower * (backward + recomputed - 1))
+        projector = self.projector * (backward if trained["projector"] else 1 + tower * (backward - 1))
         # The fused LM head computes its logits once more in the backward.
         return vision + projector + self._language() * (backward + recomputed) + self.lm_head * (backward + 1)
 

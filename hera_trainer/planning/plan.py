@@ -249,8 +249,8 @@ def _first_pass(
             f"{'layers' if whole else 'heads'} in the first third (layer {third})": third,
             f"{'' if whole else 'a head in '}the last layer ({there[-1]})": there[-1],
         }
-    trained = memory.trained | {"vision": memory.differentiates_tower(batch)}
-    step = work.step(trained, settings.use_peft, settings.gradient_checkpointing)
+    tower = features.vision if memory.hooked else 0.0
+    step = work.step(memory.trained, settings.use_peft, settings.gradient_checkpointing, tower)
     share = 1 / step if settings.has_first_pass else 0.0
     again = features.vision, features.projector
     return {name: share * work.first_pass(layer, whole, *again) for name, layer in deepest.items()}
