@@ -74,6 +74,7 @@ from .objectives.similarity import comparison
 from .runs.checkpoints import (
     best_checkpoint,
     checkpoint_ranking,
+    clear_half,
     find_checkpoint,
     is_own,
     make_room,
@@ -517,8 +518,11 @@ class HeRATrainer(SFTTrainer):
         output_dir, goes_on = str(self.args.output_dir), is_own(checkpoint, str(self.args.output_dir))
         keeps_record = self._record in self.callback_handler.callbacks
         if self.args.should_save and not goes_on:
-            used = [*_places_of(self.model), *([] if checkpoint is None else [checkpoint])]
+            kept = (checkpoint, best_checkpoint(checkpoint))
+            used = [*_places_of(self.model), *(path for path in kept if path is not None)]
             put_aside(output_dir, used, RECORDS if keeps_record else recorded_files(output_dir))
+        elif self.args.should_save and checkpoint is not None:
+            clear_half(Path(checkpoint))
         if self.is_world_process_zero():
             if not keeps_record:
                 leave_out(output_dir, recorded_files(output_dir))
@@ -557,7 +561,10 @@ class HeRATrainer(SFTTrainer):
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, *args: Any
     ) -> tuple[int, int]:
         begin = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, *args)
-        self.state.best_model_checkpoint = best_checkpoint(resume_from_checkpoint)
+        best = best_checkpoint(resume_from_checkpoint)
+        if best is not None and best != self.state.best_model_checkpoint:  # of which `Trainer` has said it was gone
+            logger.warning(f"The best checkpoint is that in {best!r}.")
+        self.state.best_model_checkpoint = best
         is_one_epoch = steps_per_epoch == max_steps  # so `Trainer` takes a stream, if its loader tells no length
         if self.alignment is None or has_length(self.train_dataset) or not is_one_epoch or self.args.ignore_data_skip:
             return begin
@@ -726,7 +733,7 @@ class HeRATrainer(SFTTrainer):
         super().save_model(output_dir, _internal_call)
         self._save_ranking(folder)
         if self.args.should_save and folder is not None:
-            for place in ("", self._named_adapter() or ""):  # an adapter's own folder is merged without the outer one
+            for place in {"", self._named_adapter() or ""}:  # an adapter's own folder is merged without the outer one
                 mark_control(os.path.join(folder, place), self._control)
             if self.alignment is not None and not self._rotates_itself:  # a checkpoint has it beside the optimizer
                 self.alignment.save_objective(folder)
@@ -791,7 +798,7 @@ class HeRATrainer(SFTTrainer):
                 else:  # beside it may lie an adapter of the default name, which `Trainer` would load in its place
                     cast(PeftModel, self.model).load_adapter(os.path.join(best, adapter), adapter)
         if self.alignment is not None:
-            self.alignment.load_objective(best)
+            self.alignment.load_objective(best, required=False)
         # Not `best_global_step`: a better step need not have been saved.
         self.best_step = saved_step(best)
 

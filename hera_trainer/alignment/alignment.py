@@ -398,7 +398,7 @@ class Alignment:
         if "log_temperature" in state:  # as it was written before there were other parameters
             self.optimizer.load_temperature(state)
         else:
-            self._load_objective(folder)
+            self.load_objective(folder, required=False)
         if state["aligned_heads"] != [str(head) for head in self.heads]:
             warnings.warn(
                 f"The checkpoint was trained with aligned heads {', '.join(state['aligned_heads'])}, this run goes on "
@@ -408,21 +408,23 @@ class Alignment:
         if self.contrast.queue is not None and queue.is_file():
             self._load_queue(self.contrast.queue, queue, state["aligned_heads"])
 
-    def load_objective(self, folder: str | os.PathLike) -> None:
+    def load_objective(self, folder: str | os.PathLike, required: bool = True) -> None:
         """Takes what the objective has learned alone, of a checkpoint or a result, to whose weights it belongs.
+
+        Args:
+            folder (`str` or `os.PathLike`): Folder of the checkpoint or result.
+            required (`bool`, *optional*, defaults to `True`):
+                Whether it must be there. A checkpoint that was trained without alignment has none.
 
         Raises:
             `FileNotFoundError`: If an objective that learns has left nothing there.
         """
-        if not self._load_objective(folder) and self.learns:
-            raise FileNotFoundError(f"{str(folder)!r} holds nothing that an alignment objective has learned.")
-
-    def _load_objective(self, folder: str | os.PathLike) -> bool:
-        found = [Path(folder, OBJECTIVE_FILE), Path(folder, OBJECTIVE_FOLDER, OBJECTIVE_FILE)]
+        found = (Path(folder, OBJECTIVE_FILE), Path(folder, OBJECTIVE_FOLDER, OBJECTIVE_FILE))
         path = next((path for path in found if path.is_file()), None)
         if path is not None:
             self.optimizer.load(path)
-        return path is not None
+        elif required and self.learns:
+            raise FileNotFoundError(f"{str(folder)!r} holds nothing that an alignment objective has learned.")
 
     def _queue_identity(self) -> dict[str, str]:
         """What samples of the queue depend on, beside the weights of the model."""

@@ -267,8 +267,8 @@ def _questions(args: argparse.Namespace, dataset: str, split: str) -> Questions:
         )
     if unseen := questions.unseen_images():
         raise ValueError(
-            f"No question comes with an image: there is no column {' or '.join(IMAGE_COLUMNS)}. Name the column with "
-            f"`--image-column`, such as {', '.join(unseen)}, or drop it to ask without."
+            f"No question comes with an image. If {', '.join(unseen)} holds them, name the column with "
+            "`--image-column`; if the questions are to be asked without, drop it."
         )
     return questions
 

@@ -268,12 +268,14 @@ class TeacherVectors:
                 f"by {teacher}. If another encoder made those of the training data, name it in "
                 f"`teacher_model_name_or_path`, or give `{name}` the column, too (`hera_trainer.add_teacher_features`)."
             )
-        elif not self._was_prepared(dataset):
-            self._warn_once(
-                f"`{name}` brings its own `{TEACHER_COLUMN}`, and the training data has none: its images are encoded "
-                f"by {teacher}. If another encoder made those of `{name}`, its alignment loss says nothing of "
-                f"training: drop the column (`remove_columns({TEACHER_COLUMN!r})`), and its images are encoded, too."
-            )
+            return
+        message = (
+            f"`{name}` brings its own `{TEACHER_COLUMN}`, and the training data has none: its images are encoded by "
+            f"{teacher}. If another encoder made those of `{name}`, its alignment loss says nothing of training: drop "
+            f"the column (`remove_columns({TEACHER_COLUMN!r})`), and its images are encoded, too."
+        )
+        if message not in self._said and not self._was_prepared(dataset):
+            self._warn_once(message)
 
     def _was_prepared(self, dataset: Any) -> bool:
         """Whether a data set's vectors were attached to it, or to what it was taken from, here."""

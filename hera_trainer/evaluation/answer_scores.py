@@ -21,7 +21,8 @@ _DIGITS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMB
 # Signs that go. Others, such as those of money, per cent, minutes and contractions ($ % : '), belong to a word.
 _SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-_MINUS = re.compile(r"\s*[-\u2212]\s*(?=\.?\d)")  # as a hyphen, or as the sign itself
+# At the beginning, as a hyphen or as the sign itself. A blank may follow before a number alone: lists have such, too.
+_MINUS = re.compile(r"\s*[-\u2212](?:(?=\.?\d)|\s+(?=[\d.,]+\s*$))")
 _POINT = re.compile(r"\.(?!\d)")
 # The spellings that VQA knows of contractions in which one apostrophe is missing.
 _CONTRACTIONS = """

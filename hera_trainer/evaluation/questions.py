@@ -142,15 +142,19 @@ class Questions:
         return bool(self._conversation(self.row(index))[1])
 
     def unseen_images(self) -> list[str]:
-        """Columns that seem to hold images, where no question comes with one."""
+        """Columns of no other use that seem to hold images, where no question comes with one."""
         if any(self.has_images(index) for index in range(len(self))):
             return []
         stored = self.row(0)
+        used = {*self.image_columns, *self.answer_columns, self.prompt_column, self.id_column}
         return [
             name
             for name, feature in self.dataset.features.items()
-            if isinstance(_element(feature), datasets.Image)
-            or any(isinstance(value, str) and _IMAGE_FILE.search(value) for value in _listed(stored[name]))
+            if name not in used
+            and (
+                isinstance(_element(feature), datasets.Image)
+                or any(isinstance(value, str) and _IMAGE_FILE.search(value) for value in _listed(stored[name]))
+            )
         ]
 
     def _conversation(self, row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -88,7 +88,7 @@ def check_device_map(model: nn.Module, what: str, cure: str = "") -> None:
 
 
 def check_attention_kernel(model: nn.Module, device: torch.device) -> None:
-    """Refuses a model that is read on the CPU, since FSDP moves it later, with an attention that has no kernel there.
+    """Refuses a model that is read on the CPU, since an engine moves it later, with an attention that cannot run there.
 
     Args:
         model (`nn.Module`): The model, where it is read.
@@ -102,7 +102,7 @@ def check_attention_kernel(model: nn.Module, device: torch.device) -> None:
     here = decoder.get_input_embeddings().weight.device
     if "flash" in kernel and here.type == "cpu" != device.type:
         raise ValueError(
-            "FSDP leaves the model on the CPU until training begins, and heads are ranked and checked there before: "
+            "FSDP and ZeRO-3 leave the model on the CPU until training begins, and heads are ranked and checked there: "
             f"`attn_implementation={kernel!r}` has no kernel for it. Load the model with `attn_implementation='sdpa'`."
         )
 

@@ -63,7 +63,9 @@ def push_folder(
         [`PushError`]: If it failed. The folder is as before, and the same call completes what is missing.
         `ValueError`: If the folder holds no model, or that of a control run.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder. Name the `output_dir` of a run.")
     config = (read_if_whole(path / RUN_FILE) or {}).get("config") or {}
     how = push_settings({**config, "publish_control": publish_control}, private, revision)
     check_publishable(read_control(path), publish_control)

@@ -60,17 +60,33 @@ def put_aside(
         return
     names = (EARLIER_FOLDER if number == 1 else f"{EARLIER_FOLDER}-{number}" for number in itertools.count(1))
     aside = next(path for path in (output_dir / name for name in names) if not path.exists())
+    newest = max(found, key=_rank, default=None)
     aside.mkdir()
     for path in (*found, *recorded):
-        os.replace(path, aside / path.name)
-    if found:
+        _move(path, aside / path.name)
+    if newest is not None:
         shown = ", ".join(sorted(path.name for path in found))
         warnings.warn(
             f"{str(output_dir)!r} holds checkpoints of an earlier run ({shown}), which this one does not go on from. "
             f"They lie in its folder `{aside.name}` now, with what that run has recorded, until you delete it. To go "
-            f"on with one, set `resume_from_checkpoint={str(aside / found[-1].name)!r}`.",
+            f"on with one, set `resume_from_checkpoint={str(aside / newest.name)!r}`.",
             stacklevel=4,
         )
+
+
+def _rank(checkpoint: Path) -> tuple[bool, int, bool]:
+    """The greater, the better to go on from: complete, late, and not waiting to be replaced."""
+    name = _NAME.fullmatch(checkpoint.name)
+    assert name is not None
+    return is_complete(checkpoint), int(name[2]), name[1] is None
+
+
+def _move(path: Path, target: Path) -> None:
+    if path.is_symlink():  # a relative one would lead elsewhere from there
+        target.symlink_to(path.resolve())
+        path.unlink()
+    else:
+        os.replace(path, target)
 
 
 def is_own(checkpoint: str | os.PathLike | None, output_dir: str | os.PathLike) -> bool:
@@ -88,13 +104,25 @@ def best_checkpoint(checkpoint: str | os.PathLike | None) -> str | None:
     state = _saved_state(checkpoint)
     if checkpoint is None or state is None or state.best_model_checkpoint is None:
         return None
-    saved = Path(state.best_model_checkpoint)
-    for path in (Path(checkpoint).parent / saved.name, saved):
-        then = _saved_state(path)
+    saved, beside = Path(state.best_model_checkpoint), Path(checkpoint).parent
+    for path in (beside / saved.name, beside / f"{_REPLACED}{saved.name}", saved):
+        then = _state_if_whole(path)
         # As text: a NaN in a log equals no other.
         if then is not None and str(then.log_history) == str(state.log_history[: len(then.log_history)]):
             return str(path)
     return None
+
+
+def clear_half(checkpoint: Path) -> None:
+    """Removes what a killed run has left in the place of a complete checkpoint that waits to be replaced, from which
+    training goes on. `Trainer` would take it for the best one, if that was.
+
+    Args:
+        checkpoint (`Path`): Folder of the complete checkpoint.
+    """
+    half = checkpoint.with_name(checkpoint.name.removeprefix(_REPLACED))
+    if half != checkpoint and not is_complete(half):
+        _remove(half)
 
 
 def make_room(checkpoint: Path) -> None:
@@ -141,7 +169,7 @@ def rotate(output_dir: str | os.PathLike, limit: int | None, keep: Collection[Pa
     checkpoints = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
     others = [path for path in checkpoints if path not in keep]
     others.sort(key=is_complete)  # stable: the oldest first among both kinds
-    for path in others[: max(0, len(checkpoints) - max(limit, len(keep)))]:
+    for path in others[: max(0, len(checkpoints) - max(limit, sum(path in keep for path in checkpoints)))]:
         _remove(path)
 
 
@@ -246,6 +274,13 @@ def place_in_stream(checkpoint: str | os.PathLike | None, accumulation: int) -> 
     length = state.max_steps * accumulation
     passes, taken = divmod(round((state.epoch or 0.0) * length), length)
     return (passes, taken) if taken or not passes else (passes - 1, length)
+
+
+def _state_if_whole(checkpoint: Path) -> TrainerState | None:
+    try:
+        return _saved_state(checkpoint)
+    except ValueError:  # a killed run may have left half of one
+        return None
 
 
 def _saved_state(checkpoint: str | os.PathLike | None) -> TrainerState | None:

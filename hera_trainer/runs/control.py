@@ -39,7 +39,7 @@ def read_control(folder: str | os.PathLike) -> str:
             The `output_dir` of a run, a checkpoint, a folder that `save_model` wrote, or in one of these the folder of
             a named adapter.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     mark, record = folder / CONTROL_FILE, folder / RUN_FILE
     if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and not record.is_file():
         record = folder.parent / RUN_FILE

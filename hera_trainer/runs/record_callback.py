@@ -178,9 +178,11 @@ def describe_run(
 
 
 def _changed(earlier: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the parts of a run before it was resumed had otherwise, as they began."""
-    began = {**(earlier.get("config") or {}), **(earlier.get("earlier_config") or {})}
-    return {name: value for name, value in began.items() if name in config and config[name] != value}
+    """The settings that the parts of a run before it was resumed had otherwise, as they began; of those that are as at
+    first again, what they were in between."""
+    last, first = earlier.get("config") or {}, earlier.get("earlier_config") or {}
+    changed = {name: value for name, value in last.items() if name in config and config[name] != value}
+    return {**first, **changed, **{name: value for name, value in first.items() if config.get(name) != value}}
 
 
 def hub_names(dataset: Any) -> list[str]:

@@ -293,5 +293,5 @@ def _own_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
-    rank = os.environ.get("LOCAL_RANK")
-    return accelerator if rank is None else torch.device(accelerator.type, int(rank) % torch.accelerator.device_count())
+    rank = int(os.environ.get("LOCAL_RANK") or -1)
+    return accelerator if rank < 0 else torch.device(accelerator.type, rank % torch.accelerator.device_count())

@@ -394,12 +394,15 @@ def test_images_in_a_column_of_another_name_are_not_passed_over(tmp_path, capsys
     arguments = ["eval", "no/such-model", "--dataset", str(tmp_path / "rows"), "--metric", "exact_match"]
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert "No question comes with an image" in error and "`--image-column`, such as pic," in error
-    for others in (["--image-column", "pic"], []):  # now it is the model that is missed
-        if not others:
-            table.remove_columns("pic").save_to_disk(tmp_path / "rows without")
-            arguments[3] = str(tmp_path / "rows without")
-        assert main([*arguments, *others]) == 1
+    assert "No question comes with an image. If pic holds them, name the column with `--image-column`" in error
+    without = table.remove_columns("pic")
+    nulls = without.add_column("image", [None] * 2).cast_column("image", Image())
+    named = without.remove_columns("answer").add_column("answer", ["red.png"] * 2)
+    for number, rows in enumerate((without, nulls, named)):
+        rows.save_to_disk(tmp_path / f"rows {number}")
+    more = [[*arguments[:3], str(tmp_path / f"rows {number}"), *arguments[4:]] for number in range(3)]
+    for asked in ([*arguments, "--image-column", "pic"], *more):  # now it is the model that is missed
+        assert main(asked) == 1
         assert "no/such-model" in capsys.readouterr().err
 
 

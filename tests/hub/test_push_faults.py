@@ -163,6 +163,19 @@ def branches(monkeypatch):
     return asked
 
 
+def test_a_folder_at_home_and_none(hub, tmp_path, monkeypatch):
+    """A control's is refused there, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = trainer(tmp_path / "out", max_steps=1, teacher_control="permuted")
+    run.train()
+    run.save_model()
+    with pytest.raises(ValueError, match="control run"):
+        push_folder("~/out", REPO)
+    with pytest.raises(ValueError, match="'~/nothing' is no folder"):
+        push_folder("~/nothing", REPO)
+    assert not hub.repos
+
+
 class TestTheSamePushAgain:
     """What a message advises, and what is pushed from disk, is as private and goes to the branch that was asked for."""
 

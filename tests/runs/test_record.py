@@ -193,9 +193,12 @@ class TestWriting:
         assert kept.record["seconds"] is None
         first = {"max_steps": 1, "alignment_weight": record["config"]["alignment_weight"]}
         assert kept.record["earlier_config"] == {**first, "save_steps": 1}
+        assert f"`alignment_weight` {first['alignment_weight']}" in (tmp_path / "README.md").read_text()
+        trainer(tmp_path, max_steps=4, **settings).train(resume_from_checkpoint=True)
+        again = read_run(tmp_path).record["earlier_config"]  # as at first: what it was in between
+        assert again == {"max_steps": 1, "alignment_weight": 0.5, "save_steps": 2}
         shown = {name: value for name, value in settings_of(kept).items() if "before it was resumed" in name}
         assert shown == {f"{name}, before it was resumed": value for name, value in first.items()}
-        assert f"`alignment_weight` {first['alignment_weight']}" in (tmp_path / "README.md").read_text()
         trainer(tmp_path, max_steps=1).train()
         assert read_run(tmp_path).record["started"] > "2026-01-02"
         assert read_run(tmp_path).curve("loss")[0] == [1]  # although `checkpoint-2` is still there

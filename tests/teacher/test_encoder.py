@@ -52,7 +52,9 @@ def test_teacher_is_frozen_and_in_eval_mode():
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
 
-@pytest.mark.parametrize(("rank", "device"), [(None, "cuda"), ("1", "cuda:1"), ("5", "cuda:1")])
+@pytest.mark.parametrize(
+    ("rank", "device"), [(None, "cuda"), ("-1", "cuda"), ("", "cuda"), ("1", "cuda:1"), ("5", "cuda:1")]
+)
 def test_each_process_of_a_launcher_has_its_own_accelerator(dinov2, monkeypatch, rank, device):
     """Before anything has set it, and with two of them on this machine."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))

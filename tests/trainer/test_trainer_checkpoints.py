@@ -429,6 +429,36 @@ def test_an_earlier_run_goes_on_as_itself(tmp_path, weight):
     assert record.image_gains == expected.image_gains
 
 
+def test_the_best_checkpoint_stays_where_a_copy_of_another_goes_on(tmp_path):
+    """And one that was trained without alignment has learned no objective that could be missed."""
+    out, losses = tmp_path / "out", {1: 9.0, 2: 10.0, 3: 11.0}
+    best_run(out, {1: 9.0, 2: 10.0}, 1, alignment_weight=0.0)
+    shutil.copytree(out / "checkpoint-2", tmp_path / "safe" / "checkpoint-2")
+    best = load_file(out / "checkpoint-1" / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match=r"holds checkpoints of an earlier run .checkpoint-2"):
+        run, _, _ = best_run(out, losses, 1, resume=str(tmp_path / "safe" / "checkpoint-2"))
+    assert run.best_step == 1
+    assert_same_parameters(load_file(out / "checkpoint-1" / "adapter_model.safetensors"), best)
+
+
+@pytest.mark.parametrize("state", ["half", "none"])
+def test_the_best_checkpoint_of_which_a_kill_left_half_of_another(tmp_path, state):
+    """It waits under the other name, and is gone on from."""
+    losses = {1: 9.0, 2: 8.0, 3: 10.0, 4: 11.0}
+    whole, _, _ = best_run(tmp_path / "whole", losses, 2)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        best_run(out, {**losses, 3: KeyboardInterrupt}, 2)
+    waiting = (out / "checkpoint-2").rename(out / "replaced-checkpoint-2")
+    (out / "checkpoint-2").mkdir()
+    if state == "half":
+        (out / "checkpoint-2" / "trainer_state.json").write_text((waiting / "trainer_state.json").read_text()[:200])
+    with pytest.warns(UserWarning, match="the writing of checkpoint-2 was interrupted"):
+        run, _, _ = best_run(out, losses, 2, resume=True)
+    assert run.best_step == 2
+    assert_same_parameters(parameters(run.model), parameters(whole.model))
+
+
 def test_what_is_put_aside(tmp_path):
     """All, but for the one that is trained on, of which weights may be all there is. Nothing is deleted."""
     for step, files in ((2, ["hera_complete", "trainer_state.json"]), (4, ["trainer_state.json"]), (6, []), (8, [])):
@@ -440,7 +470,7 @@ def test_what_is_put_aside(tmp_path):
     (tmp_path / "log.json").touch()
     with pytest.warns(
         UserWarning,
-        match=r"an earlier run \(checkpoint-2, checkpoint-4, checkpoint-6\).*_checkpoint='.*/earlier-run/checkpoint-",
+        match=r"an earlier run \(checkpoint-2, checkpoint-4, checkpoint-6\).*_checkpoint='.*/earlier-run/checkpoint-2'",
     ):
         put_aside(tmp_path, ["some/model", str(tmp_path / "checkpoint-8")], ["log.json", "not there"])
     names = {*(f"earlier-run/checkpoint-{step}" for step in (2, 4, 6)), "checkpoint-8"}
