@@ -109,7 +109,8 @@ def test_four_bit(tmp_path, checkpointing):
 def test_the_monitor_refuses_the_first_fsdp() -> None:
     plugin = SimpleNamespace(fsdp_version=1)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator, eval_dataset=None)
+    model = torch.nn.Linear(1, 1)
+    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator, eval_dataset=None, model=model)
     with pytest.raises(ValueError, match="version 1"):
         AlignmentMonitorCallback().check(trainer)
     plugin.fsdp_version = 2
