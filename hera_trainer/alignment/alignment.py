@@ -139,7 +139,7 @@ class Alignment:
         """Where samples are compared: where the model is, or, as an engine may move it there only when training begins,
         where the accelerator is if the model is still in main memory."""
         accelerator = self.contrast.accelerator
-        own = self.accessor.decoder.get_input_embeddings().weight.device
+        own = self.accessor.device
         if accelerator is None or own.type not in ("cpu", "meta") or own.type == accelerator.device.type:
             return own
         return accelerator.device

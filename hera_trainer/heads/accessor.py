@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 from .head import AlignedUnit, AttentionHead, DecoderLayer
@@ -100,6 +101,11 @@ class HeadAccessor:
     def width(self) -> int:
         """Width `d_model` of the residual stream, into which the output projections write."""
         return output_width(self._projections[self.layers_with_heads[0]])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text decoder takes its tokens."""
+        return self.decoder.get_input_embeddings().weight.device
 
     def num_heads(self, layer: int) -> int:
         """Number of query heads of `layer`."""

@@ -97,10 +97,9 @@ def check_attention_kernel(model: nn.Module, device: torch.device) -> None:
     Raises:
         `ValueError`: If so.
     """
-    decoder = get_head_accessor(model).decoder
-    kernel = str(getattr(getattr(decoder, "config", None), "_attn_implementation", None))
-    here = decoder.get_input_embeddings().weight.device
-    if "flash" in kernel and here.type == "cpu" != device.type:
+    accessor = get_head_accessor(model)
+    kernel = str(getattr(getattr(accessor.decoder, "config", None), "_attn_implementation", None))
+    if "flash" in kernel and accessor.device.type == "cpu" != device.type:
         raise ValueError(
             "FSDP and ZeRO-3 leave the model on the CPU until training begins, and heads are ranked and checked there: "
             f"`attn_implementation={kernel!r}` has no kernel for it. Load the model with `attn_implementation='sdpa'`."

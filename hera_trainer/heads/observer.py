@@ -41,7 +41,7 @@ class Observer:
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        return self.accessor.decoder.get_input_embeddings().weight.device
+        return self.accessor.device
 
     def attach(self) -> list[Any]:
         """Places the hooks and returns their handles."""

@@ -105,7 +105,7 @@ def rank_heads(
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     samples, second = draw_samples(dataset, tokenizer, k, num_samples, seed, text_column), None
     if ceiling is not None:
-        device = get_head_accessor(model).decoder.get_input_embeddings().weight.device
+        device = get_head_accessor(model).device
         second = second_vectors(dataset, samples, ceiling, batch_size, distributed, device)
     ranking = rank_samples(
         model,

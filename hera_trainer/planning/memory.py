@@ -52,8 +52,7 @@ def _8bit_bytes(sizes: Sequence[int]) -> int:
 
 def pageable_bytes(sizes: Iterable[int], optim: str, embeddings: Iterable[int] = ()) -> int:
     """The part of the optimizer's state that a paged optimizer may move to the host."""
-    large = ([n for n in numbers if n >= _LEAST_PAGED] for numbers in (sizes, embeddings))
-    others, words = large
+    others, words = ([n for n in numbers if n >= _LEAST_PAGED] for numbers in (sizes, embeddings))
     return optimizer_bytes(others, optim, _FLOAT, words) if optim.startswith("paged") else 0
 
 

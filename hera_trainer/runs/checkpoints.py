@@ -60,7 +60,7 @@ def put_aside(
         return
     names = (EARLIER_FOLDER if number == 1 else f"{EARLIER_FOLDER}-{number}" for number in itertools.count(1))
     aside = next(path for path in (output_dir / name for name in names) if not path.exists())
-    newest = max(found, key=_rank, default=None)
+    newest = max(found, key=lambda path: (is_complete(path), *_place(path)), default=None)
     aside.mkdir()
     for path in (*found, *recorded):
         _move(path, aside / path.name)
@@ -74,11 +74,11 @@ def put_aside(
         )
 
 
-def _rank(checkpoint: Path) -> tuple[bool, int, bool]:
-    """The greater, the better to go on from: complete, late, and not waiting to be replaced."""
+def _place(checkpoint: Path) -> tuple[int, bool]:
+    """Its step, and whether it has its own name: the greater, the newer."""
     name = _NAME.fullmatch(checkpoint.name)
     assert name is not None
-    return is_complete(checkpoint), int(name[2]), name[1] is None
+    return int(name[2]), name[1] is None
 
 
 def _move(path: Path, target: Path) -> None:
@@ -218,12 +218,7 @@ def find_checkpoint(resume_from: str | os.PathLike | bool | None, output_dir: st
 
 
 def _newest_complete(output_dir: Path) -> str:
-    found = []
-    for path in checkpoints_in(output_dir):
-        name = _NAME.fullmatch(path.name)
-        assert name is not None
-        found.append((int(name[2]), name[1] is None, path))
-    checkpoints = [path for _, _, path in sorted(found, reverse=True)]
+    checkpoints = sorted(checkpoints_in(output_dir), key=_place, reverse=True)
     if not checkpoints:
         raise ValueError(
             f"No valid checkpoint found in output directory ({output_dir}). Train without `resume_from_checkpoint`."
